@@ -1,0 +1,52 @@
+"""Gradient clipping for PyTorch that is right, fast, and shows what it did.
+
+``import gradclip`` is light: torch is imported when a name that needs it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from gradclip import config as config
+from gradclip import errors as errors
+
+if TYPE_CHECKING:
+    from gradclip.clipping import ClipResult as ClipResult
+    from gradclip.clipping import ClipStats as ClipStats
+    from gradclip.clipping import GradientClipper as GradientClipper
+    from gradclip.clipping import NormClip as NormClip
+    from gradclip.clipping import ObserveClip as ObserveClip
+    from gradclip.clipping import ValueClip as ValueClip
+    from gradclip.clipping import clip_grad_norm_ as clip_grad_norm_
+    from gradclip.clipping import clip_grad_value_ as clip_grad_value_
+    from gradclip.clipping import clip_grads_with_norm_ as clip_grads_with_norm_
+    from gradclip.clipping import get_total_norm as get_total_norm
+    from gradclip.clipping import withhold as withhold
+
+__version__ = "0.1.0"
+__all__ = [
+    "ClipResult",
+    "ClipStats",
+    "GradientClipper",
+    "NormClip",
+    "ObserveClip",
+    "ValueClip",
+    "__version__",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "config",
+    "errors",
+    "get_total_norm",
+    "withhold",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import the engine, and torch with it, on the first use of one of its names."""
+    if name in __all__:
+        return getattr(import_module("gradclip.clipping"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,125 @@
+"""Every error of gradclip, each also the built-in that people already catch.
+
+.. code-block:: text
+
+    GradClipError
+    |-- ConfigError (ValueError)                 GC001  a configuration is wrong
+    |   |-- ClassTypeError                       GC002  a ``class_type`` that may not be resolved
+    |   `-- ConfigFileError                      GC003  a file that is no configuration
+    |-- ArgumentValueError (ValueError)          GC010  an argument of the right kind, out of range
+    |-- ArgumentTypeError (TypeError)            GC011  an argument of the wrong kind
+    |-- UnsupportedGradientError (TypeError)     GC020  a gradient that has no norm
+    |-- OverlappingGradientsError (ValueError)   GC021  gradients that share bytes
+    |-- StateError (ValueError)                  GC030  a state that belongs to something else
+    |-- DoubleClippingError (ValueError)         GC101  two clippers for the same gradients
+    |-- NonFiniteGradientError (RuntimeError)    GC201  a NaN or an infinity in the gradients
+    |   `-- TooManySkipsError                    GC202  too many steps in a row were skipped
+    |-- CheckpointError (RuntimeError)           GC301  a checkpoint that is incomplete or damaged
+    `-- MissingDependencyError (ImportError)     GC401  an extra that is not installed
+
+A code never changes its meaning; ``docs/errors.md`` has a paragraph for each.
+"""
+
+from typing import ClassVar
+
+__all__ = [
+    "ArgumentTypeError",
+    "ArgumentValueError",
+    "CheckpointError",
+    "ClassTypeError",
+    "ConfigError",
+    "ConfigFileError",
+    "DoubleClippingError",
+    "GradClipError",
+    "MissingDependencyError",
+    "NonFiniteGradientError",
+    "OverlappingGradientsError",
+    "StateError",
+    "TooManySkipsError",
+    "UnsupportedGradientError",
+]
+
+
+class GradClipError(Exception):
+    """The root: ``except GradClipError`` catches whatever gradclip raises on purpose."""
+
+    code: ClassVar[str] = "GC000"
+    """A stable identifier; ``docs/errors.md`` explains it."""
+
+
+class ConfigError(GradClipError, ValueError):
+    """A configuration holds something that cannot be meant."""
+
+    code = "GC001"
+
+
+class ClassTypeError(ConfigError):
+    """A ``class_type`` names something that a configuration may not build."""
+
+    code = "GC002"
+
+
+class ConfigFileError(ConfigError):
+    """A file cannot be read as a configuration: syntax, size, depth, duplicate keys."""
+
+    code = "GC003"
+
+
+class ArgumentValueError(GradClipError, ValueError):
+    """An argument is of the right kind and out of range."""
+
+    code = "GC010"
+
+
+class ArgumentTypeError(GradClipError, TypeError):
+    """An argument is of the wrong kind."""
+
+    code = "GC011"
+
+
+class UnsupportedGradientError(GradClipError, TypeError):
+    """A gradient is of a kind that cannot be measured or scaled; nothing was changed."""
+
+    code = "GC020"
+
+
+class OverlappingGradientsError(GradClipError, ValueError):
+    """Gradients share bytes, so scaling each once would scale some twice; nothing was changed."""
+
+    code = "GC021"
+
+
+class StateError(GradClipError, ValueError):
+    """A saved state does not belong to the object that should load it; nothing was changed."""
+
+    code = "GC030"
+
+
+class DoubleClippingError(GradClipError, ValueError):
+    """Two clippers would bound the same gradients."""
+
+    code = "GC101"
+
+
+class NonFiniteGradientError(GradClipError, RuntimeError):
+    """The gradients hold a NaN or an infinity."""
+
+    code = "GC201"
+
+
+class TooManySkipsError(NonFiniteGradientError):
+    """More steps in a row than allowed were skipped for non-finite gradients."""
+
+    code = "GC202"
+
+
+class CheckpointError(GradClipError, RuntimeError):
+    """A checkpoint is missing, incomplete or damaged."""
+
+    code = "GC301"
+
+
+class MissingDependencyError(GradClipError, ImportError):
+    """A feature needs an extra that is not installed; the message has the command."""
+
+    code = "GC401"
