@@ -1,0 +1,65 @@
+"""The second pass: scale, clamp or zero the gradients of a group, on every device that has some."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradclip.clipping.gradients import Gradients
+from gradclip.clipping.kernels import Kernels, by_device
+from gradclip.clipping.kernels.blocks import home_of
+
+
+def scale(
+    kernels: Kernels, gradients: Gradients, rows: Sequence[int], coefficients_S: Tensor
+) -> None:
+    """Multiply gradients in place.
+
+    Args:
+        kernels: The backend.
+        gradients: What to scale.
+        rows: The rows of each gradient, as they were measured.
+        coefficients_S: One for all, (1,), or one for each row, (R,); float64.
+    """
+    if _is_one(coefficients_S):
+        return
+    written = gradients.written
+    for device, (indices, row_indices) in by_device(written, rows).items():
+        part = coefficients_S if len(coefficients_S) == 1 else coefficients_S[row_indices]
+        kernels.scale_([written[i] for i in indices], [rows[i] for i in indices], part.to(device))
+
+
+def clamp(kernels: Kernels, gradients: Gradients, limit: float | Tensor) -> Tensor:
+    """Clamp every element of real gradients to [-limit, limit].
+
+    Returns:
+        Whether any element changed: 0-d bool on the gradients' device.
+    """
+    tensors = gradients.measured(2.0)
+    changed = [
+        kernels.clamp_([tensors[i] for i in indices], limit)
+        for indices, _ in by_device(tensors, [1] * len(tensors)).values()
+    ]
+    if any(tensor.is_sparse for tensor in gradients.tensors) and any(map(bool, changed)):
+        gradients.adopt_coalesced()
+    home = home_of(gradients.devices)
+    return (
+        torch.stack([flag.to(home) for flag in changed]).any() if changed else torch.tensor(False)
+    )
+
+
+def zero(kernels: Kernels, gradients: Gradients, keep: Tensor) -> None:
+    """Set all gradients to zero, NaN and infinities too, unless the 0-d bool says to keep them."""
+    if keep.device.type == "cpu" and keep:
+        return
+    written = gradients.written
+    if not written:
+        return
+    for device, (indices, _) in by_device(written, [1] * len(written)).items():
+        kernels.zero_([written[i] for i in indices], ~keep.to(device))
+
+
+def _is_one(coefficients_S: Tensor) -> bool:
+    """Whether the host can see for nothing that there is nothing to do."""
+    on_host = coefficients_S.device.type == "cpu"
+    return on_host and coefficients_S.numel() == 1 and float(coefficients_S) == 1

@@ -1,0 +1,193 @@
+"""Drop-ins for ``torch.nn.utils``: same names, same arguments in the same order."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from gradclip.clipping import apply, kernels
+from gradclip.clipping.clipper import GradientClipper
+from gradclip.clipping.gradients import Gradients, check_supported, collect
+from gradclip.clipping.kernels.blocks import home_of
+from gradclip.clipping.nonfinite import nonfinite_error
+from gradclip.clipping.overlap import check_disjoint
+from gradclip.clipping.parameters import Parameters, as_sequence, as_source
+from gradclip.clipping.policies import Decision, NormClip, ValueClip
+from gradclip.clipping.reduction import measure
+from gradclip.clipping.result import reported
+from gradclip.config import as_ceiling, as_norm_order
+from gradclip.errors import ArgumentTypeError, ArgumentValueError
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Scale gradients in place so that their global p-norm is at most ``max_norm``.
+
+    Args:
+        parameters: Tensors whose ``.grad`` is scaled; any shapes, dtypes and devices.
+        max_norm: Ceiling, in the units of the gradient norm; >= 0, not NaN. ``inf`` only measures.
+        norm_type: p of the p-norm: > 0, ``inf`` or "inf".
+        error_if_nonfinite: Raise where the norm is NaN or infinite. Otherwise that norm is
+            returned, and no gradient is changed.
+        foreach: Accepted for compatibility: the fastest way is taken anyway.
+
+    Returns:
+        The norm before clipping: 0-d float32 (float64 when a gradient is), on the gradients'
+        device.
+
+    Raises:
+        ArgumentTypeError: GC011, for an argument of the wrong kind.
+        ArgumentValueError: GC010, for one out of range.
+        NonFiniteGradientError: GC201, with ``error_if_nonfinite=True``; no gradient is changed.
+
+    Note:
+        No host synchronisation unless ``error_if_nonfinite``.
+
+    References:
+        Pascanu et al. 2013, arXiv:1211.5063, section 3.2.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> clip_grad_norm_([weight], max_norm=10.0)
+    tensor(5.)
+    """
+    _check_foreach(foreach)
+    policy = NormClip(max_norm=as_ceiling(max_norm, "max_norm"), norm_type=as_norm_order(norm_type))
+    nonfinite = "raise" if _check_flag(error_if_nonfinite) else "propagate"
+    return GradientClipper(parameters, policy, nonfinite=nonfinite).clip().norm_pre
+
+
+def clip_grad_value_(
+    parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None
+) -> None:
+    """Clamp each element of the gradients to [-clip_value, clip_value], in place.
+
+    Args:
+        parameters: Tensors whose ``.grad`` is clamped; real, any shapes, dtypes and devices.
+        clip_value: Largest modulus of an element; >= 0, not NaN. Infinities are clamped too.
+        foreach: Accepted for compatibility: the fastest way is taken anyway.
+
+    Raises:
+        ArgumentTypeError: GC011, for an argument of the wrong kind.
+        ArgumentValueError: GC010, for one out of range.
+        UnsupportedGradientError: GC020, for complex gradients.
+    """
+    _check_foreach(foreach)
+    policy = ValueClip(clip_value=as_ceiling(clip_value, "clip_value"))
+    GradientClipper(parameters, policy, nonfinite="propagate").clip()
+
+
+@torch.no_grad()
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Return the p-norm of all elements of the tensors together.
+
+    Args:
+        tensors: Gradients (not parameters), of any shapes, dtypes and devices.
+        norm_type: p of the p-norm: > 0, ``inf`` or "inf".
+        error_if_nonfinite: Raise where the norm is NaN or infinite.
+        foreach: Accepted for compatibility: the fastest way is taken anyway.
+
+    Returns:
+        0-d float32 (float64 when a tensor is), on the tensors' device.
+
+    Raises:
+        NonFiniteGradientError: GC201, with ``error_if_nonfinite=True``.
+
+    >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
+    tensor(5.)
+    """
+    _check_foreach(foreach)
+    order = as_norm_order(norm_type)
+    gradients = _given(tensors)
+    measured = measure(
+        kernels.choose("auto"),
+        gradients.measured(order),
+        [1] * len(gradients.tensors),
+        order,
+        per_row=False,
+        home=home_of(gradients.devices),
+    )
+    if _check_flag(error_if_nonfinite) and not measured.norms_S.isfinite():
+        raise nonfinite_error([gradients], norm_type=order, step=0, last_norms=(), ceiling=None)
+    return reported(measured.norms_S[0], gradients.dtype)
+
+
+@torch.no_grad()
+def clip_grads_with_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    total_norm: Tensor | float,
+    foreach: bool | None = None,
+) -> None:
+    """Scale gradients in place as if their norm were ``total_norm``.
+
+    Args:
+        parameters: Tensors whose ``.grad`` is scaled; any shapes, dtypes and devices.
+        max_norm: Ceiling, in the units of the gradient norm; >= 0, not NaN.
+        total_norm: A norm that was measured before, perhaps of more than these gradients: a
+            number >= 0 or a one-element tensor. Where it is NaN or infinite nothing is changed.
+        foreach: Accepted for compatibility: the fastest way is taken anyway.
+
+    Raises:
+        ArgumentTypeError: GC011, for an argument of the wrong kind.
+        ArgumentValueError: GC010, for one out of range.
+    """
+    _check_foreach(foreach)
+    ceiling = as_ceiling(max_norm, "max_norm")
+    group = Parameters(as_source(parameters), None).groups()["*"]
+    gradients = collect(group.names, group.parameters)
+    check_disjoint([gradients])
+    norm_S = _as_norm(total_norm, home_of(gradients.devices))
+    limit_S = torch.full_like(norm_S, ceiling)
+    coefficient = Decision(limit_S, limit_S).coefficients(
+        norm_S, norm_S.isfinite(), gradients.guard
+    )
+    apply.scale(kernels.choose("auto"), gradients, [1] * len(gradients.tensors), coefficient)
+
+
+def _given(tensors: object) -> Gradients:
+    listed: dict[int, Tensor] = {}
+    for number, tensor in enumerate(as_sequence(tensors)):
+        if not isinstance(tensor, Tensor):
+            raise ArgumentTypeError(
+                f"tensors[{number}] is a {type(tensor).__name__}: expected a tensor"
+            )
+        check_supported(f"tensors[{number}]", tensor)
+        listed.setdefault(id(tensor), tensor)
+    return Gradients([f"tensors[{n}]" for n in range(len(listed))], list(listed.values()))
+
+
+def _as_norm(total_norm: object, device: torch.device) -> Tensor:
+    if isinstance(total_norm, Tensor):
+        if total_norm.numel() != 1 or total_norm.is_complex():
+            raise ArgumentValueError(
+                f"total_norm is a tensor of shape {tuple(total_norm.shape)} and "
+                f"{total_norm.dtype}: expected one real number"
+            )
+        return total_norm.detach().to(device=device, dtype=torch.float64).reshape(1)
+    if isinstance(total_norm, bool) or not isinstance(total_norm, int | float):
+        raise ArgumentTypeError(f"total_norm={total_norm!r}: expected a number or a tensor")
+    if total_norm < 0:
+        raise ArgumentValueError(f"total_norm={total_norm!r}: a norm is not negative")
+    return torch.full((1,), float(total_norm), dtype=torch.float64, device=device)
+
+
+def _check_foreach(foreach: object) -> None:
+    if foreach is not None and not isinstance(foreach, bool):
+        raise ArgumentTypeError(f"foreach={foreach!r}: expected None, True or False")
+
+
+def _check_flag(error_if_nonfinite: object) -> bool:
+    if not isinstance(error_if_nonfinite, bool):
+        raise ArgumentTypeError(f"error_if_nonfinite={error_if_nonfinite!r}: expected a bool")
+    return error_if_nonfinite

@@ -1,0 +1,155 @@
+"""What a call finds: the gradients of one group, checked, as the kernels see them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gradclip.errors import UnsupportedGradientError
+
+FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+COMPLEX = frozenset({torch.complex64, torch.complex128})
+_SUPPORTED = FLOATING | COMPLEX
+_DOUBLES = {torch.float64, torch.complex128}
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients of one group at one call.
+
+    Args:
+        names: One per gradient.
+        tensors: The gradients, dense or sparse, real or complex.
+        parameters: The parameters that they belong to, if any.
+    """
+
+    names: list[str]
+    tensors: list[Tensor]
+    parameters: list[Tensor] = field(default_factory=list)
+
+    @cached_property
+    def written(self) -> list[Tensor]:
+        """Real views that share the gradients' memory: scaling them scales the gradients."""
+        if self._is_plain:
+            return self.tensors
+        return [_parts(_values(tensor)) for tensor in self.tensors]
+
+    def measured(self, norm_type: float) -> list[Tensor]:
+        """Real tensors that have the gradients' p-norm.
+
+        Args:
+            norm_type: Complex numbers count by modulus, which for p = 2 needs no new tensor.
+        """
+        if self._is_plain:
+            return self.tensors
+        if norm_type == 2:  # noqa: PLR2004 - the Euclidean norm
+            return self._measured_by_parts
+        return [_modulus(_values(tensor)) for tensor in self._coalesced]
+
+    def adopt_coalesced(self) -> None:
+        """Give the parameters their coalesced gradients, whose values ``measured`` shares."""
+        for index, (parameter, coalesced) in enumerate(
+            zip(self.parameters, self._coalesced, strict=True)
+        ):
+            if coalesced is not self.tensors[index]:
+                parameter.grad = self.tensors[index] = coalesced
+        self.__dict__.pop("written", None)
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        """Whether every gradient is dense and real, so that it is its own view."""
+        return self._dtypes <= FLOATING and all(t.layout is torch.strided for t in self.tensors)
+
+    @cached_property
+    def _dtypes(self) -> set[torch.dtype]:
+        return {tensor.dtype for tensor in self.tensors}
+
+    @cached_property
+    def _coalesced(self) -> list[Tensor]:
+        return [t.coalesce() if t.layout is torch.sparse_coo else t for t in self.tensors]
+
+    @cached_property
+    def _measured_by_parts(self) -> list[Tensor]:
+        return [_parts(_values(tensor)) for tensor in self._coalesced]
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype of what is reported: float32, or float64 when a gradient is."""
+        return torch.float64 if self._dtypes & _DOUBLES else torch.float32
+
+    @cached_property
+    def guard(self) -> float:
+        """The relative margin that keeps the rounding of scaled elements below a ceiling."""
+        return 2.0**-21 if self._dtypes - _DOUBLES else 2.0**-44
+
+    @cached_property
+    def devices(self) -> set[torch.device]:
+        """Where the gradients are."""
+        return {tensor.device for tensor in self.tensors}
+
+
+def collect(names: Sequence[str], parameters: Sequence[Tensor]) -> Gradients:
+    """Collect the gradients that exist, and check each.
+
+    Raises:
+        UnsupportedGradientError: GC020, for an integer, float8 or meta gradient, or one whose
+            layout has no values to measure.
+    """
+    found_names: list[str] = []
+    found: list[Tensor] = []
+    owners: list[Tensor] = []
+    for name, parameter in zip(names, parameters, strict=True):
+        gradient = parameter.grad
+        if gradient is not None:
+            check_supported(name, gradient)
+            found_names.append(name)
+            found.append(gradient)
+            owners.append(parameter)
+    return Gradients(found_names, found, owners)
+
+
+def check_supported(name: str, gradient: Tensor) -> None:
+    """Refuse a gradient that has no norm, or whose norm is not on this process.
+
+    Raises:
+        UnsupportedGradientError: GC020, naming it.
+    """
+    if gradient.dtype in _SUPPORTED and type(gradient) is Tensor and gradient.layout in _LAYOUTS:
+        if not gradient.is_meta:
+            return
+        reason = "device meta: it has no values"
+    elif gradient.dtype not in _SUPPORTED:
+        reason = f"dtype {gradient.dtype}: its norm is not defined, or does not survive scaling"
+    elif hasattr(gradient, "_local_tensor"):
+        reason = "a DTensor: sharded gradients are not supported in this version"
+    elif gradient.layout not in _LAYOUTS:
+        reason = f"layout {gradient.layout}: expected strided or sparse"
+    else:
+        return
+    raise UnsupportedGradientError(
+        f"the gradient of {name}, of shape {tuple(gradient.shape)}, cannot be clipped: {reason}. "
+        "No gradient was changed."
+    )
+
+
+_COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
+_LAYOUTS = frozenset({torch.strided, torch.sparse_coo}) | _COMPRESSED
+
+
+def _values(gradient: Tensor) -> Tensor:
+    if gradient.layout is torch.strided:
+        return gradient
+    return gradient.values() if gradient.layout in _COMPRESSED else gradient._values()  # noqa: SLF001 - also of an uncoalesced tensor
+
+
+def _parts(values: Tensor) -> Tensor:
+    """View complex numbers as pairs of reals; a pending conjugation only changes signs."""
+    if not values.is_complex():
+        return values
+    return torch.view_as_real(values.conj() if values.is_conj() else values)
+
+
+def _modulus(values: Tensor) -> Tensor:
+    return values.abs() if values.is_complex() else values

@@ -1,0 +1,95 @@
+"""Float64 sums over blocks: exact in range for every dtype, and no gradient-sized temporary."""
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 18
+"""Elements converted at a time: 2 MiB of float64, which stays in a core's cache."""
+
+SCALE_EXPONENT = 600
+"""x * 2^-600 and x * 2^600 have squares in float64's range where those of x have not."""
+
+_DOWN, _UP = 2.0**-SCALE_EXPONENT, 2.0**SCALE_EXPONENT
+
+_WITHOUT_FLOAT64 = frozenset({"mps"})
+
+
+def home_of(devices: Collection[torch.device]) -> torch.device:
+    """Return where float64 results of tensors on some devices belong: an accelerator if it can.
+
+    A device that has no float64 hands its tensors to the CPU, block by block.
+    """
+    able = [d for d in devices if d.type != "cpu" and d.type not in _WITHOUT_FLOAT64]
+    return min(able, key=str) if able else torch.device("cpu")
+
+
+def double_blocks(row: Tensor, block: int = BLOCK) -> Iterator[Tensor]:
+    """Yield a 1-d tensor as float64 blocks that may be changed in place."""
+    home = home_of((row.device,))
+    for piece in row.split(block):
+        yield piece.to(device=home).to(torch.float64, copy=True)
+
+
+def _total(sums: list[Tensor], row: Tensor) -> Tensor:
+    if not sums:
+        return torch.zeros((), dtype=torch.float64, device=home_of((row.device,)))
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+
+
+def power_sum(row: Tensor, p: float, exponent: int = 0) -> Tensor:
+    """Return the sum of ``|x * 2**exponent|**p`` for p = 1, 2: 0-d float64.
+
+    Args:
+        row: 1-d, real, any floating dtype.
+        p: 1 or 2.
+        exponent: Of the power of two that each element is multiplied by first.
+    """
+    sums = []
+    for values in double_blocks(row):
+        scaled = values.mul_(2.0**exponent) if exponent else values
+        sums.append(scaled.abs_().sum() if p == 1 else scaled.dot(scaled))
+    return _total(sums, row)
+
+
+def widened(sums_R1: Tensor) -> Tensor:
+    """Return sums of squares as those of x, x * 2^-600 and x * 2^600: (R, 3)."""
+    return torch.cat([sums_R1, sums_R1 * _DOWN * _DOWN, sums_R1 * _UP * _UP], dim=1)
+
+
+def scaled_power_sum(row: Tensor, p: float, scale: Tensor) -> Tensor:
+    """Return the sum of ``|x / scale|**p``: 0-d float64; 0 for an empty row.
+
+    Args:
+        row: 1-d, real, any floating dtype.
+        p: Any p > 0.
+        scale: 0-d float64, > 0.
+    """
+    return _total([v.abs_().div_(scale).pow_(p).sum() for v in double_blocks(row)], row)
+
+
+def abs_max(row: Tensor) -> Tensor:
+    """Return the largest modulus of a 1-d tensor: 0-d float64; 0 if empty, NaN if there is one."""
+    if row.numel() == 0:
+        return _total([], row)
+    low, high = torch.aminmax(row.to(home_of((row.device,))))
+    return torch.maximum(low.double().abs(), high.double().abs())
+
+
+def rows_of(tensor: Tensor, rows: int) -> Tensor:
+    """Return a tensor as a matrix of ``(rows, -1)``: a view wherever its memory allows one.
+
+    One row takes the elements in the order of memory, so that a transposed or channels-last
+    tensor needs no copy.
+    """
+    if rows == 1 and not tensor.is_contiguous():
+        tensor = _in_memory_order(tensor)
+    if tensor.numel() == 0:
+        return tensor.reshape(rows, 0)
+    return tensor.reshape(rows, -1)
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    strides = tensor.stride()
+    return tensor.permute(sorted(range(tensor.dim()), key=lambda d: -strides[d]))

@@ -1,0 +1,120 @@
+"""What happens around a NaN or an infinity: the report of an error, and the count of skips."""
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradclip.clipping.gradients import Gradients
+from gradclip.errors import NonFiniteGradientError, TooManySkipsError
+
+_NAMED = 3
+"""How many parameters at fault an error names."""
+
+_LAG = 4
+"""Steps after which a count is read where reading at once would make the host wait."""
+
+
+class SkipCounter:
+    """Counts skipped steps in a row, and raises when there are too many.
+
+    On the CPU the flag is read at once. On an accelerator it is copied while the device goes on,
+    and the flag of step t is looked at in step t + 4, so that no step waits.
+
+    Args:
+        limit: Skips in a row that are tolerated.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._in_a_row = 0
+        self._pending: deque[tuple[Tensor, torch.Event | None, bool]] = deque()
+
+    def record(self, skipped: Tensor, *, expected: bool) -> bool:
+        """Record whether a step was skipped.
+
+        Args:
+            skipped: 0-d bool.
+            expected: A skip is a loss scaler's doing: it neither counts nor ends a row.
+
+        Returns:
+            Whether more steps in a row than the limit were skipped.
+        """
+        if skipped.device.type == "cpu":
+            return self._count(bool(skipped), expected)
+        copy = torch.empty((), dtype=torch.bool, pin_memory=True)
+        copy.copy_(skipped, non_blocking=True)
+        event = torch.Event(skipped.device.type)
+        event.record()
+        self._pending.append((copy, event, expected))
+        return len(self._pending) > _LAG and self._take()
+
+    @property
+    def in_a_row(self) -> int:
+        """Skips in a row up to the last step; waits for the device."""
+        while self._pending:
+            self._take()
+        return self._in_a_row
+
+    @in_a_row.setter
+    def in_a_row(self, count: int) -> None:
+        self._pending.clear()
+        self._in_a_row = count
+
+    def _take(self) -> bool:
+        copy, event, expected = self._pending.popleft()
+        if event is not None:
+            event.synchronize()
+        return self._count(bool(copy), expected)
+
+    def _count(self, skipped: bool, expected: bool) -> bool:
+        if not (skipped and expected):
+            self._in_a_row = self._in_a_row + 1 if skipped else 0
+        return self._in_a_row > self.limit
+
+
+def nonfinite_error(
+    gradients: Sequence[Gradients],
+    *,
+    norm_type: float,
+    step: int,
+    last_norms: Sequence[float],
+    ceiling: float | None,
+) -> NonFiniteGradientError:
+    """Describe which gradients are non-finite; looks at every element, so only for a failure."""
+    at_fault, total = [], 0
+    for group in gradients:
+        for name, tensor, values in zip(
+            group.names, group.tensors, group.measured(2.0), strict=True
+        ):
+            total += 1
+            nans, infinities = int(values.isnan().sum()), int(values.isinf().sum())
+            if nans or infinities:
+                at_fault.append((name, tensor, nans, infinities))
+    when = f" at step {step}" if step else ""
+    lines = [
+        f"The total norm of order {norm_type} for gradients from `parameters` is non-finite{when}",
+        f"  {len(at_fault)} of {total} gradients affected; first in parameter order:",
+    ]
+    for name, tensor, nans, infinities in at_fault[:_NAMED]:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        lines.append(f"    {name}  {tuple(tensor.shape)} {dtype}   NaN: {nans}   Inf: {infinities}")
+    norms = "  ".join(f"{norm:.4g}" for norm in last_norms) or "none yet"
+    if ceiling is None:
+        return NonFiniteGradientError("\n".join(lines))
+    lines += [
+        f"  last finite norms:  {norms}        limit = {ceiling:g}",
+        "  Scaling cannot repair them: one coefficient would spread a NaN to every gradient.",
+        "  No gradient was changed, so the optimizer must not step on them.",
+        '    nonfinite="skip"     # drop this step, keep training',
+    ]
+    return NonFiniteGradientError("\n".join(lines))
+
+
+def too_many_skips(error: NonFiniteGradientError, limit: int) -> TooManySkipsError:
+    """Say that skipping did not help, with the report of the last step."""
+    return TooManySkipsError(
+        f"{error}\n  More than max_consecutive_skips={limit} steps in a row were skipped: these "
+        "are not spikes. Lower the learning rate, or look at the data and the loss."
+    )

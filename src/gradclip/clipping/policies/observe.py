@@ -1,0 +1,37 @@
+"""Clip nothing: measure, to find a threshold or to watch a run."""
+
+from math import inf
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradclip.clipping.policies.base import Decision, Policy
+from gradclip.config import NormOrder
+
+
+class ObserveClip(Policy):
+    """Measure the p-norm and never write, whatever is found.
+
+    >>> ObserveClip()
+    ObserveClip(clip_mode='observe', norm_type=2.0)
+    """
+
+    clip_mode: Literal["observe"] = "observe"
+    norm_type: NormOrder = 2.0
+    """p of the p-norm, > 0; ``inf`` for the largest modulus."""
+
+    @property
+    def order(self) -> float:
+        """The p of the norm that is measured."""
+        return self.norm_type
+
+    @property
+    def writes(self) -> bool:
+        """Never."""
+        return False
+
+    def decide(self, norms_S: Tensor, counts: Tensor, state: dict[str, Tensor]) -> Decision:  # noqa: ARG002 - nothing to decide
+        """Let every norm pass."""
+        ceiling_S = torch.full_like(norms_S, inf)
+        return Decision(ceiling_S, ceiling_S)

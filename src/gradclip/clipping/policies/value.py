@@ -1,0 +1,41 @@
+"""Clip by value: each element gets a floor and a ceiling, and the direction may change."""
+
+from math import inf
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradclip.clipping.policies.base import Decision, Policy
+from gradclip.config import Ceiling
+
+
+class ValueClip(Policy):
+    """Clamp each element to [-clip_value, clip_value], infinities included.
+
+    >>> ValueClip(clip_value=0.5)
+    ValueClip(clip_mode='value', clip_value=0.5)
+    """
+
+    clip_mode: Literal["value"] = "value"
+    clip_value: Ceiling
+    """Largest modulus of an element, in the units of the gradients; >= 0."""
+
+    @property
+    def ceiling(self) -> float:
+        """``clip_value``."""
+        return self.clip_value
+
+    @property
+    def element_limit(self) -> float:
+        """``clip_value``."""
+        return self.clip_value
+
+    @property
+    def writes(self) -> bool:
+        """Whether there is a limit at all."""
+        return self.clip_value < inf
+
+    def decide(self, norms_S: Tensor, counts: Tensor, state: dict[str, Tensor]) -> Decision:  # noqa: ARG002 - no norm decides
+        """Scale nothing; the threshold is reported, and elements are clamped to it."""
+        return Decision(torch.full_like(norms_S, self.clip_value), torch.full_like(norms_S, inf))

@@ -1,0 +1,175 @@
+"""What one call did: tensors that stay on the device, and their copy on the host."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gradclip.clipping.reduction import combine
+
+
+@dataclass(frozen=True)
+class ClipStats:
+    """A ``ClipResult`` as Python numbers: ready for a log line or for JSON."""
+
+    norm_pre: float
+    norm_post: float
+    threshold: float
+    coefficient: float
+    clipped: bool
+    skipped: bool
+    nonfinite: int
+    norms_S: tuple[float, ...] = ()
+    scope_names: tuple[str, ...] = ()
+    groups: Mapping[str, "ClipStats"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ClipResult:
+    """What one call to ``GradientClipper.clip`` measured and did.
+
+    Its tensors are on the device of the gradients and fresh at each call; reading one on the
+    host (``float``, ``bool``, ``repr``) waits for the device, ``to_host`` does it once for all.
+
+    Args:
+        measured_S: Norm of each scope before clipping, float64 (S,).
+        thresholds_S: Norm above which each scope is clipped, float64 (S,).
+        applied_S: What each scope was multiplied by, float64 (S,), unless it was zeroed.
+        skipped: Whether the update should not happen, and the gradients were zeroed: 0-d bool.
+        witness_T: A number for each tensor, not finite just where the tensor was not: (T,).
+        norm_type: p of the norms.
+        dtype: float32, or float64 when a gradient is.
+        scope_names: What each entry of ``norms_S`` is the norm of.
+        groups: The result of each name pattern, where policies were given by pattern.
+        clamped: For clipping by value, whether any element was clamped: 0-d bool.
+        left_S: For clipping by value, the norms that were measured afterwards, float64 (S,).
+    """
+
+    measured_S: Tensor
+    thresholds_S: Tensor
+    applied_S: Tensor
+    skipped: Tensor
+    witness_T: Tensor
+    norm_type: float
+    dtype: torch.dtype
+    scope_names: tuple[str, ...]
+    groups: Mapping[str, "ClipResult"] = field(default_factory=dict)
+    clamped: Tensor | None = None
+    left_S: Tensor | None = None
+
+    @cached_property
+    def coefficients_S(self) -> Tensor:
+        """What each scope was multiplied by, float64 (S,); 0 where it was zeroed."""
+        return torch.where(self.skipped, 0.0, self.applied_S)
+
+    @cached_property
+    def remaining_S(self) -> Tensor:
+        """Norm of each scope after clipping, float64 (S,): from the coefficients."""
+        left_S = self.measured_S * self.applied_S if self.left_S is None else self.left_S
+        return torch.where(self.skipped, 0.0, left_S)
+
+    @cached_property
+    def clipped(self) -> Tensor:
+        """Whether any gradient was made smaller: 0-d bool."""
+        return (self.applied_S < 1).any() if self.clamped is None else self.clamped
+
+    @cached_property
+    def nonfinite(self) -> Tensor:
+        """How many tensors held a NaN or an infinity: 0-d int."""
+        return (~self.witness_T.isfinite()).sum()
+
+    @cached_property
+    def norm_pre(self) -> Tensor:
+        """Norm of all that is counted, before clipping: 0-d."""
+        return self._report(combine(self.measured_S, self.norm_type))
+
+    @cached_property
+    def norm_post(self) -> Tensor:
+        """Norm of all that is counted, after clipping: 0-d."""
+        return self._report(combine(self.remaining_S, self.norm_type))
+
+    @cached_property
+    def coefficient(self) -> Tensor:
+        """The smallest coefficient: 0-d; 1 where nothing was scaled."""
+        return self._report(self._smallest(self.coefficients_S))
+
+    @cached_property
+    def threshold(self) -> Tensor:
+        """The threshold of the scope with the smallest coefficient: 0-d."""
+        if len(self.thresholds_S) <= 1:
+            return self._report(self._smallest(self.thresholds_S))
+        return self._report(self.thresholds_S[self.coefficients_S.argmin()])
+
+    @cached_property
+    def norms_S(self) -> Tensor:
+        """Norm of each scope before clipping: (S,)."""
+        return self._report(self.measured_S)
+
+    def to_host(self) -> ClipStats:
+        """Copy everything to the host, in one transfer."""
+        results = [self, *self.groups.values()]
+        packed = torch.cat([result._packed() for result in results]).tolist()  # noqa: SLF001 - its own class
+        stats = []
+        for result in results:
+            size = len(_SCALARS) + len(result.measured_S)
+            stats.append(result._unpacked(packed[:size]))  # noqa: SLF001
+            packed = packed[size:]
+        return ClipStats(
+            **{**vars(stats[0]), "groups": dict(zip(self.groups, stats[1:], strict=True))}
+        )
+
+    def __repr__(self) -> str:
+        stats = self.to_host()
+        return (
+            f"ClipResult(norm_pre={stats.norm_pre:.6g}, norm_post={stats.norm_post:.6g}, "
+            f"threshold={stats.threshold:.6g}, coefficient={stats.coefficient:.6g}, "
+            f"clipped={stats.clipped}, skipped={stats.skipped}, nonfinite={stats.nonfinite})"
+        )
+
+    def _report(self, value: Tensor) -> Tensor:
+        return reported(value, self.dtype)
+
+    @staticmethod
+    def _smallest(values_S: Tensor) -> Tensor:
+        return values_S.amin() if len(values_S) else values_S.new_ones(())
+
+    def _packed(self) -> Tensor:
+        scalars = [getattr(self, name).to(torch.float64) for name in _SCALARS]
+        return torch.cat([torch.stack(scalars), self.norms_S.to(torch.float64)])
+
+    def _unpacked(self, values: list[float]) -> ClipStats:
+        norm_pre, norm_post, threshold, coefficient, clipped, skipped, nonfinite = values[
+            : len(_SCALARS)
+        ]
+        return ClipStats(
+            norm_pre=norm_pre,
+            norm_post=norm_post,
+            threshold=threshold,
+            coefficient=coefficient,
+            clipped=bool(clipped),
+            skipped=bool(skipped),
+            nonfinite=int(nonfinite),
+            norms_S=tuple(values[len(_SCALARS) :]),
+            scope_names=self.scope_names,
+        )
+
+
+_SCALARS = (
+    "norm_pre",
+    "norm_post",
+    "threshold",
+    "coefficient",
+    "clipped",
+    "skipped",
+    "nonfinite",
+)
+
+
+def reported(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round a float64 number to the dtype that callers get; what is finite stays finite."""
+    if dtype is torch.float64:
+        return value
+    limited = value.clamp(max=torch.finfo(dtype).max)
+    return torch.where(value.isinf(), value, limited).to(dtype)

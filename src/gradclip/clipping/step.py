@@ -1,0 +1,74 @@
+"""The one way to keep an optimizer from stepping."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_UNSET = object()
+
+
+@contextmanager
+def withhold(optimizer: torch.optim.Optimizer, skipped: Tensor | bool) -> Iterator[None]:
+    """Make ``optimizer.step()`` change nothing while the context lasts, if ``skipped`` is true.
+
+    Weights, moments and step counts stay as they are. A fused optimizer whose state exists is
+    told through ``found_inf``, on the device; for any other the flag is read, and the gradients
+    are dropped (``.grad = None``), so that there is nothing to step on. Until its state exists a
+    fused optimizer is treated so too: torch's fused SGD would leave its first momentum
+    uninitialised.
+
+    Args:
+        optimizer: A torch optimizer, or a wrapper with ``param_groups`` and ``step``.
+        skipped: Whether the update should not happen: 0-d bool tensor, or a bool.
+
+    Note:
+        A ``GradScaler`` that steps a fused optimizer sets ``found_inf`` itself: pass a bool there.
+
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> weight.grad = torch.ones(2)
+    >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    >>> with withhold(optimizer, torch.tensor(True)):
+    ...     optimizer.step()
+    >>> weight.tolist(), optimizer.state_dict()["state"]
+    ([1.0, 1.0], {})
+    """
+    if isinstance(skipped, Tensor) and _takes_found_inf(optimizer):
+        with _found_inf(optimizer, skipped):
+            yield
+        return
+    if skipped:
+        for parameter in _parameters(optimizer):
+            parameter.grad = None
+    yield
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> chain[Tensor]:
+    return chain.from_iterable(group["params"] for group in optimizer.param_groups)
+
+
+def _takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        return False
+    with_gradients = [p for p in _parameters(optimizer) if p.grad is not None]
+    return bool(with_gradients) and all(optimizer.state.get(p) for p in with_gradients)
+
+
+@contextmanager
+def _found_inf(optimizer: Any, skipped: Tensor) -> Iterator[None]:
+    """Set ``found_inf``, to exactly 1 whoever asked for it, and put back what was there."""
+    before = getattr(optimizer, "found_inf", _UNSET)
+    flag = skipped.to(torch.float32).reshape(())
+    if isinstance(before, Tensor):
+        flag = torch.maximum(flag, before.to(flag.device).clamp(max=1.0).reshape(()))
+    optimizer.found_inf = flag
+    try:
+        yield
+    finally:
+        if before is _UNSET:
+            del optimizer.found_inf
+        else:
+            optimizer.found_inf = before

@@ -1,0 +1,112 @@
+"""Policies that give each tensor, or each row, a ceiling: what a new policy needs is one class."""
+
+from typing import ClassVar, Literal
+
+import pytest
+import torch
+
+from gradclip import GradientClipper
+from gradclip.clipping import Policy
+from gradclip.clipping.policies import Decision
+from gradclip.config import Ceiling
+
+
+class TensorClip(Policy):
+    """Each tensor by itself."""
+
+    scope: ClassVar[Literal["tensor"]] = "tensor"
+    clip_mode: Literal["test-tensor"] = "test-tensor"
+    max_norm: Ceiling
+
+    def decide(self, norms_S, counts, state):
+        ceiling_S = torch.full_like(norms_S, self.max_norm)
+        return Decision(ceiling_S, ceiling_S)
+
+
+class RowClip(TensorClip):
+    """Each row of a matrix by itself."""
+
+    scope: ClassVar[Literal["unit"]] = "unit"
+
+
+class RunningMean(Policy):
+    """Clips to the mean of the norms of earlier steps: a policy with history."""
+
+    clip_mode: Literal["test-mean"] = "test-mean"
+
+    def initial_state(self, scopes, device):
+        return {
+            "sum": torch.zeros(scopes, dtype=torch.float64, device=device),
+            "count": torch.zeros((), dtype=torch.int64, device=device),
+        }
+
+    def decide(self, norms_S, counts, state):
+        mean_S = torch.where(state["count"] > 0, state["sum"] / state["count"], torch.inf)
+        return Decision(
+            mean_S,
+            mean_S,
+            {
+                "sum": torch.where(counts, state["sum"] + norms_S, state["sum"]),
+                "count": state["count"] + counts,
+            },
+        )
+
+
+def parameter(gradient):
+    tensor = torch.nn.Parameter(torch.zeros_like(gradient))
+    tensor.grad = gradient
+    return tensor
+
+
+@pytest.mark.parametrize("backend", ["foreach", "reference"])
+def test_each_tensor_has_its_own_coefficient(backend):
+    a, b = parameter(torch.tensor([3.0, 4.0])), parameter(torch.tensor([0.3, 0.4]))
+    result = GradientClipper([a, b], TensorClip(max_norm=1.0), backend=backend).clip()
+    torch.testing.assert_close(a.grad, torch.tensor([0.6, 0.8]))
+    assert torch.equal(b.grad, torch.tensor([0.3, 0.4]))
+    assert result.norms_S.tolist() == pytest.approx([5.0, 0.5])
+    assert result.scope_names == ("parameters[0]", "parameters[1]")
+    assert float(result.norm_pre) == pytest.approx((25 + 0.25) ** 0.5)
+    assert float(result.norm_post) == pytest.approx((1 + 0.25) ** 0.5)
+    assert float(result.coefficient) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("backend", ["foreach", "reference"])
+def test_each_row_has_its_own_coefficient(backend):
+    matrix = parameter(torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]]))
+    vector = parameter(torch.tensor([6.0, 8.0]))
+    result = GradientClipper(
+        [("m", matrix), ("v", vector)], RowClip(max_norm=1.0), backend=backend
+    ).clip()
+    torch.testing.assert_close(matrix.grad, torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
+    torch.testing.assert_close(vector.grad, torch.tensor([0.6, 0.8]))
+    assert result.norms_S.tolist() == pytest.approx([5.0, 0.5, 0.0, 10.0])
+    assert result.scope_names == ("m[0]", "m[1]", "m[2]", "v[0]")
+
+
+def test_a_non_finite_row_skips_everything_and_counts_one_tensor():
+    matrix = parameter(torch.tensor([[1.0, 2.0], [float("nan"), 1.0]]))
+    result = GradientClipper([matrix], RowClip(max_norm=1.0)).clip()
+    assert bool(result.skipped)
+    assert int(result.nonfinite) == 1
+    assert torch.equal(matrix.grad, torch.zeros(2, 2))
+
+
+def test_history_sees_finite_steps_only_and_survives_a_restart():
+    def run(clipper, weight, norms):
+        coefficients = []
+        for norm in norms:
+            weight.grad = torch.tensor([norm])
+            coefficients.append(float(clipper.clip().coefficient))
+        return coefficients
+
+    norms = [1.0, 3.0, float("nan"), 8.0, float("inf"), 2.0, 40.0]
+    weight = torch.nn.Parameter(torch.zeros(1))
+    whole = run(GradientClipper([weight], RunningMean()), weight, norms)
+    assert whole == pytest.approx([1, 1 / 3, 0, 2 / 8, 0, 1, 3.5 / 40], rel=1e-5)
+
+    first = GradientClipper([weight], RunningMean())
+    start = run(first, weight, norms[:4])
+    second = GradientClipper([weight], RunningMean())
+    second.load_state_dict(first.state_dict())
+    assert start + run(second, weight, norms[4:]) == whole
