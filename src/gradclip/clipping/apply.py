@@ -9,6 +9,9 @@ from gradclip.clipping.gradients import Gradients
 from gradclip.clipping.kernels import Kernels, by_device
 from gradclip.clipping.kernels.blocks import home_of
 
+_SUBNORMAL = 2.0**-1000
+_STEP = 2.0**-600
+
 
 def scale(
     kernels: Kernels, gradients: Gradients, rows: Sequence[int], coefficients_S: Tensor
@@ -23,6 +26,8 @@ def scale(
     """
     if _is_one(coefficients_S):
         return
+    if any(tensor.is_sparse for tensor in gradients.tensors):
+        gradients.adopt_coalesced()
     written = gradients.written
     for device, (indices, row_indices) in by_device(written, rows).items():
         part = coefficients_S if len(coefficients_S) == 1 else coefficients_S[row_indices]
@@ -57,6 +62,19 @@ def zero(kernels: Kernels, gradients: Gradients, keep: Tensor) -> None:
         return
     for device, (indices, _) in by_device(written, [1] * len(written)).items():
         kernels.zero_([written[i] for i in indices], ~keep.to(device))
+
+
+def steps(coefficients_S: Tensor, targets_S: Tensor, norms_S: Tensor, guard: float) -> list[Tensor]:
+    """Return coefficients to apply one after the other: two where float64 has none for both.
+
+    A norm of 1e300 and a target of 1e-20 have a quotient that is subnormal, and so coarse.
+    """
+    tiny_S = (coefficients_S > 0) & (coefficients_S < _SUBNORMAL)
+    if coefficients_S.device.type != "cpu" or not tiny_S.any():
+        return [coefficients_S]
+    rest_S = targets_S * (1 / _STEP) / norms_S * (1 - guard)
+    step_S = torch.where(tiny_S, _STEP, torch.ones_like(coefficients_S))
+    return [step_S, torch.where(tiny_S, rest_S, coefficients_S)]
 
 
 def _is_one(coefficients_S: Tensor) -> bool:

@@ -5,13 +5,18 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import inf, isfinite
-from numbers import Real
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from gradclip.clipping import apply, kernels
+from gradclip.clipping.arguments import (
+    Nonfinite,
+    check_count,
+    check_grad_scale,
+    check_nonfinite,
+)
 from gradclip.clipping.gradients import Gradients, collect
 from gradclip.clipping.kernels.blocks import home_of
 from gradclip.clipping.nonfinite import SkipCounter, nonfinite_error, too_many_skips
@@ -20,12 +25,8 @@ from gradclip.clipping.parameters import ParameterGroup, Parameters, ParameterSo
 from gradclip.clipping.policies import Decision, Policy, PolicyLike, as_policies
 from gradclip.clipping.reduction import Measured, measure
 from gradclip.clipping.result import ClipResult
-from gradclip.errors import (
-    ArgumentTypeError,
-    ArgumentValueError,
-    StateError,
-    UnsupportedGradientError,
-)
+from gradclip.clipping.state import STATE_VERSION, read_state
+from gradclip.errors import NonFiniteGradientError, UnsupportedGradientError
 
 ParametersLike: TypeAlias = (
     nn.Module
@@ -35,7 +36,6 @@ ParametersLike: TypeAlias = (
     | Iterable[tuple[str, Tensor]]
     | ParameterSource
 )
-Nonfinite: TypeAlias = Literal["skip", "raise", "propagate"]
 
 _EUCLIDEAN = 2.0
 
@@ -99,8 +99,8 @@ clipped=True, skipped=False, nonfinite=0)
         backend: str = "auto",
     ) -> None:
         self._policies, by_pattern = as_policies(policy)
-        self._nonfinite = _check_nonfinite(nonfinite)
-        self._skips = SkipCounter(_check_count(max_consecutive_skips))
+        self._nonfinite = check_nonfinite(nonfinite)
+        self._skips = SkipCounter(check_count(max_consecutive_skips))
         self._kernels = kernels.choose(backend)
         self._parameters = Parameters(
             as_source(params), list(self._policies) if by_pattern else None
@@ -139,7 +139,7 @@ clipped=True, skipped=False, nonfinite=0)
 
         All are raised before any gradient is changed.
         """
-        scale = _check_grad_scale(grad_scale)
+        scale = check_grad_scale(grad_scale)
         groups = self._collect()
         home = self._home(groups)
 
@@ -235,7 +235,9 @@ clipped=True, skipped=False, nonfinite=0)
     ) -> Tensor:
         """Return whether the update may happen, as far as NaN and infinities go: 0-d bool."""
         finite = [
-            ~norms.norms_S.isnan() if group.policy.element_limit is not None else norms.norms_S < inf
+            ~norms.norms_S.isnan()
+            if group.policy.element_limit is not None
+            else norms.norms_S < inf
             for group, norms in zip(groups, measured, strict=True)
         ]
         if self._nonfinite == "raise" and not all(bool(flags.all()) for flags in finite):
@@ -249,7 +251,7 @@ clipped=True, skipped=False, nonfinite=0)
             raise too_many_skips(self._error(groups), self._skips.limit)
         return counts
 
-    def _error(self, groups: list[_Group]) -> Exception:
+    def _error(self, groups: list[_Group]) -> NonFiniteGradientError:
         return nonfinite_error(
             [group.gradients for group in groups],
             norm_type=groups[0].policy.order,
@@ -283,12 +285,18 @@ clipped=True, skipped=False, nonfinite=0)
         if policy.element_limit is not None:
             clamped, left_S = self._clamp(group, norms, counts, scale)
         elif policy.writes:
-            apply.scale(self._kernels, gradients, group.rows, coefficients_S)
+            targets_S, guard = decision.targets_S, gradients.guard
+            for step_S in apply.steps(coefficients_S, targets_S, norms.norms_S, guard):
+                apply.scale(self._kernels, gradients, group.rows, step_S)
         if skips or policy.ceiling == 0:
             apply.zero(self._kernels, gradients, counts)
         return ClipResult(
             measured_S=norms.norms_S,
-            thresholds_S=decision.thresholds_S,
+            thresholds_S=(
+                decision.thresholds_S
+                if policy.element_limit is None
+                else torch.full_like(norms.norms_S, policy.element_limit)
+            ),
             applied_S=coefficients_S,
             skipped=~counts if skips else torch.zeros_like(counts),
             witness_T=norms.witness_T,
@@ -308,8 +316,8 @@ clipped=True, skipped=False, nonfinite=0)
         skipped = on_host and self._nonfinite == "skip" and not counts
         if not group.policy.writes or not group.gradients.tensors or limit is None or skipped:
             return torch.zeros_like(counts), norms.norms_S
-        limit = limit if scale is None else limit * scale
-        changed = apply.clamp(self._kernels, group.gradients, limit)
+        scaled = limit if scale is None else limit * scale
+        changed = apply.clamp(self._kernels, group.gradients, scaled)
         if on_host and not changed:
             return changed, norms.norms_S
         left = self._measure(group, group.policy.order, scale, norms.norms_S.device)
@@ -348,7 +356,7 @@ clipped=True, skipped=False, nonfinite=0)
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on: numbers, strings and tensors."""
         return {
-            "version": 1,
+            "version": STATE_VERSION,
             "step": self.step,
             "consecutive_skips": self._skips.in_a_row,
             "clip_modes": {
@@ -365,26 +373,10 @@ clipped=True, skipped=False, nonfinite=0)
         """Restore what ``state_dict`` returned.
 
         Raises:
-            StateError: GC030, if it is of another version, or of other policies.
+            StateError: GC030, if it is damaged, of another version, or of other policies; nothing
+                is changed then.
         """
-        own = self.state_dict()
-        missing = own.keys() - state.keys()
-        if missing or state["version"] != own["version"]:
-            raise StateError(
-                f"this is no state of a GradientClipper of version {own['version']}: missing "
-                f"{sorted(missing)}, version {state.get('version')!r}. Nothing was loaded."
-            )
-        if state["clip_modes"] != own["clip_modes"]:
-            raise StateError(
-                f"this state belongs to the policies {state['clip_modes']}, and the clipper has "
-                f"{own['clip_modes']}. Nothing was loaded."
-            )
-        self.step = int(state["step"])
-        self._skips.in_a_row = int(state["consecutive_skips"])
-        self._states = {
-            pattern: {name: tensor.clone() for name, tensor in saved.items()}
-            for pattern, saved in state["states"].items()
-        }
+        self.step, self._skips.in_a_row, self._states = read_state(state, self.state_dict())
 
 
 def _any(flags: list[Tensor]) -> Tensor:
@@ -396,36 +388,3 @@ def _common_order(policies: Iterable[Policy]) -> float:
     """Return the p that all policies measure by, or 2: what the norm over all groups is in."""
     orders = {policy.order for policy in policies}
     return orders.pop() if len(orders) == 1 else _EUCLIDEAN
-
-
-def _check_nonfinite(nonfinite: object) -> Nonfinite:
-    if nonfinite in ("skip", "raise", "propagate"):
-        return nonfinite  # type: ignore[return-value]
-    raise (ArgumentValueError if isinstance(nonfinite, str) else ArgumentTypeError)(
-        f"nonfinite={nonfinite!r}: expected 'skip', 'raise' or 'propagate'"
-    )
-
-
-def _check_count(count: object) -> int:
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise ArgumentTypeError(f"max_consecutive_skips={count!r}: expected an integer >= 0")
-    if count < 0:
-        raise ArgumentValueError(f"max_consecutive_skips={count}: expected an integer >= 0")
-    return count
-
-
-def _check_grad_scale(scale: object) -> float | Tensor | None:
-    if scale is None:
-        return None
-    if isinstance(scale, Tensor):
-        if scale.numel() != 1 or not scale.is_floating_point():
-            raise ArgumentValueError(
-                f"grad_scale is a tensor of shape {tuple(scale.shape)} and {scale.dtype}: expected "
-                "one positive floating-point number"
-            )
-        return scale.detach().to(torch.float64).reshape(())
-    if isinstance(scale, bool) or not isinstance(scale, Real):
-        raise ArgumentTypeError(f"grad_scale={scale!r}: expected a positive number")
-    if not (isfinite(scale) and scale > 0):
-        raise ArgumentValueError(f"grad_scale={scale!r}: expected a positive finite number")
-    return float(scale)

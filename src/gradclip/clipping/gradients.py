@@ -49,7 +49,10 @@ class Gradients:
         return [_modulus(_values(tensor)) for tensor in self._coalesced]
 
     def adopt_coalesced(self) -> None:
-        """Give the parameters their coalesced gradients, whose values ``measured`` shares."""
+        """Give the parameters their coalesced gradients, whose values ``measured`` shares.
+
+        Entries of one place are rounded together then, and not each at its own size.
+        """
         for index, (parameter, coalesced) in enumerate(
             zip(self.parameters, self._coalesced, strict=True)
         ):
@@ -59,8 +62,10 @@ class Gradients:
 
     @cached_property
     def _is_plain(self) -> bool:
-        """Whether every gradient is dense and real, so that it is its own view."""
-        return self._dtypes <= FLOATING and all(t.layout is torch.strided for t in self.tensors)
+        """Whether every gradient is dense, real and not negated, so that it is its own view."""
+        return self._dtypes <= FLOATING and all(
+            tensor.layout is torch.strided and not tensor.is_neg() for tensor in self.tensors
+        )
 
     @cached_property
     def _dtypes(self) -> set[torch.dtype]:
@@ -145,11 +150,12 @@ def _values(gradient: Tensor) -> Tensor:
 
 
 def _parts(values: Tensor) -> Tensor:
-    """View complex numbers as pairs of reals; a pending conjugation only changes signs."""
-    if not values.is_complex():
-        return values
-    return torch.view_as_real(values.conj() if values.is_conj() else values)
+    """View complex numbers as pairs of reals, without pending signs: no limit depends on them."""
+    if values.is_complex():
+        values = torch.view_as_real(values.conj() if values.is_conj() else values)
+    return torch._neg_view(values) if values.is_neg() else values  # noqa: SLF001 - the only way to undo it in place
 
 
 def _modulus(values: Tensor) -> Tensor:
-    return values.abs() if values.is_complex() else values
+    """Take moduli in float64: finite parts of complex64 can have one beyond float32."""
+    return values.to(torch.complex128).abs() if values.is_complex() else values

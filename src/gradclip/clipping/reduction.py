@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
@@ -11,11 +10,11 @@ from torch import Tensor
 from gradclip.clipping.kernels import Kernels, by_device
 from gradclip.clipping.kernels.blocks import SCALE_EXPONENT, widened
 
-_P = ParamSpec("_P")
-
 _UP, _DOWN = 2.0**SCALE_EXPONENT, 2.0**-SCALE_EXPONENT
 _EUCLIDEAN = 2.0
-_LOST_SQUARES = 2.0**-900
+_LOST_ROOT = 2.0**-450
+"""The norm of a vector with squares that float64 may have lost is below this."""
+
 _LARGEST = torch.finfo(torch.float64).max
 
 
@@ -58,11 +57,13 @@ def measure(
         zeros = torch.zeros(0 if per_row else 1, dtype=torch.float64, device=home)
         return Measured(zeros, norm_type, zeros[:0])
     if norm_type in {1.0, 2.0}:
-        witness_RA = _everywhere(kernels.power_sums, tensors, rows, home, norm_type)
+        witness_RA = _everywhere(
+            lambda some, n: kernels.power_sums(some, n, norm_type), tensors, rows, home, norm_type
+        )
         sums_SA = witness_RA if per_row else witness_RA.sum(0, keepdim=True)
-        norms_S = _root(sums_SA) if norm_type == _EUCLIDEAN else sums_SA[:, 0]
+        norms_S = _root(sums_SA, norm_type)
     else:
-        witness_RA = _everywhere(kernels.abs_max, tensors, rows, home)
+        witness_RA = _everywhere(kernels.abs_max, tensors, rows, home, norm_type)
         norms_S = (witness_RA if per_row else witness_RA.amax(0, keepdim=True)).squeeze(1)
         if norm_type != inf:
             norms_S = _scaled_norms(kernels, tensors, rows, norm_type, norms_S, per_row=per_row)
@@ -87,20 +88,18 @@ def combine(norms_S: Tensor, norm_type: float) -> Tensor:
         return norms_S.sum()
     largest = norms_S.amax()
     scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
-    return torch.linalg.vector_norm(norms_S / scale, norm_type) * scale
+    relative: Tensor = torch.linalg.vector_norm(norms_S / scale, norm_type)
+    return relative * scale
 
 
-def _root(sums_SA: Tensor) -> Tensor:
-    """Return norms (S,) from sums of squares (S, 1), or from the three of them (S, 3)."""
+def _root(sums_SA: Tensor, p: float) -> Tensor:
+    """Return norms (S,) from sums of powers for p = 1, 2: (S, 1), or (S, 3) with range."""
+    roots_SA = sums_SA.sqrt() if p == _EUCLIDEAN else sums_SA
     if sums_SA.shape[1] == 1:
-        return sums_SA[:, 0].sqrt()
-    middle_S, down_S, up_S = sums_SA.unbind(1)
-    small = middle_S < _LOST_SQUARES
-    return torch.where(
-        middle_S.isinf(),
-        down_S.sqrt() * _UP,
-        torch.where(small, up_S.sqrt() * _DOWN, middle_S.sqrt()),
-    )
+        return roots_SA[:, 0]
+    middle_S, down_S, up_S = roots_SA.unbind(1)
+    in_range_S = torch.where(middle_S < _LOST_ROOT, up_S * _DOWN, middle_S)
+    return torch.where(middle_S.isinf(), down_S * _UP, in_range_S)
 
 
 def _scaled_norms(
@@ -130,24 +129,21 @@ def _scaled_norms(
 
 
 def _everywhere(
-    operation: Callable[Concatenate[Sequence[Tensor], Sequence[int], _P], Tensor],
+    operation: Callable[[list[Tensor], list[int]], Tensor],
     tensors: Sequence[Tensor],
     rows: Sequence[int],
     home: torch.device,
-    *args: _P.args,
-    **kwargs: _P.kwargs,
+    p: float,
 ) -> Tensor:
     """Run an operation once on each device, and bring its rows home in order: (R, A)."""
-    places = by_device(tensors, rows)
-    if len(places) == 1:
-        return operation(tensors, rows, *args, **kwargs).to(home)
-    parts = []
+    parts: list[Tensor] = []
     order: list[int] = []
-    for indices, row_indices in places.values():
-        part = operation([tensors[i] for i in indices], [rows[i] for i in indices], *args, **kwargs)
+    for indices, row_indices in by_device(tensors, rows).values():
+        part = operation([tensors[i] for i in indices], [rows[i] for i in indices])
         parts.append(part.to(home))
         order += row_indices
-    if any(part.shape[1] > 1 for part in parts):
-        parts = [part if part.shape[1] > 1 else widened(part) for part in parts]
-    table = torch.cat(parts)
+    if len(parts) == 1:
+        return parts[0]
+    columns = max(part.shape[1] for part in parts)
+    table = torch.cat([part if part.shape[1] == columns else widened(part, p) for part in parts])
     return table[torch.tensor(order).argsort().to(home)]

@@ -24,9 +24,9 @@ class Kernels(Protocol):
     power_sums: Callable[[Sequence[Tensor], Sequence[int], float], Tensor]
     """``(tensors, rows, p)`` for p = 1, 2: the sums of ``|x|**p`` of each row, float64 (R, A).
 
-    A is 1; for p = 2 and float64 tensors it is 3, the sums of the squares of x, of x * 2^-600
-    and of x * 2^600, so that one of them is in range whatever x is. A NaN in a row makes its
-    sums NaN, an infinity makes them infinite.
+    A is 1, or with float64 tensors 3: the sums of x, of x * 2^-600 and of x * 2^600, so that one
+    of them is in range whatever x is. A NaN in a row makes its sums NaN, an infinity makes them
+    infinite.
     """
 
     abs_max: Callable[[Sequence[Tensor], Sequence[int]], Tensor]
@@ -60,7 +60,7 @@ def choose(backend: str) -> Kernels:
         ArgumentValueError: GC010, for an unknown name.
     """
     if not isinstance(backend, str):
-        raise ArgumentTypeError(f"backend is a {type(backend).__name__}: expected a string")
+        raise ArgumentTypeError(f"backend={backend!r}: expected a string")
     name = "foreach" if backend == "auto" else backend
     if name not in _BACKENDS:
         raise ArgumentValueError(

@@ -53,9 +53,12 @@ def power_sum(row: Tensor, p: float, exponent: int = 0) -> Tensor:
     return _total(sums, row)
 
 
-def widened(sums_R1: Tensor) -> Tensor:
-    """Return sums of squares as those of x, x * 2^-600 and x * 2^600: (R, 3)."""
-    return torch.cat([sums_R1, sums_R1 * _DOWN * _DOWN, sums_R1 * _UP * _UP], dim=1)
+def widened(sums_R1: Tensor, p: float) -> Tensor:
+    """Return sums of ``|x|**p`` as those of x, x * 2^-600 and x * 2^600, for p = 1, 2: (R, 3)."""
+    down_R1, up_R1 = sums_R1 * _DOWN, sums_R1 * _UP
+    if p == 2:  # noqa: PLR2004 - 2^1200 is no float64
+        down_R1, up_R1 = down_R1 * _DOWN, up_R1 * _UP
+    return torch.cat([sums_R1, down_R1, up_R1], dim=1)
 
 
 def scaled_power_sum(row: Tensor, p: float, scale: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ reads the host.
 
 from collections.abc import Callable, Iterable, Sequence
 from math import inf, isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +48,8 @@ def power_sums(tensors: Sequence[Tensor], rows: Sequence[int], p: float) -> Tens
         sums_R = _by_rows(tensors, rows, _small_sums(p), lambda row: _large_sum(row, p))
     else:
         sums_R = _on_device(tensors, rows, p, lambda row: blocks.power_sum(row, p)).pow(p)
-    if p == _EUCLIDEAN and any(tensor.dtype is torch.float64 for tensor in tensors):
-        return _with_range(sums_R, tensors, rows)
+    if any(tensor.dtype is torch.float64 for tensor in tensors):
+        return _with_range(sums_R, tensors, rows, p)
     return sums_R.unsqueeze(1)
 
 
@@ -82,7 +83,10 @@ def scale_(tensors: Sequence[Tensor], rows: Sequence[int], coefficients: Tensor)
 
 
 def clamp_(tensors: Sequence[Tensor], limit: float | Tensor) -> Tensor:
-    """Clamp to [-limit, limit]; on the CPU only the tensors that exceed it are written."""
+    """Clamp to [-limit, limit]; on the CPU only the tensors that exceed it are written.
+
+    On an accelerator, what is clamped in a tensor that holds a NaN too does not show in the answer.
+    """
     tops = [_representable(limit, tensor.dtype) for tensor in tensors]
     maxima = abs_max(tensors, [1] * len(tensors))
     if not _on_cpu(tensors):
@@ -115,7 +119,7 @@ def _each_row(tensors: Sequence[Tensor], rows: Sequence[int]) -> Iterable[Tensor
         yield from blocks.rows_of(tensor, n)
 
 
-def _representable(limit: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+def _representable(limit: float | Tensor, dtype: torch.dtype) -> Any:
     if isinstance(limit, Tensor):
         return limit.clamp(max=torch.finfo(dtype).max).to(dtype)
     return min(limit, torch.finfo(dtype).max)
@@ -225,13 +229,13 @@ def _lane_sum(values: Tensor, p: float) -> float:
     return float(norms.dot(norms)) + (float(tail.dot(tail)) if len(tail) else 0.0)
 
 
-def _with_range(sums_R: Tensor, tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+def _with_range(sums_R: Tensor, tensors: Sequence[Tensor], rows: Sequence[int], p: float) -> Tensor:
     """Add the sums that keep float64's extremes in range: (R, 3)."""
-    wide_RA = blocks.widened(sums_R.unsqueeze(1))
+    wide_RA = blocks.widened(sums_R.unsqueeze(1), p)
     for index, row in enumerate(_each_row(tensors, rows)):
         if row.dtype is torch.float64 and row.numel() and _may_leave_range(sums_R[index], row):
             for column, exponent in ((1, -blocks.SCALE_EXPONENT), (2, blocks.SCALE_EXPONENT)):
-                wide_RA[index, column] = blocks.power_sum(row, _EUCLIDEAN, exponent)
+                wide_RA[index, column] = blocks.power_sum(row, p, exponent)
     return wide_RA
 
 
@@ -262,9 +266,11 @@ def _on_device(
     if any(n != 1 for n in rows) or blocks.home_of((tensors[0].device,)) != tensors[0].device:
         sums = torch.stack([by_blocks(row) for row in _each_row(tensors, rows)])
         return sums if p == inf else sums.pow(1 / p)
-    norms: list[Tensor] = [torch.empty(0)] * len(tensors)
-    for dtype in {tensor.dtype for tensor in tensors}:
-        where = [index for index, tensor in enumerate(tensors) if tensor.dtype is dtype]
+    zero = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
+    norms = [zero] * len(tensors)
+    filled = [index for index, tensor in enumerate(tensors) if tensor.numel()]
+    for dtype in {tensors[index].dtype for index in filled}:
+        where = [index for index in filled if tensors[index].dtype is dtype]
         found = torch._foreach_norm([tensors[i] for i in where], p, dtype=torch.float64)  # noqa: SLF001
         for index, norm in zip(where, found, strict=True):
             norms[index] = norm

@@ -15,8 +15,8 @@ def _rows(tensors: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
 
 
 def power_sums(tensors: Sequence[Tensor], rows: Sequence[int], p: float) -> Tensor:
-    """Sum ``|x|**p`` over each row, three times over for float64's range at p = 2: (R, A)."""
-    exponents = (0, -blocks.SCALE_EXPONENT, blocks.SCALE_EXPONENT) if p == 2 else (0,)  # noqa: PLR2004
+    """Sum ``|x|**p`` over each row, three times over for float64's range: (R, 3)."""
+    exponents = (0, -blocks.SCALE_EXPONENT, blocks.SCALE_EXPONENT)
     return torch.stack(
         [
             torch.stack([blocks.power_sum(row, p, e) for e in exponents])

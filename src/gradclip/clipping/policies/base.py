@@ -34,7 +34,8 @@ class Decision:
             guard: Relative margin that keeps rounding from exceeding the target.
         """
         exceeds_S = (norms_S > self.thresholds_S) & counts
-        return torch.where(exceeds_S, self.targets_S / norms_S * (1 - guard), 1.0)
+        shrunk_S = (self.targets_S / norms_S).clamp(max=1.0) * (1 - guard)
+        return torch.where(exceeds_S, shrunk_S, 1.0)
 
 
 class Policy(Config, ABC):

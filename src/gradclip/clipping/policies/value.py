@@ -37,5 +37,6 @@ class ValueClip(Policy):
         return self.clip_value < inf
 
     def decide(self, norms_S: Tensor, counts: Tensor, state: dict[str, Tensor]) -> Decision:  # noqa: ARG002 - no norm decides
-        """Scale nothing; the threshold is reported, and elements are clamped to it."""
-        return Decision(torch.full_like(norms_S, self.clip_value), torch.full_like(norms_S, inf))
+        """Scale nothing: elements are clamped to ``element_limit``, whatever the norm is."""
+        unlimited_S = torch.full_like(norms_S, inf)
+        return Decision(unlimited_S, unlimited_S)
