@@ -108,7 +108,7 @@ clipped=True, skipped=False, nonfinite=0)
         self._by_pattern = by_pattern
         self._order = _common_order(policy for policy in self._policies.values() if policy)
         self._states: dict[str, dict[str, Tensor]] = {}
-        self._recent: deque[ClipResult] = deque(maxlen=4)
+        self._recent: deque[ClipResult] = deque(maxlen=32)
         self._warned = False
         self.step = 0
         """How many calls there were."""
@@ -162,7 +162,8 @@ clipped=True, skipped=False, nonfinite=0)
         ]
         self.step += 1
         self.last = self._summarise(groups, results, totals)
-        self._recent.append(self.last)
+        if counts.device.type != "cpu" or counts:
+            self._recent.append(self.last)
         return self.last
 
     # collect
@@ -256,7 +257,7 @@ clipped=True, skipped=False, nonfinite=0)
             [group.gradients for group in groups],
             norm_type=groups[0].policy.order,
             step=self.step,
-            last_norms=[n for n in (float(r.norm_pre) for r in self._recent) if isfinite(n)],
+            last_norms=[n for n in (float(r.norm_pre) for r in self._recent) if isfinite(n)][-4:],
             ceiling=groups[0].policy.ceiling,
         )
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping import apply, kernels
-from gradclip.clipping.arguments import Nonfinite
 from gradclip.clipping.clipper import GradientClipper
 from gradclip.clipping.gradients import Gradients, check_supported, collect
 from gradclip.clipping.kernels.blocks import home_of
@@ -59,8 +58,11 @@ def clip_grad_norm_(
     """
     _check_foreach(foreach)
     policy = NormClip(max_norm=as_ceiling(max_norm, "max_norm"), norm_type=as_norm_order(norm_type))
-    nonfinite: Nonfinite = "raise" if _check_flag(error_if_nonfinite) else "propagate"
-    return GradientClipper(parameters, policy, nonfinite=nonfinite).clip().norm_pre
+    if _check_flag(error_if_nonfinite):
+        clipper = GradientClipper(parameters, policy, nonfinite="raise")
+    else:
+        clipper = GradientClipper(parameters, policy, nonfinite="propagate")
+    return clipper.clip().norm_pre
 
 
 def clip_grad_value_(

@@ -49,7 +49,7 @@ def power_sum(row: Tensor, p: float, exponent: int = 0) -> Tensor:
     sums = []
     for values in double_blocks(row):
         scaled = values.mul_(2.0**exponent) if exponent else values
-        sums.append(scaled.abs_().sum() if p == 1 else scaled.dot(scaled))
+        sums.append((scaled.abs_() if p == 1 else scaled.square_()).sum())
     return _total(sums, row)
 
 

@@ -194,8 +194,8 @@ def _small_maxima(values: Tensor, lengths: list[int]) -> list[float]:
 
 def _large_sum(row: Tensor, p: float) -> float:
     if row.numel() <= _EXACT and row.dtype is not torch.float64:
-        doubles = row.double()
-        return float(doubles.dot(doubles) if p == _EUCLIDEAN else doubles.abs_().sum())
+        norm = float(torch.linalg.vector_norm(row.double(), p))
+        return norm * norm if p == _EUCLIDEAN else norm
     total = sum(_lane_sum(block, p) for block in _native_blocks(row, p))
     lost = _LOST_SQUARE.get(row.dtype, _LOST_FLOAT32_SQUARE) if p == _EUCLIDEAN else 0.0
     if isfinite(total) and total >= row.numel() * lost:
@@ -226,7 +226,7 @@ def _lane_sum(values: Tensor, p: float) -> float:
     if p != _EUCLIDEAN:
         return float(body.sum(1).double().sum() + tail.sum())
     norms = torch.linalg.vector_norm(body, dim=1).double()
-    return float(norms.dot(norms)) + (float(tail.dot(tail)) if len(tail) else 0.0)
+    return float(norms.square_().sum()) + float(tail.square().sum())
 
 
 def _with_range(sums_R: Tensor, tensors: Sequence[Tensor], rows: Sequence[int], p: float) -> Tensor:
