@@ -1,0 +1,29 @@
+"""The ``gradclip`` command. Its help and its version need no torch."""
+
+import sys
+
+from gradclip.errors import GradClipError
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line; errors of ours are printed without a traceback, and exit with 2."""
+    try:
+        from gradclip.cli.app import app  # noqa: PLC0415 - typer and rich are an extra
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("typer", "rich"):
+            raise
+        sys.exit(
+            f"The gradclip command needs {missing}, which is not installed.\n"
+            '  pip install "gradclip[cli]"    # or "gradclip[all]" for the demo as well'
+        )
+    try:
+        app()
+    except GradClipError as error:
+        message = str(error)
+        # An error in a file comes with its picture of the file, drawn around the headline.
+        drawn = message.startswith("error[")
+        sys.stderr.write(message + "\n" if drawn else f"error[{error.code}]: {message}\n")
+        sys.exit(2)

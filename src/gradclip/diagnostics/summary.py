@@ -1,0 +1,116 @@
+"""A run in a few numbers, and what two runs say about clipping in one line."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gradclip.diagnostics.record import StepRecord
+from gradclip.errors import ArgumentValueError
+
+__all__ = ["FINAL_STEPS", "RunSummary", "compact", "decimal", "finding", "summarise"]
+
+FINAL_STEPS = 50
+"""The final loss is the mean of this many last losses (of all, in a shorter run)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """A run in a few numbers.
+
+    Attributes:
+        steps: How many optimizer steps were recorded.
+        clipped: How many of them were clipped.
+        nonfinite: How many of them met a NaN or an infinity in the gradients.
+        threshold: The last threshold; infinite where nothing was bounded.
+        final_loss: The mean of the last `FINAL_STEPS` losses that are finite; if the run diverged,
+            its last loss, which is not; None if no loss was recorded.
+        diverged_at: The first step of the non-finite losses that the run ended in, or None.
+        norm_p99: The gradient norm, before clipping, that one step in a hundred exceeds.
+        norm_max: The largest gradient norm before clipping.
+    """
+
+    steps: int
+    clipped: int
+    nonfinite: int
+    threshold: float
+    final_loss: float | None
+    diverged_at: int | None
+    norm_p99: float
+    norm_max: float
+
+    @property
+    def ending(self) -> str:
+        """The final loss in words: ``1.67``, or ``NaN from step 3``."""
+        if self.final_loss is None:
+            return "not recorded"
+        if self.diverged_at is None:
+            return f"{self.final_loss:.2f}"
+        value = "NaN" if math.isnan(self.final_loss) else self.final_loss
+        return f"{value} from step {self.diverged_at}"
+
+
+def summarise(records: Sequence[StepRecord]) -> RunSummary:
+    """Summarise a run.
+
+    Raises:
+        ArgumentValueError: There is no step.
+    """
+    if not records:
+        raise ArgumentValueError("a run without a step has no summary: the record is empty.")
+    losses = [(record.step, record.loss) for record in records if record.loss is not None]
+    last = [loss for _, loss in losses[-FINAL_STEPS:] if math.isfinite(loss)]
+    diverged_at = _diverged_at(losses)
+    if diverged_at is not None:
+        last = [losses[-1][1]]
+    # NaN does not sort: a norm that is not finite counts as the largest there is.
+    norms = sorted(
+        record.norm_pre if math.isfinite(record.norm_pre) else math.inf
+        for record in records
+        if record.norm_pre is not None
+    )
+    threshold = records[-1].threshold
+    return RunSummary(
+        steps=len(records),
+        clipped=sum(record.clipped for record in records),
+        nonfinite=sum(record.nonfinite > 0 for record in records),
+        threshold=math.inf if threshold is None else threshold,
+        final_loss=sum(last) / len(last) if last else None,
+        diverged_at=diverged_at,
+        norm_p99=norms[math.ceil(0.99 * len(norms)) - 1] if norms else math.nan,
+        norm_max=norms[-1] if norms else math.nan,
+    )
+
+
+def finding(clipped: Sequence[StepRecord], unclipped: Sequence[StepRecord] | None = None) -> str:
+    """Say in one line what clipping did, and what happened without it.
+
+    Args:
+        clipped: The run that was clipped.
+        unclipped: The same run without clipping.
+    """
+    run = summarise(clipped)
+    share = f"{100 * run.clipped / run.steps:.0f} % of {run.steps} steps"
+    limit = f" at max_norm {decimal(run.threshold)}" if math.isfinite(run.threshold) else ""
+    line = f"clipping {share}{limit}: loss {run.ending}"
+    if unclipped is None:
+        return line
+    return f"{line}; without: {summarise(unclipped).ending}"
+
+
+def compact(value: float) -> str:
+    """Write a number in three digits: ``0.57``, ``12.1``, ``5.8e3``."""
+    return f"{value:.3g}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
+
+
+def decimal(value: float) -> str:
+    """Write 1 as ``1.0``, and a float32 0.1 as ``0.1``."""
+    return str(float(f"{value:.4g}"))
+
+
+def _diverged_at(losses: Sequence[tuple[int, float]]) -> int | None:
+    first = None
+    for step, loss in reversed(losses):
+        if math.isfinite(loss):
+            break
+        first = step
+    return first

@@ -1,0 +1,89 @@
+import math
+
+import pytest
+
+from gradclip.diagnostics import StepRecord, finding, summarise
+from gradclip.diagnostics.summary import compact, decimal
+from gradclip.errors import ArgumentValueError
+
+
+def run(losses, norms, threshold=1.0):
+    return [
+        StepRecord(
+            step=step,
+            loss=loss,
+            norm_pre=norm,
+            threshold=threshold,
+            clipped=norm > threshold,
+            nonfinite=0 if math.isfinite(norm) else 2,
+        )
+        for step, (loss, norm) in enumerate(zip(losses, norms, strict=True))
+    ]
+
+
+def test_a_summary_counts_and_averages_the_end():
+    losses = [9.0] * 50 + [1.0] * 25 + [2.0] * 25
+    summary = summarise(run(losses, [float(norm) for norm in range(100)], threshold=79.0))
+
+    assert (summary.steps, summary.clipped, summary.nonfinite) == (100, 20, 0)
+    assert summary.final_loss == 1.5
+    assert (summary.norm_p99, summary.norm_max) == (98.0, 99.0)
+    assert summary.threshold == 79.0
+    assert summary.diverged_at is None
+
+
+def test_a_diverged_run_ends_where_its_loss_stopped_being_a_number():
+    summary = summarise(run([3.0, math.inf, 2.0, math.nan, math.nan], [1.0, 2.0, 3.0, 4.0, 5.0]))
+
+    assert summary.diverged_at == 3
+    assert math.isnan(summary.final_loss)
+    assert summary.ending == "NaN from step 3"
+
+
+def test_one_overflow_on_the_way_is_not_the_end():
+    summary = summarise(run([3.0, math.inf, 2.0], [1.0, 1.0, 1.0]))
+
+    assert summary.diverged_at is None
+    assert summary.final_loss == 2.5
+
+
+def test_a_norm_that_is_no_number_counts_as_the_largest():
+    summary = summarise(run([1.0] * 3, [0.5, math.nan, 0.25]))
+
+    assert (summary.nonfinite, summary.norm_max) == (1, math.inf)
+
+
+def test_the_finding_is_one_line():
+    clipped = run([1.5] * 50, [2.0] * 10 + [0.5] * 40)
+    unclipped = run([2.25] * 50, [0.5] * 50, threshold=math.inf)
+    diverged = run([2.25, *[math.inf] * 49], [0.5] * 50, threshold=math.inf)
+
+    assert finding(clipped) == "clipping 20 % of 50 steps at max_norm 1.0: loss 1.50"
+    assert finding(clipped, unclipped).endswith(": loss 1.50; without: 2.25")
+    assert finding(clipped, diverged).endswith(": loss 1.50; without: inf from step 1")
+    assert finding(unclipped) == "clipping 0 % of 50 steps: loss 2.25"
+
+
+def test_a_run_without_losses_has_no_final_loss():
+    summary = summarise([StepRecord(step=0, norm_pre=1.0)])
+
+    assert summary.final_loss is None
+    assert summary.ending == "not recorded"
+
+
+def test_no_step_is_no_run():
+    with pytest.raises(ArgumentValueError, match="record is empty"):
+        summarise([])
+
+
+def test_numbers_are_short():
+    assert [compact(value) for value in (0.57, 12.1, 5800.0, 1e4, 2e-7, 1e12, math.inf)] == [
+        "0.57",
+        "12.1",
+        "5.8e3",
+        "1e4",
+        "2e-7",
+        "1e12",
+        "inf",
+    ]
+    assert [decimal(value) for value in (1.0, 0.10000000149, 25.0)] == ["1.0", "0.1", "25.0"]
