@@ -69,9 +69,11 @@ def steps(coefficients_S: Tensor, targets_S: Tensor, norms_S: Tensor, guard: flo
 
     A norm of 1e300 and a target of 1e-20 have a quotient that is subnormal, and so coarse.
     """
-    tiny_S = (coefficients_S > 0) & (coefficients_S < _SUBNORMAL)
-    if coefficients_S.device.type != "cpu" or not tiny_S.any():
+    if coefficients_S.device.type != "cpu" or coefficients_S.numel() == 0:
         return [coefficients_S]
+    if not 0 < float(coefficients_S.amin()) < _SUBNORMAL:
+        return [coefficients_S]
+    tiny_S = coefficients_S < _SUBNORMAL
     rest_S = targets_S * (1 / _STEP) / norms_S * (1 - guard)
     step_S = torch.where(tiny_S, _STEP, torch.ones_like(coefficients_S))
     return [step_S, torch.where(tiny_S, rest_S, coefficients_S)]

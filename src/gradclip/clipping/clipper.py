@@ -40,7 +40,7 @@ ParametersLike: TypeAlias = (
 _EUCLIDEAN = 2.0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Group:
     """One name pattern at one call."""
 

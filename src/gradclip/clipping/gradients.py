@@ -15,7 +15,7 @@ _SUPPORTED = FLOATING | COMPLEX
 _DOUBLES = {torch.float64, torch.complex128}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Gradients:
     """The gradients of one group at one call.
 

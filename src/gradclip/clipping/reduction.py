@@ -18,7 +18,7 @@ _LOST_ROOT = 2.0**-450
 _LARGEST = torch.finfo(torch.float64).max
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Measured:
     """What was measured of one group of gradients.
 

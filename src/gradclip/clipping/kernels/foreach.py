@@ -20,9 +20,6 @@ from gradclip.clipping.kernels import blocks
 _SMALL = 1024
 """Tensors up to this many elements are gathered and converted to float64 together."""
 
-_FEW = 8
-"""Fewer tensors than this are not worth gathering."""
-
 _EXACT = 8192
 """A tensor up to this many elements is converted to float64, which then needs no second look."""
 
@@ -127,7 +124,7 @@ def _representable(limit: float | Tensor, dtype: torch.dtype) -> Any:
 
 # --- the CPU, where the host reads for nothing -------------------------------------------------
 
-_Small = Callable[[Tensor, list[int]], list[float]]
+_Small = Callable[[Tensor, Tensor], Tensor]
 _Large = Callable[[Tensor], float]
 
 
@@ -138,23 +135,22 @@ def _by_rows(
     if any(n != 1 for n in rows):
         tensors = list(_each_row(tensors, rows))
     sizes = [tensor.numel() for tensor in tensors]
-    results = [0.0] * len(sizes)
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) == 1 and max(sizes) <= _SMALL and sum(sizes) <= _GATHERED:
+        return small(_flatten_dense_tensors(tensors), torch.tensor(sizes))
+    found = [0.0] * len(sizes)
     gathered: dict[torch.dtype, list[int]] = {}
     for index, size in enumerate(sizes):
         if size > _SMALL:
-            results[index] = large(_flat(tensors[index]))
-        elif size:
+            found[index] = large(_flat(tensors[index]))
+        else:
             gathered.setdefault(tensors[index].dtype, []).append(index)
+    results = torch.tensor(found, dtype=torch.float64)
     for indices in gathered.values():
-        if len(indices) < _FEW:
-            for index in indices:
-                results[index] = large(_flat(tensors[index]))
-            continue
         for batch in _batches(indices, sizes):
             flat = _flatten_dense_tensors([tensors[index] for index in batch])
-            for index, value in zip(batch, small(flat, [sizes[i] for i in batch]), strict=True):
-                results[index] = value
-    return torch.tensor(results, dtype=torch.float64)
+            results[batch] = small(flat, torch.tensor([sizes[index] for index in batch]))
+    return results
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -172,24 +168,18 @@ def _batches(indices: list[int], sizes: list[int]) -> Iterable[list[int]]:
     yield indices[start:]
 
 
-def _segments(values: Tensor, lengths: list[int], reduce: str) -> list[float]:
-    result: list[float] = torch.segment_reduce(
-        values, reduce, lengths=torch.tensor(lengths)
-    ).tolist()
-    return result
-
-
 def _small_sums(p: float) -> _Small:
-    def sums(values: Tensor, lengths: list[int]) -> list[float]:
+    def sums(values: Tensor, lengths: Tensor) -> Tensor:
         doubles = values.to(torch.float64, copy=True)
         powers = doubles.square_() if p == _EUCLIDEAN else doubles.abs_()
-        return _segments(powers, lengths, "sum")
+        return torch.segment_reduce(powers, "sum", lengths=lengths, unsafe=True)
 
     return sums
 
 
-def _small_maxima(values: Tensor, lengths: list[int]) -> list[float]:
-    return _segments(values.to(torch.float64, copy=True).abs_(), lengths, "max")
+def _small_maxima(values: Tensor, lengths: Tensor) -> Tensor:
+    moduli = values.to(torch.float64, copy=True).abs_()
+    return torch.segment_reduce(moduli, "max", lengths=lengths, unsafe=True, initial=0.0)
 
 
 def _large_sum(row: Tensor, p: float) -> float:

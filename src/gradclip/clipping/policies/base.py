@@ -33,6 +33,9 @@ class Decision:
             counts: 0-d bool; where false, nothing is scaled.
             guard: Relative margin that keeps rounding from exceeding the target.
         """
+        readable = norms_S.device.type == "cpu" and norms_S.numel() == 1
+        if readable and not float(norms_S) > float(self.thresholds_S):
+            return torch.ones_like(norms_S)  # as most steps do
         exceeds_S = (norms_S > self.thresholds_S) & counts
         shrunk_S = (self.targets_S / norms_S).clamp(max=1.0) * (1 - guard)
         return torch.where(exceeds_S, shrunk_S, 1.0)
