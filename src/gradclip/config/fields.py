@@ -1,0 +1,77 @@
+"""What a configuration's fields accept: every field known by name, every number a number."""
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+_SHOWN_FIELDS = 20
+
+__all__ = ["make_numbers_strict", "refuse_unknown_fields"]
+
+
+def make_numbers_strict(schema: Any, cls: type) -> None:
+    """Keep pydantic from reading True, "2.5" or "yes" as a number or a boolean, in place.
+
+    Its own ``strict=True`` would also refuse a list for a tuple, and a list is all a file has.
+
+    Args:
+        schema: The core schema of ``cls``, or a part of it.
+        cls: The model; other models in the schema are left as they are.
+    """
+    if isinstance(schema, list | tuple):
+        for item in schema:
+            make_numbers_strict(item, cls)
+    elif isinstance(schema, dict) and schema.get("cls", cls) is cls:
+        if schema.get("type") in ("float", "int", "bool"):
+            schema.setdefault("strict", True)
+        for key, part in schema.items():
+            if key not in {"default", "metadata", "config", "serialization", "expected"}:
+                make_numbers_strict(part, cls)
+
+
+def refuse_unknown_fields(cls: type[BaseModel], data: Mapping[Any, Any]) -> None:
+    """Say which field was probably meant, before pydantic says only that one is too many.
+
+    Raises:
+        ValidationError: ``data`` has a key that is no field of ``cls``.
+    """
+    names = list(_accepted_keys(cls))
+    unknown = [key for key in data if key not in names]
+    if not unknown:
+        return
+    missing = [
+        f"`{name}` is required and is now missing"
+        + (f": {field.description}" if field.description else "")
+        for name, field in cls.model_fields.items()
+        if field.is_required() and name not in data and field.alias not in data
+    ]
+    details = []
+    for key in unknown[:_SHOWN_FIELDS]:
+        shown = ascii(str(key))[1:-1]
+        lines = [
+            f"unknown field `{shown}` in {_described(cls)}",
+            *(f"did you mean `{name}`?" for name in get_close_matches(str(key), names, n=1)),
+            *missing,
+            f"valid fields: {', '.join(names)}",
+        ]
+        kind = PydanticCustomError("unknown_field", "\n".join(lines))
+        details.append(InitErrorDetails(type=kind, loc=(str(key),), input=data[key]))
+    raise ValidationError.from_exception_data(cls.__name__, details)
+
+
+def _accepted_keys(cls: type[BaseModel]) -> Iterator[str]:
+    for name, field in cls.model_fields.items():
+        yield name
+        if isinstance(field.alias, str):
+            yield field.alias
+
+
+def _described(cls: type[BaseModel]) -> str:
+    """Name a member of a union as a file does, by the one value that tells it apart."""
+    for name, field in cls.model_fields.items():
+        if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1:
+            return f'{name} "{get_args(field.annotation)[0]}"'
+    return cls.__name__

@@ -1,0 +1,80 @@
+"""Configuration files: YAML, TOML and JSON."""
+
+import os
+import secrets
+from collections.abc import Collection
+from pathlib import Path
+
+from gradclip.config.base import Config, read
+from gradclip.config.parse import MAX_BYTES, Format, parse
+from gradclip.config.report import file_error
+
+__all__ = ["dump", "load"]
+
+_FORMATS: dict[str, Format] = {".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".json": "json"}
+
+
+def load(path: str | os.PathLike[str], *, allow: Collection[str] = ()) -> Config:
+    """Read a configuration from a ``.yaml``, ``.yml``, ``.toml`` or ``.json`` file.
+
+    The file's ``class_type`` says what is configured: a configurable class of gradclip, one that
+    the running program registered, one in an allowed package, or the configuration class of one.
+    Nothing else is imported, and no instance is built: call the configuration for that.
+
+    Args:
+        path: The file.
+        allow: Packages or modules of which the file may name any class; ``"my_pkg"`` covers
+            ``my_pkg.hooks``, not ``my_pkg2``. Their modules are imported when the file names them.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigError: GC001, a field is unknown, missing or wrong.
+        ClassTypeError: GC002, ``class_type`` names what a file may not name.
+        ConfigFileError: GC003, the file cannot be read, or is not what its suffix says.
+    """
+    path = Path(path)
+    return read(parse(_text(path), _format(path), str(path)), Config, allow)
+
+
+def dump(config: Config, path: str | os.PathLike[str]) -> None:
+    """Write a configuration to a file from which ``load`` reads an equal one.
+
+    The file is replaced in one step: at any moment it holds the old text or the new.
+
+    Raises:
+        ConfigError: GC001, the configuration cannot be written in that format.
+        MissingDependencyError: GC401, TOML needs ``gradclip[pipeline]``.
+    """
+    path = Path(path).resolve()  # so that a link stays one
+    text = config.to_str(_format(path))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _format(path: Path) -> Format:
+    try:
+        return _FORMATS[path.suffix.lower()]
+    except KeyError:
+        suffixes = ", ".join(_FORMATS)
+        raise file_error(str(path), f"the file's name must end in one of {suffixes}") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise file_error(str(path), f"cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise file_error(str(path), f"not UTF-8 text: {error.reason}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")

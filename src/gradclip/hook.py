@@ -1,0 +1,465 @@
+"""Hooks around a piece of work: contexts, the channels that run them, handles that remove them.
+
+``with channel.begin(arg):`` runs the ``before`` of every registered context, the body, then every
+``after``, each in the order of registration. What happens when one of them fails is written at
+``HookContextChannel.begin``; it costs a few hundred nanoseconds, so it can stand around anything.
+"""
+
+import functools
+import inspect
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from types import CodeType, TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from gradclip.errors import ArgumentTypeError, ArgumentValueError
+
+__all__ = [
+    "FunctionInfo",
+    "HookContext",
+    "HookContextChannel",
+    "HookContextFromCallable",
+    "HookHandler",
+    "RemovableHandle",
+    "RemoveableHandle",
+]
+
+T = TypeVar("T")
+CallableT = TypeVar("CallableT", bound=Callable[..., Any])
+
+# A ring of wrappers must not hold a repr up.
+_MAX_LAYERS = 16
+
+
+@dataclass(frozen=True, repr=False)
+class FunctionInfo:
+    """What a callable is called and where it is written; ``from_callable`` never fails."""
+
+    func: Any
+    """The callable itself."""
+    owner: Any
+    """What a bound method is bound to, else None."""
+    name: str
+    """The qualified name; ``partial(...)`` around it for a partial."""
+    source_file: str | None
+    """None for what is not written in Python."""
+    source_lineno: int | None
+    """The first line of the definition, counted from 1."""
+
+    @classmethod
+    def from_callable(cls, func: Any) -> Self:
+        """Describe any callable: functions, methods, partials, builtins, classes, instances."""
+        code = None
+        # Any attribute of a foreign object may raise anything, and a repr may not.
+        with suppress(Exception):
+            code = _code(func)
+        return cls(
+            func=func,
+            owner=func.__self__ if inspect.ismethod(func) else None,
+            name=_name(func),
+            source_file=code.co_filename if code else None,
+            source_lineno=code.co_firstlineno if code else None,
+        )
+
+    @property
+    def source_file_lineno(self) -> str:
+        """``file:line``, or ``<no Python source>``."""
+        if self.source_file is None:
+            return "<no Python source>"
+        return f"{self.source_file}:{self.source_lineno}"
+
+    @property
+    def signature(self) -> inspect.Signature | None:
+        """The signature, where Python can tell it."""
+        with suppress(Exception):
+            return inspect.signature(self.func)
+        return None
+
+    @property
+    def source_code(self) -> str | None:
+        """The text of the definition, where its file can be read."""
+        with suppress(Exception):
+            code = _code(self.func)
+            return None if code is None else inspect.getsource(code)
+        return None
+
+    def __repr__(self) -> str:
+        return f"<{self.name} at {self.source_file_lineno}>"
+
+
+def _code(func: Any) -> CodeType | None:
+    """Find the Python code behind partials, wrappers, methods, classes and callable objects."""
+    for _ in range(_MAX_LAYERS):
+        code = getattr(func, "__code__", None)
+        if isinstance(func, functools.partial):
+            func = func.func
+        elif hasattr(func, "__wrapped__"):
+            func = func.__wrapped__
+        elif isinstance(code, CodeType):
+            return code
+        elif isinstance(func, type):
+            func = func.__dict__.get("__init__")
+        else:
+            func = type(func).__call__
+    return None
+
+
+def _name(func: Any) -> str:
+    if isinstance(func, functools.partial):
+        return f"partial({_name(func.func)})"
+    with suppress(Exception):
+        if isinstance(func.__qualname__, str):
+            return func.__qualname__
+    return type(func).__qualname__
+
+
+class RemoveableHandle(Generic[CallableT]):
+    """Undoes a registration, once: by ``remove()``, by a call, or at the end of a ``with`` block.
+
+    Args:
+        hook: What undoes the registration. It is dropped after the first use, and every later one
+            does nothing.
+    """
+
+    def __init__(self, hook: CallableT) -> None:
+        self.hook: CallableT | None = hook
+
+    def remove(self) -> None:
+        """Unregister; harmless when that has already happened."""
+        hook, self.hook = self.hook, None
+        if hook is not None:
+            hook()
+
+    def __call__(self) -> None:
+        """Unregister, like ``remove``."""
+        self.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.remove()
+
+
+RemovableHandle = RemoveableHandle
+
+
+class HookHandler(Generic[CallableT]):
+    """A named list of callables that are all called with the same arguments, in order.
+
+    Changing the list during a call takes effect at the next one.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._handlers: tuple[CallableT, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Call every handler; the first error ends the call."""
+        for handler in self._handlers:
+            handler(*args, **kwargs)
+
+    def __len__(self) -> int:
+        return len(self._handlers)
+
+    def register(self, handler: CallableT) -> RemoveableHandle[Callable[[], None]]:
+        """Add a handler; one that is already there keeps its place."""
+        if handler not in self._handlers:
+            self._handlers = (*self._handlers, handler)
+        return RemoveableHandle(lambda: self._discard(handler))
+
+    def register_once(self, handler: CallableT) -> RemoveableHandle[Callable[[], None]]:
+        """Add a handler for the next call only."""
+
+        @functools.wraps(handler, updated=())
+        def once(*args: Any, **kwargs: Any) -> None:
+            handle.remove()
+            handler(*args, **kwargs)
+
+        handle = self.register(once)  # type: ignore[arg-type]
+        return handle
+
+    def unregister_all(self) -> None:
+        """Forget every handler."""
+        self._handlers = ()
+
+    def _discard(self, handler: CallableT) -> None:
+        self._handlers = tuple(known for known in self._handlers if known != handler)
+
+    def __repr__(self) -> str:
+        infos = [FunctionInfo.from_callable(handler) for handler in self._handlers]
+        return f"{type(self).__name__}({self.name!r}, {infos})"
+
+
+class HookContext(ABC, Generic[T]):
+    """Something to do before and after a piece of work; subclass it, or use ``from_callable``.
+
+    Args:
+        name: Shown in the ``repr``; None for an anonymous context.
+    """
+
+    name: str | None = None
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name
+
+    @abstractmethod
+    def before(self, arg: T) -> None:
+        """Run before the body; when it raises, the body does not run."""
+
+    @abstractmethod
+    def after(self, arg: T) -> None:
+        """Run after the body, whether it failed or not, if ``before`` returned."""
+
+    def begin(self, arg: T) -> "_Begin[T]":
+        """Run this context alone around a ``with`` block, as a channel that holds only it would."""
+        begin: _Begin[T] = _Begin()
+        begin.hooks = (self,)
+        begin.arg = arg
+        return begin
+
+    @property
+    def before_info(self) -> FunctionInfo | None:
+        """What runs before, and where it is written."""
+        return FunctionInfo.from_callable(self.before)
+
+    @property
+    def after_info(self) -> FunctionInfo | None:
+        """What runs after, and where it is written."""
+        return FunctionInfo.from_callable(self.after)
+
+    @staticmethod
+    def from_callable(
+        name: str | None = None,
+        before: Callable[[T], Any] | None = None,
+        after: Callable[[T], Any] | None = None,
+    ) -> "HookContextFromCallable[T]":
+        """Make a context of one or two callables; their results are ignored."""
+        return HookContextFromCallable(name=name, before=before, after=after)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}"
+            f"(name={self.name!r}, before={self.before_info}, after={self.after_info})"
+        )
+
+
+class HookContextFromCallable(HookContext[T]):
+    """A context made of one or two callables."""
+
+    def __init__(
+        self,
+        name: str | None = None,
+        before: Callable[[T], Any] | None = None,
+        after: Callable[[T], Any] | None = None,
+    ) -> None:
+        super().__init__(name)
+        self._before = before
+        self._after = after
+
+    def before(self, arg: T) -> None:
+        """Call the first callable, if there is one."""
+        if self._before is not None:
+            self._before(arg)
+
+    def after(self, arg: T) -> None:
+        """Call the second callable, if there is one."""
+        if self._after is not None:
+            self._after(arg)
+
+    @property
+    def before_info(self) -> FunctionInfo | None:
+        """The first callable; None if there is none."""
+        return None if self._before is None else FunctionInfo.from_callable(self._before)
+
+    @property
+    def after_info(self) -> FunctionInfo | None:
+        """The second callable; None if there is none."""
+        return None if self._after is None else FunctionInfo.from_callable(self._after)
+
+
+# The ids of the args with an `exception` attribute that some begin() has not left yet; each such
+# begin() holds its arg, so an id cannot come to mean another object meanwhile.
+_in_flight: set[int] = set()
+_ABSENT = object()
+
+
+class _Begin(Generic[T]):
+    """The context manager of ``begin``, written for speed.
+
+    A generator costs twice as much, and so does an ``__init__``: ``begin`` fills the slots.
+    """
+
+    __slots__ = ("arg", "hooks", "key")
+    arg: T
+    hooks: tuple[HookContext[T], ...]
+    key: int
+    """The id of the arg where this is the outermost begin on it, else 0."""
+
+    def __enter__(self) -> T:
+        arg: Any = self.arg
+        self.key = 0
+        if getattr(arg, "exception", _ABSENT) is not _ABSENT:
+            key = id(arg)
+            if key not in _in_flight:
+                arg.exception = None
+                _in_flight.add(key)
+                self.key = key
+        if self.hooks:
+            entered = 0
+            try:
+                for hook in self.hooks:
+                    hook.before(arg)
+                    entered += 1
+            except BaseException as error:
+                self.hooks = self.hooks[:entered]
+                self.__exit__(type(error), error, None)
+                raise
+        return self.arg
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        first = exc
+        if exc is not None:
+            self._keep(exc)
+        if self.hooks:
+            for hook in self.hooks:
+                try:
+                    hook.after(self.arg)
+                except BaseException as error:  # noqa: BLE001, every other `after` must still run
+                    if first is None:
+                        first = error
+                        self._keep(error)
+                    elif error is not first:
+                        first.add_note(_note(hook, error))
+        if self.key:
+            _in_flight.discard(self.key)
+        if first is not exc:
+            try:
+                raise first  # type: ignore[misc]
+            finally:
+                # Or the error and this frame, with the whole arg, would keep each other alive.
+                del first
+
+    def _keep(self, error: BaseException) -> None:
+        arg: Any = self.arg
+        # A nested begin leaves an earlier error in place; without the attribute there is none.
+        if self.key or getattr(arg, "exception", _ABSENT) is None:
+            arg.exception = error
+
+
+def _note(hook: HookContext[Any], error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    what = "".join(traceback.format_exception_only(error)).strip()
+    return f"Afterwards, the `after` of {HookContext.__repr__(hook)} raised{where}: {what}"
+
+
+class HookContextChannel(Generic[T]):
+    """An ordered set of contexts that run around the same piece of work.
+
+    A context is in a channel at most once (by identity) and keeps its first place.
+
+    Args:
+        name: What the channel stands for, such as ``"on_step"``.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        # Replaced, never changed: a begin() that is under way keeps what it started with.
+        self._hooks: tuple[HookContext[T], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self._hooks)
+
+    def __getitem__(self, item: int) -> HookContext[T]:
+        return self._hooks[item]
+
+    def __iter__(self) -> Iterator[HookContext[T]]:
+        return iter(self._hooks)
+
+    def register(self, hook: HookContext[T]) -> RemoveableHandle[Callable[[], None]]:
+        """Add a context at the end, from the next ``begin`` on.
+
+        Returns:
+            A handle that removes the context again.
+
+        Raises:
+            ArgumentTypeError: GC011, ``hook`` is not a ``HookContext``.
+        """
+        if not isinstance(hook, HookContext):
+            raise ArgumentTypeError(
+                f"channel {self.name!r} takes a HookContext, not {_shown(hook)}; make one of a "
+                "function with HookContext.from_callable(before=...) or (after=...)"
+            )
+        return self._add((hook,))
+
+    def register_hook_channel(
+        self, channel: "HookContextChannel[T]"
+    ) -> RemoveableHandle[Callable[[], None]]:
+        """Add the contexts that another channel of the same name holds now.
+
+        Returns:
+            A handle that removes all of them again.
+
+        Raises:
+            ArgumentValueError: GC010, the channels have different names.
+        """
+        if channel.name != self.name:
+            raise ArgumentValueError(
+                f"channel {channel.name!r} cannot be registered in channel {self.name!r}: its "
+                "hooks would run at another time than they were written for"
+            )
+        return self._add(channel._hooks)  # noqa: SLF001, the same class
+
+    def _add(self, hooks: tuple[HookContext[T], ...]) -> RemoveableHandle[Callable[[], None]]:
+        known = {id(hook) for hook in self._hooks}
+        self._hooks += tuple(hook for hook in hooks if id(hook) not in known)
+        return RemoveableHandle(lambda: self._discard(hooks))
+
+    def _discard(self, hooks: tuple[HookContext[T], ...]) -> None:
+        gone = {id(hook) for hook in hooks}
+        self._hooks = tuple(hook for hook in self._hooks if id(hook) not in gone)
+
+    def __iadd__(self, other: "HookContextChannel[T] | HookContext[T]") -> Self:
+        if isinstance(other, HookContextChannel):
+            self.register_hook_channel(other)
+        else:
+            self.register(other)
+        return self
+
+    def unregister_all(self) -> None:
+        """Remove every context, from the next ``begin`` on."""
+        self._hooks = ()
+
+    def begin(self, arg: T) -> _Begin[T]:
+        """Run the registered contexts around a ``with`` block, which is given ``arg``.
+
+        When a ``before`` raises, neither the body nor the contexts after it run. Every ``after``
+        of a context whose ``before`` returned runs, whatever failed. The first error is raised;
+        later ones are attached to it as notes.
+
+        When ``arg`` has an attribute ``exception``, the first error is put there, so that every
+        later ``after`` sees it. The outermost ``begin`` on an arg sets it to None on entry and
+        leaves it readable on exit; one nested in another on the same arg only ever fills it in.
+        """
+        begin: _Begin[T] = _Begin()
+        begin.hooks = self._hooks
+        begin.arg = arg
+        return begin
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__}({self.name!r}, hooks: {len(self)})"]
+        return "\n  ".join([*lines, *(f"{i}: {hook!r}" for i, hook in enumerate(self))])
+
+
+def _shown(value: object) -> str:
+    """Name a value whose own ``repr`` may be long, or fail."""
+    return f"an object of type {type(value).__qualname__}"

@@ -1,0 +1,360 @@
+"""What a hostile file may name and hold: nothing is resolved, run or imported for any of it."""
+
+import itertools
+import json
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from gradclip.config import AnyConfig, ClassConfig, ClassInitFromConfigMixin, Config, load
+from gradclip.config.class_type import resolve
+from gradclip.errors import ClassTypeError, ConfigError, ConfigFileError
+
+HERE = __name__
+
+CLASS_TYPES = [
+    # functions and classes of the standard library, and of what is installed with us
+    "os:system",
+    "posix:system",
+    "builtins:eval",
+    "builtins:exec",
+    "builtins:__import__",
+    "builtins:object",
+    "subprocess:Popen",
+    "importlib:import_module",
+    "pickle:Unpickler",
+    "ctypes:CDLL",
+    "antigravity:geohash",
+    "this:s",
+    "torch:load",
+    "torch.hub:load",
+    "pydantic:BaseModel",
+    "yaml:UnsafeLoader",
+    "__main__:open",
+    # code
+    "lambda x: x",
+    "lambda: __import__('os').system('true')",
+    "__import__('os'):system",
+    "eval('1'):x",
+    "os.system('true')",
+    "os:system('true')",
+    # dunder walks
+    "builtins:object.__subclasses__",
+    "gradclip.config.base:Config.__class__",
+    "gradclip.config.base:Config.__init__.__globals__",
+    "gradclip.config.base:Config.__base__",
+    f"{HERE}:Hook.__class__",
+    f"{HERE}:Hook.__init__",
+    f"{HERE}:Hook.__dict__",
+    f"{HERE}:Hook.mro",
+    # gradclip's own modules, and names that they import
+    "gradclip.cli:main",
+    "gradclip.cli.demo:demo",
+    "gradclip.config.class_type:resolve",
+    "gradclip.config.class_type:import_module",
+    "gradclip.config.files:os.system",
+    "gradclip.hook:HookContext",
+    "gradclip.errors:GradClipError",
+    "gradclip.pipeline.trainer:HookBasedTrainer",
+    "gradclip.pipeline.hooks.grad_clip:torch.hub.load",
+    "gradclip.pipeline.hooks.grad_clip:GradientClipper",
+    "gradclip.pipeline.hooks.checkpoint:os.system",
+    "gradclip.pipeline.hooks.absent:Hook",
+    "gradclip.pipeline.hooks:__builtins__.eval",
+    "gradclip.clipping.policies.base:torch.load",
+    "gradclip.pipeline.hooks_of_somebody_else:Hook",
+    "gradclip.clipping.policies2:NormClip",
+    # relative and malformed modules
+    ".os:system",
+    "..os:system",
+    "os.:system",
+    "os..path:join",
+    ":system",
+    "os:",
+    ":",
+    "",
+    "os",
+    "os.system",
+    "os:path:join",
+    "os::system",
+    "os/path:join",
+    "../os:system",
+    "C:\\os:system",
+    "file:///tmp/x:Hook",
+    "os:.system",
+    "os:system.",
+    "os:1system",
+    "1os:system",
+    # white space, and characters that some normalisation turns into ASCII
+    " os:system",
+    "os:system ",
+    "os :system",
+    "os:\tsystem",
+    "os:system\n",
+    f"{HERE}:Hook\n",
+    f"\n{HERE}:Hook",
+    f"{HERE}:Hook\x00",
+    f" {HERE}:Hook",
+    f"{HERE}\uff1aHook",
+    f"{HERE}:H\u00f6ok",
+    f"{HERE}:\uff28ook",
+    f"{HERE}:Hoo\u212a",
+    f"{HERE}:Hook\u200b",
+    f"{HERE}:\u202eHook",
+    "o\u017f:system",
+    "\u1d52s:system",
+    # size
+    "a" * 100_000 + ":b",
+    "a." * 50_000 + "a:b",
+    "os:" + "system." * 10_000 + "x",
+]
+
+
+class Hook(ClassInitFromConfigMixin):
+    pass
+
+
+class HookConfig(ClassConfig[Hook]):
+    class_type: type[Hook] = Hook
+    rate: float = 0.5
+
+
+class ManyConfig(Config):
+    many: tuple[HookConfig, ...] = ()
+
+
+class Holder(Config):
+    anything: AnyConfig
+
+
+def test_there_are_enough_hostile_names():
+    assert len(set(CLASS_TYPES)) == len(CLASS_TYPES) >= 30
+
+
+@pytest.mark.parametrize("name", CLASS_TYPES, ids=lambda name: ascii(name)[:60])
+def test_a_hostile_name_is_refused_everywhere_it_can_stand(tmp_path, name):
+    with pytest.raises(ClassTypeError):
+        resolve(name)
+    with pytest.raises(ClassTypeError):
+        resolve(name, allow=("my_pkg", "gradclip.pipeline.hooks"))
+    path = tmp_path / "hostile.json"
+    for data in (
+        {"class_type": name},
+        {"class_type": f"{HERE}:Holder", "anything": {"class_type": name}},
+    ):
+        path.write_text(json.dumps(data))
+        with pytest.raises(ClassTypeError) as caught:
+            load(path)
+        assert len(str(caught.value)) < 1_000
+    with pytest.raises(ClassTypeError):
+        HookConfig.from_str(json.dumps({"class_type": name}))
+    with pytest.raises(ValueError, match="class_type"):
+        HookConfig(class_type=name)
+
+
+def test_no_module_is_imported_for_any_hostile_name(tmp_path):
+    """An audit hook sees every import of the process after the first, harmless load."""
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps(CLASS_TYPES))
+    script = """
+        import json, sys
+        from pathlib import Path
+
+        class Hook: pass  # as a program of its own would have
+
+        from gradclip.config import Config, load
+        from gradclip.config.class_type import ROOTS, resolve
+        from gradclip.errors import ClassTypeError
+        import gradclip.clipping.policies, gradclip.pipeline.hooks  # what a name may import
+
+        names = json.loads(Path(sys.argv[1]).read_text())
+        path = Path(sys.argv[1]).with_name("hostile.yaml")
+
+        def refuse(name):
+            try:
+                resolve(name, allow=("my_pkg", "gradclip.pipeline.hooks"))
+            except ClassTypeError:
+                pass
+            else:
+                raise SystemExit(f"resolved {name!a}")
+            path.write_text(json.dumps({"class_type": name}))
+            try:
+                load(path)
+            except ClassTypeError:
+                pass
+            else:
+                raise SystemExit(f"loaded {name!a}")
+
+        refuse("warm:Up")  # whatever Python itself imports lazily to format an error
+        imported = []
+        sys.addaudithook(lambda event, args: event == "import" and imported.append(args[0]))
+        modules = set(sys.modules)
+        for name in names:
+            refuse(name)
+        assert not imported, imported
+        assert set(sys.modules) == modules
+        import this_is_seen_by_the_hook_if_it_works
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(names)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stderr.strip().endswith(
+        "ModuleNotFoundError: No module named 'this_is_seen_by_the_hook_if_it_works'"
+    ), result.stdout + result.stderr
+
+
+HOOK = f"class_type: {HERE}:Hook\n"
+FILES = {
+    "a tag that runs code": ("yaml", "!!python/object/apply:os.system ['true']", "no tags"),
+    "a tag on a value": ("yaml", HOOK + "rate: !!python/name:os.system ''\n", "no tags"),
+    "a harmless tag": ("yaml", HOOK + "rate: !!float 1\n", "no tags"),
+    "a tag of its own": ("yaml", "!hook {a: 1}\n", "no tags"),
+    "a tag without a name": ("yaml", "! a\n", "no tags"),
+    "a tag by prefix": (
+        "yaml",
+        "%TAG !p! tag:yaml.org,2002:python/\n---\n!p!name:os.system\n",
+        "no tags",
+    ),
+    "a tagged key": ("yaml", "!!python/name:os.system a: 1\n", "no tags"),
+    "an anchor": ("yaml", HOOK + "rate: &a 1\n", "no anchors"),
+    "an alias of nothing": ("yaml", HOOK + "rate: *a\n", "no anchors"),
+    "an alias of itself": ("yaml", "&a [*a]\n", "no anchors"),
+    "a billion laughs": (
+        "yaml",
+        "a: &a [x, x]\n"
+        + "".join(f"{b}: &{b} [{f'*{a}, ' * 9}]\n" for a, b in itertools.pairwise("abcdefghij")),
+        "no anchors",
+    ),
+    "a merge key": ("yaml", HOOK + "<<: {rate: 1}\n", "unknown field `<<`"),
+    "a repeated key in YAML": ("yaml", HOOK + "rate: 1\nrate: 2\n", "'rate' is repeated"),
+    "a repeated class_type": ("yaml", HOOK + HOOK, "'class_type' is repeated"),
+    "a key that is no text": ("yaml", HOOK + "1: 2\n", "a key must be text"),
+    "a key that is a list": ("yaml", "? [a]\n: 1\n", "a key must be text"),
+    "several documents": ("yaml", "a: 1\n---\nb: 1\n", "not valid YAML"),
+    "a control character": ("yaml", "a: \x07\n", "not valid YAML"),
+    "NaN in YAML": ("yaml", HOOK + "rate: .NaN\n", ".NaN is not a number"),
+    "a number beyond a float in YAML": ("yaml", HOOK + "rate: 1e999\n", "1e999 is not a number"),
+    "an endless integer in YAML": ("yaml", HOOK + f"rate: {'1' * 5_000}\n", "4300 digits"),
+    "deep flow nesting in YAML": ("yaml", "[" * 100_000, "nested too deep"),
+    "deep block nesting in YAML": ("yaml", "- " * 100_000, "nested too deep"),
+    "deep mappings in YAML": ("yaml", "{a: " * 100_000, "nested too deep"),
+    "a huge YAML file": ("yaml", "a: 1\n" * 300_000, "more than the 1048576"),
+    "a repeated key in JSON": ("json", '{"class_type": "a:b", "class_type": "c:d"}', "is repeated"),
+    "a repeated key in disguise": ("json", '{"rate": 1, "r\\u0061te": 2}', "'rate' is repeated"),
+    "a repeated key further in": ("json", '[{"a": [{"b": 1}, {"b": 1, "b": 2}]}]', "is repeated"),
+    "NaN in JSON": ("json", '{"rate": NaN}', "NaN is not JSON"),
+    "Infinity in JSON": ("json", '{"rate": [-Infinity]}', "-Infinity is not JSON"),
+    "a number beyond a float in JSON": ("json", '{"rate": 1e999}', "1e999 is not a number"),
+    "an endless integer in JSON": ("json", "1" * 5_000, "4300 digits"),
+    "deep lists in JSON": ("json", "[" * 1_000_000, "nested more than 32 deep"),
+    "deep objects in JSON": ("json", '{"a":' * 200_000, "nested more than 32 deep"),
+    "not quite too deep for Python": ("json", "[" * 40 + "]" * 40, "nested more than 32 deep"),
+    "an endless string in JSON": ("json", '"' + '\\"' * 500_000, "not valid JSON"),
+    "a comment in JSON": ("json", "{} // x", "not valid JSON"),
+    "a huge JSON file": ("json", " " * 2**20 + "{}", "more than the 1048576"),
+    "a repeated key in TOML": ("toml", "a = 1\na = 2\n", "not valid TOML"),
+    "a repeated table in TOML": ("toml", "[a]\n[a]\n", "not valid TOML"),
+    "NaN in TOML": ("toml", "rate = nan\n", "nan is not a number"),
+    "a number beyond a float in TOML": ("toml", "rate = 1e999\n", "1e999 is not a number"),
+    "an endless integer in TOML": ("toml", f"a = {'1' * 5_000}\n", "4300 digits"),
+    "deep lists in TOML": ("toml", "a = " + "[" * 1_000_000, "nested more than 32 deep"),
+    "deep tables in TOML": ("toml", "a = " + "{a = " * 100_000, "nested more than 32 deep"),
+    "a long dotted key": ("toml", "a." * 500_000 + "a = 1\n", "nested more than 32 deep"),
+    "a long quoted key": ("toml", "'a' . " * 170_000 + "a = 1\n", "nested more than 32 deep"),
+    "a long dotted key in a table": ("toml", "x = {" + "a." * 500_000 + "a = 1}\n", "32 deep"),
+    "a deep table with deep keys": (
+        "toml",
+        f"[{'.'.join('a' * 30)}]\n{'.'.join('b' * 30)} = 1\n",
+        "32 deep",
+    ),
+    "an endless string in TOML": ("toml", 'a = """' + '\\"""' * 250_000, "not valid TOML"),
+    "a huge TOML file": ("toml", "#" * 2**20 + "\n", "more than the 1048576"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("suffix", "text", "words"), FILES.values(), ids=FILES.keys())
+def test_a_hostile_file_is_refused_soon(tmp_path, suffix, text, words):
+    path = tmp_path / f"hostile.{suffix}"
+    path.write_text(text, newline="")
+    started = time.perf_counter()
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert time.perf_counter() - started < 20
+    assert words in str(caught.value)
+    assert f"hostile.{suffix}" in str(caught.value)
+    assert len(str(caught.value)) < 2_000
+    if "unknown field" not in words:
+        assert type(caught.value) is ConfigFileError
+
+
+def test_a_file_with_very_many_errors_is_refused_in_few_words(tmp_path):
+    unknown = ", ".join(f'"k{i}": 1' for i in range(50_000))
+    wrong = ", ".join(['{"rate": "x"}'] * 50_000)
+    for text in (
+        f'{{"class_type": "{HERE}:Hook", {unknown}}}',
+        f'{{"class_type": "{HERE}:ManyConfig", "many": [{wrong}]}}',
+    ):
+        path = tmp_path / "x.json"
+        path.write_text(text)
+        started = time.perf_counter()
+        with pytest.raises(ConfigError, match="more errors") as caught:
+            load(path)
+        assert time.perf_counter() - started < 20
+        assert len(str(caught.value)) < 4_000
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text", "place"),
+    [
+        ("yaml", "a:\n  b: [1, 2\n", "3:1"),
+        ("yaml", "a: b: c\n", "1:5"),
+        ("yaml", "a: 1\nb: !!x 1\n", "2:4"),
+        ("yaml", "a: 1\n\nb: &c 1\n", "3:4"),
+        ("yaml", "a: {c: 1,\n    c: 2}\n", "2:5"),
+        ("json", '{"a": 1,\n "b" 2}', "2:6"),
+        ("json", '{"a": 1,\n "a": 2}', "2:2"),
+        ("json", '{"a":\n  NaN}', "2:3"),
+        ("json", "\n" + "[" * 100_000, "2:33"),
+        ("json", '{"a": "["}\n' + "x", "2:1"),
+        ("toml", "a = 1\nb = \n", "2:5"),
+        ("toml", "a = 1\nb = " + "[" * 50, "2:37"),
+        ("toml", 'a = "[[[["\n# [[[[\nb = ' + "[" * 50, "3:37"),
+    ],
+)
+def test_the_place_of_what_is_refused_is_shown(tmp_path, suffix, text, place):
+    path = tmp_path / f"x.{suffix}"
+    path.write_text(text)
+    with pytest.raises(ConfigFileError, match=rf"error\[GC003\].*\n +--> .*x\.{suffix}:{place}\n"):
+        load(path)
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json", "toml"])
+def test_32_levels_are_allowed(tmp_path, suffix):
+    levels = "[" * 31 + "]" * 31
+    text = {"yaml": f"a: {levels}", "json": f'{{"a": {levels}}}', "toml": f"a = {levels}"}[suffix]
+    path = tmp_path / f"x.{suffix}"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="`class_type` is missing"):
+        load(path)
+    path.write_text(text.replace(levels, f"[{levels}]"))
+    with pytest.raises(ConfigFileError, match="deep"):
+        load(path)
+
+
+def test_brackets_in_texts_are_no_nesting(tmp_path):
+    for suffix, text in (
+        ("json", '{"a": "' + "[" * 50 + '\\"' + "{" * 50 + '"}'),
+        ("toml", 'a = "' + "[" * 50 + '\\"' + "{" * 50 + "\"\nb = '" + "[" * 50 + "'\n"),
+        ("toml", 'a = """' + "[" * 50 + '\n"" """\nb = \'\'\'' + "{" * 50 + "'''\n"),
+        ("toml", "a = '" + "a." * 50 + "'\n"),
+    ):
+        path = tmp_path / f"x.{suffix}"
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="`class_type` is missing"):
+            load(path)
