@@ -4,7 +4,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import inf, isfinite
+from math import inf, isfinite, isnan
 from typing import Any, TypeAlias
 
 import torch
@@ -22,8 +22,9 @@ from gradclip.clipping.kernels.blocks import home_of
 from gradclip.clipping.nonfinite import SkipCounter, nonfinite_error, too_many_skips
 from gradclip.clipping.overlap import check_disjoint
 from gradclip.clipping.parameters import ParameterGroup, Parameters, ParameterSource, as_source
-from gradclip.clipping.policies import Decision, Policy, PolicyLike, as_policies
-from gradclip.clipping.reduction import Measured, measure
+from gradclip.clipping.policies import Policy, PolicyLike, as_policies
+from gradclip.clipping.reduction import Measured, combine, measure
+from gradclip.clipping.response import Flag, Response
 from gradclip.clipping.result import ClipResult
 from gradclip.clipping.state import STATE_VERSION, read_state
 from gradclip.errors import NonFiniteGradientError, UnsupportedGradientError
@@ -38,6 +39,7 @@ ParametersLike: TypeAlias = (
 )
 
 _EUCLIDEAN = 2.0
+_FLAGS = (torch.tensor(False), torch.tensor(True))
 
 
 @dataclass(eq=False)
@@ -108,14 +110,13 @@ clipped=True, skipped=False, nonfinite=0)
         self._by_pattern = by_pattern
         self._order = _common_order(policy for policy in self._policies.values() if policy)
         self._states: dict[str, dict[str, Tensor]] = {}
-        self._recent: deque[ClipResult] = deque(maxlen=32)
+        self._recent: deque[Tensor] = deque(maxlen=32)
         self._warned = False
         self.step = 0
         """How many calls there were."""
         self.last: ClipResult | None = None
         """The result of the last call."""
 
-    @torch.no_grad()
     def clip(
         self, grad_scale: float | Tensor | None = None, *, overflow_expected: bool = False
     ) -> ClipResult:
@@ -140,6 +141,10 @@ clipped=True, skipped=False, nonfinite=0)
         All are raised before any gradient is changed.
         """
         scale = check_grad_scale(grad_scale)
+        with torch.no_grad():
+            return self._clip(scale, overflow_expected=overflow_expected)
+
+    def _clip(self, scale: float | Tensor | None, *, overflow_expected: bool) -> ClipResult:
         groups = self._collect()
         home = self._home(groups)
 
@@ -152,18 +157,18 @@ clipped=True, skipped=False, nonfinite=0)
         ]
         counts = self._judge(groups, measured, overflow_expected=overflow_expected)
 
-        decisions = [
+        responses = [
             self._decide(group, norms, counts)
             for group, norms in zip(groups, measured, strict=True)
         ]
         results = [
-            self._apply(group, norms, decision, counts, scale)
-            for group, norms, decision in zip(groups, measured, decisions, strict=True)
+            self._apply(group, norms, response, scale)
+            for group, norms, response in zip(groups, measured, responses, strict=True)
         ]
         self.step += 1
         self.last = self._summarise(groups, results, totals)
-        if counts.device.type != "cpu" or counts:
-            self._recent.append(self.last)
+        if counts is not False:
+            self._recent.append(self.last.measured_S)
         return self.last
 
     # collect
@@ -201,7 +206,7 @@ clipped=True, skipped=False, nonfinite=0)
             warnings.warn(
                 "every gradient is None, so nothing was clipped: clip after backward() and before "
                 "zero_grad()",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _home(self, groups: list[_Group]) -> torch.device:
@@ -233,73 +238,59 @@ clipped=True, skipped=False, nonfinite=0)
 
     def _judge(
         self, groups: list[_Group], measured: list[Measured], *, overflow_expected: bool
-    ) -> Tensor:
-        """Return whether the update may happen, as far as NaN and infinities go: 0-d bool."""
-        finite = [
-            ~norms.norms_S.isnan()
-            if group.policy.element_limit is not None
-            else norms.norms_S < inf
-            for group, norms in zip(groups, measured, strict=True)
-        ]
-        if self._nonfinite == "raise" and not all(bool(flags.all()) for flags in finite):
+    ) -> Flag:
+        """Return whether the update may happen, as far as NaN and infinities go."""
+        finite = [_is_finite(g.policy, m.norms_S) for g, m in zip(groups, measured, strict=True)]
+        if self._nonfinite == "raise" and not all(map(bool, finite)):
             raise self._error(groups)
-        written = [f.all() for f, group in zip(finite, groups, strict=True) if group.policy.writes]
-        if not written:
-            counts = torch.ones_like(finite[0].all())
-        else:
-            counts = written[0] if len(written) == 1 else torch.stack(written).all()
-        if self._nonfinite == "skip" and self._skips.record(~counts, expected=overflow_expected):
-            raise too_many_skips(self._error(groups), self._skips.limit)
+        counts = _all([f for f, group in zip(finite, groups, strict=True) if group.policy.writes])
+        if self._nonfinite == "skip":
+            skipped = not counts if isinstance(counts, bool) else ~counts
+            if self._skips.record(skipped, expected=overflow_expected):
+                raise too_many_skips(self._error(groups), self._skips.limit)
         return counts
 
     def _error(self, groups: list[_Group]) -> NonFiniteGradientError:
+        recent = [float(combine(norms_S, self._order)) for norms_S in self._recent]
         return nonfinite_error(
             [group.gradients for group in groups],
             norm_type=groups[0].policy.order,
             step=self.step,
-            last_norms=[n for n in (float(r.norm_pre) for r in self._recent) if isfinite(n)][-4:],
+            last_norms=[norm for norm in recent if isfinite(norm)][-4:],
             ceiling=groups[0].policy.ceiling,
         )
 
-    def _decide(self, group: _Group, norms: Measured, counts: Tensor) -> Decision:
+    def _decide(self, group: _Group, norms: Measured, counts: Flag) -> Response:
+        norms_S = norms.norms_S
         state = self._states.get(group.pattern)
         if state is None:
-            state = group.policy.initial_state(len(norms.norms_S), norms.norms_S.device)
-        decision = group.policy.decide(norms.norms_S, counts, state)
+            state = group.policy.initial_state(len(norms_S), norms_S.device)
+        flag = _FLAGS[counts] if isinstance(counts, bool) else counts
+        decision = group.policy.decide(norms_S, flag, state)
         self._states[group.pattern] = decision.state
-        return decision
+        return Response(norms_S, decision, counts, group.gradients.guard)
 
     # apply
 
     def _apply(
-        self,
-        group: _Group,
-        norms: Measured,
-        decision: Decision,
-        counts: Tensor,
-        scale: float | Tensor | None,
+        self, group: _Group, norms: Measured, response: Response, scale: float | Tensor | None
     ) -> ClipResult:
-        policy, gradients = group.policy, group.gradients
-        coefficients_S = decision.coefficients(norms.norms_S, counts, gradients.guard)
-        skips = policy.writes and self._nonfinite == "skip"
-        clamped, left_S = None, None
+        policy, gradients, counts = group.policy, group.gradients, response.counts
+        thresholds_S, clamped, left_S = response.decision.thresholds_S, None, None
         if policy.element_limit is not None:
+            thresholds_S = torch.full_like(norms.norms_S, policy.element_limit)
             clamped, left_S = self._clamp(group, norms, counts, scale)
         elif policy.writes:
-            targets_S, guard = decision.targets_S, gradients.guard
-            for step_S in apply.steps(coefficients_S, targets_S, norms.norms_S, guard):
-                apply.scale(self._kernels, gradients, group.rows, step_S)
+            apply.scale(self._kernels, gradients, group.rows, response)
+        skips = policy.writes and self._nonfinite == "skip"
         if skips or policy.ceiling == 0:
             apply.zero(self._kernels, gradients, counts)
+        zeroed: Flag = not counts if isinstance(counts, bool) else ~counts
         return ClipResult(
             measured_S=norms.norms_S,
-            thresholds_S=(
-                decision.thresholds_S
-                if policy.element_limit is None
-                else torch.full_like(norms.norms_S, policy.element_limit)
-            ),
-            applied_S=coefficients_S,
-            skipped=~counts if skips else torch.zeros_like(counts),
+            thresholds_S=thresholds_S,
+            response=response,
+            zeroed=zeroed if skips else False,
             witness_T=norms.witness_T,
             norm_type=norms.norm_type,
             dtype=gradients.dtype,
@@ -309,17 +300,16 @@ clipped=True, skipped=False, nonfinite=0)
         )
 
     def _clamp(
-        self, group: _Group, norms: Measured, counts: Tensor, scale: float | Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, group: _Group, norms: Measured, counts: Flag, scale: float | Tensor | None
+    ) -> tuple[Flag, Tensor]:
         """Clamp a group; return whether anything changed, and the norms that are left."""
         limit = group.policy.element_limit
-        on_host = counts.device.type == "cpu"
-        skipped = on_host and self._nonfinite == "skip" and not counts
-        if not group.policy.writes or not group.gradients.tensors or limit is None or skipped:
-            return torch.zeros_like(counts), norms.norms_S
+        zeroed = counts is False and self._nonfinite == "skip"
+        if zeroed or limit is None or not (group.policy.writes and group.gradients.tensors):
+            return False, norms.norms_S
         scaled = limit if scale is None else limit * scale
         changed = apply.clamp(self._kernels, group.gradients, scaled)
-        if on_host and not changed:
+        if changed is False:
             return changed, norms.norms_S
         left = self._measure(group, group.policy.order, scale, norms.norms_S.device)
         return changed, left.norms_S
@@ -341,14 +331,14 @@ clipped=True, skipped=False, nonfinite=0)
         return ClipResult(
             measured_S=torch.cat([total.norms_S for total in totals]),
             thresholds_S=torch.cat([r.thresholds_S for r in results]),
-            applied_S=torch.cat([r.coefficients_S for r in results]),
-            skipped=_any([r.skipped for r in results]),
+            response=torch.cat([r.coefficients_S for r in results]),
+            zeroed=torch.stack([r.skipped for r in results]).any(),
             witness_T=torch.cat([r.witness_T for r in results]),
             norm_type=self._order,
             dtype=max((r.dtype for r in results), key=lambda dtype: dtype.itemsize),
             scope_names=tuple(name for result in results for name in result.scope_names),
             groups={group.pattern: r for group, r in zip(groups, results, strict=True)},
-            clamped=_any([r.clipped for r in results]),
+            clamped=torch.stack([r.clipped for r in results]).any(),
             left_S=torch.cat(left),
         )
 
@@ -380,9 +370,20 @@ clipped=True, skipped=False, nonfinite=0)
         self.step, self._skips.in_a_row, self._states = read_state(state, self.state_dict())
 
 
-def _any(flags: list[Tensor]) -> Tensor:
-    """Return whether any of some 0-d flags is set: 0-d bool."""
-    return flags[0] if len(flags) == 1 else torch.stack(flags).any()
+def _is_finite(policy: Policy, norms_S: Tensor) -> Flag:
+    """Return whether nothing was found that the policy cannot bound; a clamp bounds infinities."""
+    clamps = policy.element_limit is not None
+    if norms_S.device.type == "cpu":
+        return not any(isnan(norm) if clamps else not norm < inf for norm in norms_S.tolist())
+    return (~norms_S.isnan() if clamps else norms_S < inf).all()
+
+
+def _all(flags: list[Flag]) -> Flag:
+    known = [flag for flag in flags if isinstance(flag, bool)]
+    others = [flag for flag in flags if not isinstance(flag, bool)]
+    if not others:
+        return all(known)
+    return others[0] if len(others) == 1 else torch.stack(others).all()
 
 
 def _common_order(policies: Iterable[Policy]) -> float:

@@ -14,6 +14,7 @@ from gradclip.clipping.overlap import check_disjoint
 from gradclip.clipping.parameters import Parameters, as_sequence, as_source
 from gradclip.clipping.policies import Decision, NormClip, ValueClip
 from gradclip.clipping.reduction import measure
+from gradclip.clipping.response import Response
 from gradclip.clipping.result import reported
 from gradclip.config import as_ceiling, as_norm_order
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
@@ -152,10 +153,10 @@ def clip_grads_with_norm_(
     check_disjoint([gradients])
     norm_S = _as_norm(total_norm, home_of(gradients.devices))
     limit_S = torch.full_like(norm_S, ceiling)
-    coefficient = Decision(limit_S, limit_S).coefficients(
-        norm_S, norm_S.isfinite(), gradients.guard
-    )
-    apply.scale(kernels.choose("auto"), gradients, [1] * len(gradients.tensors), coefficient)
+    finite = norm_S.isfinite()
+    counts = bool(finite) if finite.device.type == "cpu" else finite
+    response = Response(norm_S, Decision(limit_S, limit_S), counts, gradients.guard)
+    apply.scale(kernels.choose("auto"), gradients, [1] * len(gradients.tensors), response)
 
 
 def _given(tensors: object) -> Gradients:

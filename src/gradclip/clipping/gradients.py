@@ -29,7 +29,16 @@ class Gradients:
     tensors: list[Tensor]
     parameters: list[Tensor] = field(default_factory=list)
 
-    @cached_property
+    def __post_init__(self) -> None:
+        self.devices = {tensor.device for tensor in self.tensors}
+        """Where they are."""
+        self._dtypes = {tensor.dtype for tensor in self.tensors}
+        # Dense, real and without a pending sign: each is its own view.
+        self._is_plain = self._dtypes <= FLOATING and all(
+            tensor.layout is torch.strided and not tensor.is_neg() for tensor in self.tensors
+        )
+
+    @property
     def written(self) -> list[Tensor]:
         """Real views that share the gradients' memory: scaling them scales the gradients."""
         if self._is_plain:
@@ -58,18 +67,6 @@ class Gradients:
         ):
             if coalesced is not self.tensors[index]:
                 parameter.grad = self.tensors[index] = coalesced
-        self.__dict__.pop("written", None)
-
-    @cached_property
-    def _is_plain(self) -> bool:
-        """Whether every gradient is dense, real and not negated, so that it is its own view."""
-        return self._dtypes <= FLOATING and all(
-            tensor.layout is torch.strided and not tensor.is_neg() for tensor in self.tensors
-        )
-
-    @cached_property
-    def _dtypes(self) -> set[torch.dtype]:
-        return {tensor.dtype for tensor in self.tensors}
 
     @cached_property
     def _coalesced(self) -> list[Tensor]:
@@ -79,20 +76,15 @@ class Gradients:
     def _measured_by_parts(self) -> list[Tensor]:
         return [_parts(_values(tensor)) for tensor in self._coalesced]
 
-    @cached_property
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of what is reported: float32, or float64 when a gradient is."""
         return torch.float64 if self._dtypes & _DOUBLES else torch.float32
 
-    @cached_property
+    @property
     def guard(self) -> float:
         """The relative margin that keeps the rounding of scaled elements below a ceiling."""
         return 2.0**-21 if self._dtypes - _DOUBLES else 2.0**-44
-
-    @cached_property
-    def devices(self) -> set[torch.device]:
-        """Where the gradients are."""
-        return {tensor.device for tensor in self.tensors}
 
 
 def collect(names: Sequence[str], parameters: Sequence[Tensor]) -> Gradients:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.gradients import Gradients
+from gradclip.clipping.response import Flag
 from gradclip.errors import NonFiniteGradientError, TooManySkipsError
 
 _NAMED = 3
@@ -31,18 +32,18 @@ class SkipCounter:
         self._in_a_row = 0
         self._pending: deque[tuple[Tensor, torch.Event | None, bool]] = deque()
 
-    def record(self, skipped: Tensor, *, expected: bool) -> bool:
+    def record(self, skipped: Flag, *, expected: bool) -> bool:
         """Record whether a step was skipped.
 
         Args:
-            skipped: 0-d bool.
+            skipped: Whether it was.
             expected: A skip is a loss scaler's doing: it neither counts nor ends a row.
 
         Returns:
             Whether more steps in a row than the limit were skipped.
         """
-        if skipped.device.type == "cpu":
-            return self._count(bool(skipped), expected)
+        if isinstance(skipped, bool):
+            return self._count(skipped, expected)
         copy = torch.empty((), dtype=torch.bool, pin_memory=True)
         copy.copy_(skipped, non_blocking=True)
         event = torch.Event(skipped.device.type)

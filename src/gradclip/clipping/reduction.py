@@ -60,8 +60,7 @@ def measure(
         witness_RA = _everywhere(
             lambda some, n: kernels.power_sums(some, n, norm_type), tensors, rows, home, norm_type
         )
-        sums_SA = witness_RA if per_row else witness_RA.sum(0, keepdim=True)
-        norms_S = _root(sums_SA, norm_type)
+        norms_S = _root(witness_RA if per_row else witness_RA.sum(0, keepdim=True), norm_type)
     else:
         witness_RA = _everywhere(kernels.abs_max, tensors, rows, home, norm_type)
         norms_S = (witness_RA if per_row else witness_RA.amax(0, keepdim=True)).squeeze(1)
@@ -129,7 +128,7 @@ def _scaled_norms(
 
 
 def _everywhere(
-    operation: Callable[[list[Tensor], list[int]], Tensor],
+    operation: Callable[[Sequence[Tensor], Sequence[int]], Tensor],
     tensors: Sequence[Tensor],
     rows: Sequence[int],
     home: torch.device,
@@ -138,12 +137,13 @@ def _everywhere(
     """Run an operation once on each device, and bring its rows home in order: (R, A)."""
     parts: list[Tensor] = []
     order: list[int] = []
-    for indices, row_indices in by_device(tensors, rows).values():
+    places = by_device(tensors, rows)
+    if len(places) == 1:
+        return operation(tensors, rows).to(home)
+    for indices, row_indices in places.values():
         part = operation([tensors[i] for i in indices], [rows[i] for i in indices])
         parts.append(part.to(home))
         order += row_indices
-    if len(parts) == 1:
-        return parts[0]
     columns = max(part.shape[1] for part in parts)
     table = torch.cat([part if part.shape[1] == columns else widened(part, p) for part in parts])
     return table[torch.tensor(order).argsort().to(home)]

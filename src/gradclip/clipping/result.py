@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.reduction import combine
+from gradclip.clipping.response import Flag, Response
 
 
 @dataclass(frozen=True)
@@ -36,28 +37,38 @@ class ClipResult:
     Args:
         measured_S: Norm of each scope before clipping, float64 (S,).
         thresholds_S: Norm above which each scope is clipped, float64 (S,).
-        applied_S: What each scope was multiplied by, float64 (S,), unless it was zeroed.
-        skipped: Whether the update should not happen, and the gradients were zeroed: 0-d bool.
+        response: What each scope was multiplied by, unless it was zeroed.
+        zeroed: Whether the gradients were set to zero.
         witness_T: A number for each tensor, not finite just where the tensor was not: (T,).
         norm_type: p of the norms.
         dtype: float32, or float64 when a gradient is.
         scope_names: What each entry of ``norms_S`` is the norm of.
         groups: The result of each name pattern, where policies were given by pattern.
-        clamped: For clipping by value, whether any element was clamped: 0-d bool.
-        left_S: For clipping by value, the norms that were measured afterwards, float64 (S,).
+        clamped: For clipping by value, whether any element was clamped.
+        left_S: Where it does not follow from coefficients, the norms afterwards, float64 (S,).
     """
 
     measured_S: Tensor
     thresholds_S: Tensor
-    applied_S: Tensor
-    skipped: Tensor
+    response: Response | Tensor
+    zeroed: Flag
     witness_T: Tensor
     norm_type: float
     dtype: torch.dtype
     scope_names: tuple[str, ...]
     groups: Mapping[str, "ClipResult"] = field(default_factory=dict)
-    clamped: Tensor | None = None
+    clamped: Flag | None = None
     left_S: Tensor | None = None
+
+    @cached_property
+    def skipped(self) -> Tensor:
+        """Whether the update should not happen, and the gradients were zeroed: 0-d bool."""
+        return self._flag(self.zeroed)
+
+    @cached_property
+    def applied_S(self) -> Tensor:
+        """What each scope was multiplied by, float64 (S,), unless it was zeroed."""
+        return self.response if isinstance(self.response, Tensor) else self.response.coefficients_S
 
     @cached_property
     def coefficients_S(self) -> Tensor:
@@ -73,7 +84,7 @@ class ClipResult:
     @cached_property
     def clipped(self) -> Tensor:
         """Whether any gradient was made smaller: 0-d bool."""
-        return (self.applied_S < 1).any() if self.clamped is None else self.clamped
+        return (self.applied_S < 1).any() if self.clamped is None else self._flag(self.clamped)
 
     @cached_property
     def nonfinite(self) -> Tensor:
@@ -127,6 +138,9 @@ class ClipResult:
             f"threshold={stats.threshold:.6g}, coefficient={stats.coefficient:.6g}, "
             f"clipped={stats.clipped}, skipped={stats.skipped}, nonfinite={stats.nonfinite})"
         )
+
+    def _flag(self, flag: Flag) -> Tensor:
+        return torch.tensor(flag) if isinstance(flag, bool) else flag
 
     def _report(self, value: Tensor) -> Tensor:
         return reported(value, self.dtype)

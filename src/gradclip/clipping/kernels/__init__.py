@@ -35,11 +35,11 @@ class Kernels(Protocol):
     scaled_power_sums: Callable[[Sequence[Tensor], Sequence[int], float, Tensor], Tensor]
     """``(tensors, rows, p, scale_R)`` for any p: the sums of ``|x / scale|**p``, float64 (R, 1)."""
 
-    scale_: Callable[[Sequence[Tensor], Sequence[int], Tensor], None]
+    scale_: Callable[[Sequence[Tensor], Sequence[int], Scalar], None]
     """``(tensors, rows, coefficients)``: multiply in place by float64 coefficients of shape (R,).
 
-    A shape of (1,) is one coefficient for all. A coefficient of 1 leaves bits as they are, and
-    where the host can see it for nothing, nothing is written; 0 sets zeros whatever was there.
+    A shape of (1,), or a number, is one coefficient for all. A coefficient of 1 leaves bits as
+    they are, and where the host can see it for nothing, nothing is written; 0 sets zeros.
     """
 
     clamp_: Callable[[Sequence[Tensor], Scalar], Tensor]

@@ -65,11 +65,11 @@ def scaled_power_sums(
     return torch.stack([blocks.scaled_power_sum(row, p, scale) for row, scale in pairs])[:, None]
 
 
-def scale_(tensors: Sequence[Tensor], rows: Sequence[int], coefficients: Tensor) -> None:
+def scale_(tensors: Sequence[Tensor], rows: Sequence[int], coefficients: float | Tensor) -> None:
     """Multiply each row by its coefficient, or all by the one that there is."""
     if not _on_cpu(tensors):
-        _scale_on_device(tensors, rows, coefficients)
-    elif len(coefficients) == 1:
+        _scale_on_device(tensors, rows, torch.as_tensor(coefficients).reshape(-1))
+    elif not isinstance(coefficients, Tensor) or coefficients.numel() == 1:
         _scale_together(list(tensors), float(coefficients))
     else:
         for tensor, factors in zip(tensors, coefficients.split(list(rows)), strict=True):

@@ -38,9 +38,10 @@ def scaled_power_sums(
     return torch.stack([blocks.scaled_power_sum(row, p, scale) for row, scale in pairs])[:, None]
 
 
-def scale_(tensors: Sequence[Tensor], rows: Sequence[int], coefficients: Tensor) -> None:
+def scale_(tensors: Sequence[Tensor], rows: Sequence[int], coefficients: float | Tensor) -> None:
     """Multiply each row in float64 and round once to its dtype."""
-    per_row = coefficients.expand(sum(rows)).split(list(rows))
+    given = torch.as_tensor(coefficients, dtype=torch.float64)
+    per_row = given.expand(sum(rows)).split(list(rows))
     for tensor, factors in zip(tensors, per_row, strict=True):
         if bool((factors == 1).all()):
             continue

@@ -13,7 +13,7 @@ from gradclip.config import Config
 
 @dataclass(frozen=True)
 class Decision:
-    """What a policy answers: scopes above their threshold are scaled down to their target.
+    """What a policy answers: a scope above its threshold is scaled down to its target.
 
     Args:
         thresholds_S: Norm above which a scope is scaled, float64 (S,).
@@ -24,21 +24,6 @@ class Decision:
     thresholds_S: Tensor
     targets_S: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
-
-    def coefficients(self, norms_S: Tensor, counts: Tensor, guard: float) -> Tensor:
-        """Return what each scope is multiplied by, float64 (S,): ``where(n > tau, c / n, 1)``.
-
-        Args:
-            norms_S: Norm of each scope, float64 (S,).
-            counts: 0-d bool; where false, nothing is scaled.
-            guard: Relative margin that keeps rounding from exceeding the target.
-        """
-        readable = norms_S.device.type == "cpu" and norms_S.numel() == 1
-        if readable and not float(norms_S) > float(self.thresholds_S):
-            return torch.ones_like(norms_S)  # as most steps do
-        exceeds_S = (norms_S > self.thresholds_S) & counts
-        shrunk_S = (self.targets_S / norms_S).clamp(max=1.0) * (1 - guard)
-        return torch.where(exceeds_S, shrunk_S, 1.0)
 
 
 class Policy(Config, ABC):

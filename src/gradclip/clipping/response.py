@@ -1,0 +1,68 @@
+"""From a decision to coefficients: ``where(n > tau, c / n, 1)``, with room for rounding."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradclip.clipping.policies.base import Decision
+
+Flag: TypeAlias = bool | Tensor
+"""A bool where the host knows it for nothing, a 0-d bool tensor on an accelerator."""
+
+_SUBNORMAL = 2.0**-1000
+_STEP = 2.0**-600
+
+
+@dataclass(eq=False)
+class Response:
+    """What the scopes of a group are multiplied by.
+
+    Args:
+        norms_S: Norm of each scope, float64 (S,).
+        decision: Thresholds and targets.
+        counts: Whether this step is made; where it is not, nothing is scaled.
+        guard: Relative margin that keeps rounding from exceeding a target.
+    """
+
+    norms_S: Tensor
+    decision: Decision
+    counts: Flag
+    guard: float
+
+    @cached_property
+    def number(self) -> float | None:
+        """The one coefficient, where there is one and the host can see it for nothing."""
+        if self.norms_S.numel() != 1 or not isinstance(self.counts, bool):
+            return None
+        norm = float(self.norms_S)
+        if not self.counts or not norm > float(self.decision.thresholds_S):
+            return 1.0
+        return min(float(self.decision.targets_S) / norm, 1.0) * (1 - self.guard)
+
+    @cached_property
+    def coefficients_S(self) -> Tensor:
+        """What each scope is multiplied by, float64 (S,)."""
+        if self.number is not None:
+            return torch.full_like(self.norms_S, self.number)
+        exceeds_S = (self.norms_S > self.decision.thresholds_S) & self.counts
+        shrunk_S = (self.decision.targets_S / self.norms_S).clamp(max=1.0) * (1 - self.guard)
+        return torch.where(exceeds_S, shrunk_S, 1.0)
+
+    def factors(self) -> Iterator[float | Tensor]:
+        """Yield what to multiply by, one after the other: nothing, one factor, or two.
+
+        Two where float64 has no precise number for their product: a norm of 1e300 and a target of
+        1e-20 have a subnormal quotient.
+        """
+        if self.number is None:
+            yield self.coefficients_S
+        elif 0 < self.number < _SUBNORMAL:
+            yield _STEP
+            target = float(self.decision.targets_S) / _STEP
+            yield target / float(self.norms_S) * (1 - self.guard)
+        elif self.number != 1:
+            yield self.number
