@@ -14,14 +14,18 @@ from gradclip.errors import ArgumentTypeError, ArgumentValueError
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
-_Pairs: TypeAlias = list[tuple[str | None, Tensor]]
+Names: TypeAlias = list[str | None]
 
 
 class ParameterSource(Protocol):
     """Where parameters are found again at each call, since wrappers replace them."""
 
-    def pairs(self) -> _Pairs:
-        """Return (name or None, parameter) in a fixed order; duplicates allowed."""
+    def tensors(self) -> list[Tensor]:
+        """Return the parameters in a fixed order; duplicates allowed."""
+        ...
+
+    def names(self) -> Names:
+        """Return what those are called, None for what has no name; asked when they changed."""
         ...
 
 
@@ -31,9 +35,13 @@ class ListedParameters:
 
     listed: tuple[tuple[str | None, Tensor], ...]
 
-    def pairs(self) -> _Pairs:
+    def tensors(self) -> list[Tensor]:
         """Return what was listed."""
-        return list(self.listed)
+        return [tensor for _, tensor in self.listed]
+
+    def names(self) -> Names:
+        """Return the names that were listed."""
+        return [name for name, _ in self.listed]
 
 
 @dataclass(frozen=True)
@@ -42,9 +50,13 @@ class ModuleParameters:
 
     module: nn.Module
 
-    def pairs(self) -> _Pairs:
-        """Return ``named_parameters()`` without the prefixes that wrappers add."""
-        return [(clean_name(name), p) for name, p in self.module.named_parameters()]
+    def tensors(self) -> list[Tensor]:
+        """Return ``parameters()``."""
+        return list(self.module.parameters())
+
+    def names(self) -> Names:
+        """Return their names without the prefixes that wrappers add."""
+        return [clean_name(name) for name, _ in self.module.named_parameters()]
 
 
 @dataclass(frozen=True)
@@ -59,21 +71,21 @@ class OptimizerParameters:
     optimizer: torch.optim.Optimizer
     module: nn.Module | None = None
 
-    def pairs(self) -> _Pairs:
+    def tensors(self) -> list[Tensor]:
         """Return the parameters of all groups, in order."""
-        names = self._module_names()
-        found: _Pairs = []
+        return [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+
+    def names(self) -> Names:
+        """Return the optimizer's own names, or the module's."""
+        module = self.module
+        known = {} if module is None else {id(p): n for n, p in module.named_parameters()}
+        names: Names = []
         for group in self.optimizer.param_groups:
             own = group.get("param_names") or (None,) * len(group["params"])
             for name, parameter in zip(own, group["params"], strict=True):
-                label = names.get(id(parameter)) if name is None else name
-                found.append((None if label is None else clean_name(label), parameter))
-        return found
-
-    def _module_names(self) -> dict[int, str]:
-        if self.module is None:
-            return {}
-        return {id(p): name for name, p in self.module.named_parameters()}
+                label = known.get(id(parameter)) if name is None else name
+                names.append(None if label is None else clean_name(label))
+        return names
 
 
 def clean_name(name: str) -> str:
@@ -186,17 +198,18 @@ class Parameters:
             ArgumentValueError: GC010, for a parameter without a name, or one that no pattern
                 matches.
         """
-        pairs = self._source.pairs()
-        current = [parameter for _, parameter in pairs]
-        if len(current) != len(self._seen) or not all(map(is_, current, self._seen)) or not pairs:
-            self._groups = self._sort(pairs)
+        current = self._source.tensors()
+        unchanged = len(current) == len(self._seen) and all(map(is_, current, self._seen))
+        if not unchanged or not self._groups:
+            self._groups = self._sort(current)
             self._seen = current
         return self._groups
 
-    def _sort(self, pairs: _Pairs) -> dict[str, ParameterGroup]:
+    def _sort(self, parameters: list[Tensor]) -> dict[str, ParameterGroup]:
         groups = {pattern: ParameterGroup(pattern) for pattern in self._patterns or ("*",)}
         taken: set[int] = set()
-        for number, (name, parameter) in enumerate(pairs):
+        names = self._source.names()
+        for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
             if id(parameter) in taken:
                 continue
             taken.add(id(parameter))
