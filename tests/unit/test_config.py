@@ -66,6 +66,10 @@ class Plain:
         self.args, self.others = args, others
 
 
+class SubPlain(Plain):
+    """No running code registers it."""
+
+
 class PlainConfig(ClassConfig[Plain]):
     """As configurations of the re-imagined system are written: without ClassType."""
 
@@ -180,6 +184,12 @@ def test_replace_checks_the_new_values_and_leaves_the_original():
         limits.replace(max_nrom=1)
 
 
+def test_replace_keeps_what_was_set():
+    config = ThingConfig(class_type=SubThing, rate=2.0)
+    assert config.replace(rate=3.0) == ThingConfig(class_type=SubThing, rate=3.0)
+    assert config.replace(class_type=Thing) == ThingConfig(rate=2.0)
+
+
 def test_a_default_is_checked_too():
     class Wrong(Config):
         max_norm: Ceiling = -1.0
@@ -232,6 +242,16 @@ def test_a_refused_name_carries_our_error():
         ThingConfig(class_type="os:system")
     (problem,) = caught.value.errors()
     assert isinstance(problem["ctx"]["error"], ClassTypeError)
+
+
+def test_a_plain_annotation_reads_and_writes_names_too():
+    config = PlainConfig(class_type=SubPlain)
+    assert type(config()) is SubPlain
+    text = config.to_str()
+    with pytest.raises(ClassTypeError):
+        PlainConfig.from_str(text)
+    assert PlainConfig.from_str(text, allow=(__name__,)) == config
+    assert PlainConfig(class_type=f"{__name__}:Plain") == PlainConfig()
 
 
 def test_a_mixin_may_opt_out_of_taking_the_configuration():

@@ -24,7 +24,7 @@ from gradclip.config import (
     dump,
     load,
 )
-from gradclip.errors import ConfigError, ConfigFileError, MissingDependencyError
+from gradclip.errors import ClassTypeError, ConfigError, ConfigFileError, MissingDependencyError
 
 HERE = __name__
 FORMATS = ("yaml", "yml", "toml", "json")
@@ -69,6 +69,11 @@ class HookList(ClassInitFromConfigMixin):
 class HookListConfig(ClassConfig[HookList]):
     class_type: ClassType[HookList] = HookList
     hooks: tuple[ConfigOf[HookConfig], ...] = ()
+
+
+class Concrete(Config):
+    hook: HookConfig = HookConfig()
+    plain: type[Hook] = Hook
 
 
 class Texts(Config):
@@ -216,8 +221,11 @@ def test_none_is_left_out_where_it_is_the_default_and_kept_elsewhere(tmp_path):
         Texts(by_name={"a": [1, None]}).to_str("toml")
 
 
-def test_line_ends_and_a_byte_order_mark_do_not_matter(tmp_path):
-    text = f"\ufeffclass_type: {HERE}:Norm\r\nmax_norm: 1\r\n"
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_and_a_byte_order_mark_do_not_matter(tmp_path, end):
+    json_text = f'\ufeff{{"class_type": "{HERE}:Norm",{end}"max_norm": 1}}{end}'
+    assert load(write(tmp_path / "x.json", json_text)) == Norm(max_norm=1)
+    text = f"\ufeffclass_type: {HERE}:Norm{end}max_norm: 1{end}"
     assert load(write(tmp_path / "x.yaml", text)) == Norm(max_norm=1)
     message = shown(ConfigError, tmp_path / "x.yaml", text.replace("1", "-1"))
     assert "x.yaml:2:11\n   |\n 2 | max_norm: -1\n" in message
@@ -260,6 +268,14 @@ def test_what_would_be_read_as_something_else_is_not_written(tmp_path, config):
         dump(config, path)
     assert path.read_text() == "as it was"
     assert listed(tmp_path) == ["x.json"]
+
+
+def test_a_dump_does_not_write_into_the_file_that_somebody_reads(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("as it was")
+    with path.open() as reader:
+        dump(Norm(max_norm=1), path)
+        assert reader.read() == "as it was"
 
 
 def test_a_local_class_cannot_be_written():
@@ -379,6 +395,17 @@ def test_a_wrong_value_is_shown_in_its_place(tmp_path, line, place, words):
     assert second == f"  --> x.yaml:{place}"
 
 
+def test_a_class_of_another_kind_is_a_class_type_error(tmp_path):
+    text = f"class_type: {HERE}:Concrete\nhook:\n  class_type: {HERE}:HookList\n"
+    message = shown(ClassTypeError, tmp_path / "x.yaml", text)
+    assert message.startswith(
+        f"error[GC002]: `hook.class_type` is {HERE}:HookList, which is no subclass of Hook\n"
+        "  --> x.yaml:3:15\n"
+    )
+    text = f"class_type: {HERE}:Concrete\nplain: os:system\n"
+    assert "`plain` is 'os:system'" in shown(ClassTypeError, tmp_path / "x.yaml", text)
+
+
 def test_every_error_of_a_file_is_shown_at_once(tmp_path):
     text = f"class_type: {HERE}:HookList\nhooks:\n- rate: fast\n  warmup: x\n- {{polcy: 1}}\n"
     message = shown(ConfigError, tmp_path / "x.yaml", text)
@@ -392,6 +419,27 @@ def test_a_value_is_shown_short_and_without_control_characters(tmp_path):
     assert "\x1b" not in message
     key = json.dumps({"class_type": f"{HERE}:Texts", "by_name": 1, "\x1b[2J": 1})
     assert "\x1b" not in shown(ConfigError, tmp_path / "x.json", key)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"class_type": "x" * 500_000},
+        {"class_type": f"{HERE}:Norm", "max_norm": "x" * 500_000},
+        {"class_type": f"{HERE}:Norm", "max_norm": ["x" * 500_000] * 2},
+        {"class_type": f"{HERE}:Norm", "x" * 500_000: 1},
+        {"class_type": f"{HERE}:Norm", "clip_mode": "x" * 500_000},
+        {"class_type": f"{HERE}:Texts", "by_name": {"x" * 500_000: 1}, "text": 1},
+        {"class_type": f"{HERE}:HookList", "hooks": {"x" * 500_000: 1}},
+    ],
+)
+def test_an_error_is_short_however_long_the_file(tmp_path, data):
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path / "x.json", json.dumps(data)))
+    assert len(str(caught.value)) < 1_000
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path / "x.yaml", json.dumps(data)))
+    assert len(str(caught.value)) < 1_200
 
 
 def test_a_long_line_is_cut_around_the_place(tmp_path):

@@ -347,12 +347,18 @@ def test_32_levels_are_allowed(tmp_path, suffix):
         load(path)
 
 
-def test_brackets_in_texts_are_no_nesting(tmp_path):
+def test_brackets_in_texts_and_side_by_side_are_no_nesting(tmp_path):
     for suffix, text in (
         ("json", '{"a": "' + "[" * 50 + '\\"' + "{" * 50 + '"}'),
         ("toml", 'a = "' + "[" * 50 + '\\"' + "{" * 50 + "\"\nb = '" + "[" * 50 + "'\n"),
         ("toml", 'a = """' + "[" * 50 + '\n"" """\nb = \'\'\'' + "{" * 50 + "'''\n"),
         ("toml", "a = '" + "a." * 50 + "'\n"),
+        ("toml", "a = '''it's " + "[" * 50 + "\n'''\n"),
+        ("toml", "# it's " + "[" * 50 + "\na = 1\n"),
+        ("yaml", "a: '" + "[" * 50 + "'\n"),
+        ("yaml", "a: [" + "[1], " * 50 + "]\n"),
+        ("json", '{"a": [' + "[1], " * 50 + "[1]]}"),
+        ("toml", "a = [" + "[1], " * 50 + "]\n"),
     ):
         path = tmp_path / f"x.{suffix}"
         path.write_text(text)

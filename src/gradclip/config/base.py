@@ -56,7 +56,7 @@ class Config(BaseModel):
         cls, source: Any, handler: GetCoreSchemaHandler, /
     ) -> CoreSchema:
         schema = handler(source)
-        make_numbers_strict(handler.resolve_ref_schema(schema), cls)
+        make_numbers_strict(handler.resolve_ref_schema(schema))
         return schema
 
     @model_validator(mode="before")

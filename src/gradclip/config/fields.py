@@ -7,29 +7,26 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-_SHOWN_FIELDS = 20
-
 __all__ = ["make_numbers_strict", "refuse_unknown_fields"]
 
 
-def make_numbers_strict(schema: Any, cls: type) -> None:
+def make_numbers_strict(schema: Any) -> None:
     """Keep pydantic from reading True, "2.5" or "yes" as a number or a boolean, in place.
 
     Its own ``strict=True`` would also refuse a list for a tuple, and a list is all a file has.
 
     Args:
-        schema: The core schema of ``cls``, or a part of it.
-        cls: The model; other models in the schema are left as they are.
+        schema: A model's core schema, or a part of it. Other models in it are only references.
     """
     if isinstance(schema, list | tuple):
         for item in schema:
-            make_numbers_strict(item, cls)
-    elif isinstance(schema, dict) and schema.get("cls", cls) is cls:
+            make_numbers_strict(item)
+    elif isinstance(schema, dict):
         if schema.get("type") in ("float", "int", "bool"):
             schema.setdefault("strict", True)
         for key, part in schema.items():
             if key not in {"default", "metadata", "config", "serialization", "expected"}:
-                make_numbers_strict(part, cls)
+                make_numbers_strict(part)
 
 
 def refuse_unknown_fields(cls: type[BaseModel], data: Mapping[Any, Any]) -> None:
@@ -49,7 +46,7 @@ def refuse_unknown_fields(cls: type[BaseModel], data: Mapping[Any, Any]) -> None
         if field.is_required() and name not in data and field.alias not in data
     ]
     details = []
-    for key in unknown[:_SHOWN_FIELDS]:
+    for key in unknown:
         shown = ascii(str(key))[1:-1]
         lines = [
             f"unknown field `{shown}` in {_described(cls)}",

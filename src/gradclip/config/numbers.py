@@ -3,12 +3,16 @@
 from collections.abc import Callable
 from math import inf
 from numbers import Real
+from reprlib import Repr
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
+
+_repr = Repr()
+_repr.maxstring = _repr.maxother = 60
 
 __all__ = ["Ceiling", "NormOrder", "as_ceiling", "as_norm_order"]
 
@@ -60,7 +64,7 @@ def as_norm_order(value: object, name: str = "norm_type") -> float:
 
 
 def _number(value: Any, name: str) -> float:
-    seen = repr(value)
+    seen = _repr.repr(value)
     if hasattr(value, "numel"):  # a tensor: this module does not know torch
         if value.numel() != 1:
             raise ArgumentValueError(

@@ -21,6 +21,7 @@ KEY = "\0key"
 """Ends a path that means the key and not its value; YAML has no such character."""
 _SUGGESTION = "did you mean"
 _LINE_WIDTH = 100
+_MESSAGE_WIDTH = 400
 _SHOWN_PROBLEMS = 10
 _repr = Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 60
@@ -103,9 +104,13 @@ def _worded(problem: Mapping[str, Any], path: Path, absent: Key | None) -> str:
     kind = problem["type"]
     if kind == "missing":
         return f"`{absent}` is missing"
-    if kind in {"unknown_field", "class_type", "number_type", "value_error", "tensor"}:
+    value = problem["input"]
+    if kind == "is_subclass_of" and isinstance(value, type):
+        name = f"{value.__module__}:{value.__qualname__}"
+        return f"`{_dotted(path)}` is {name}, which is no subclass of {problem['ctx']['class']}"
+    if kind in {"unknown_field", "number_type", "value_error", "tensor"}:
         return str(message)
-    return f"`{_dotted(path)}` is {_repr.repr(problem['input'])}\n{message}"
+    return f"`{_dotted(path)}` is {_repr.repr(value)}\n{message}"
 
 
 def _dotted(path: Path) -> str:
@@ -117,12 +122,12 @@ def _dotted(path: Path) -> str:
 
 
 def _render(kind: type[ConfigError], message: str, place: str, text: str, span: Span | None) -> str:
-    headline, *notes = message.split("\n")
+    headline, *notes = (_cut(line) for line in message.split("\n"))
     suggestion = notes.pop(0) if notes and notes[0].startswith(_SUGGESTION) else ""
     lines = [f"error[{kind.code}]: {headline}"]
     margin = "  "
     if span is None:
-        lines.append(f"  --> {place}")
+        lines.append(f"  --> {_cut(place)}")
         if suggestion:
             notes.insert(0, suggestion)
     else:
@@ -138,6 +143,10 @@ def _render(kind: type[ConfigError], message: str, place: str, text: str, span: 
     if notes:
         lines += [f"{margin} |", *(f"{margin} = {note}" for note in notes)]
     return "\n".join(lines)
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _MESSAGE_WIDTH else line[:_MESSAGE_WIDTH] + "..."
 
 
 def _excerpt(text: str, span: Span) -> tuple[str, str]:

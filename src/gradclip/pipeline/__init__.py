@@ -1,0 +1,42 @@
+"""Training driven by hooks.
+
+Importing this package, or ``gradclip.pipeline.hooks``, needs no Accelerate: the trainer does, and
+is imported when it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gradclip.pipeline.batch_processor import BatchProcessorMixin as BatchProcessorMixin
+    from gradclip.pipeline.batch_processor import LossNotProvidedError as LossNotProvidedError
+    from gradclip.pipeline.batch_processor import SimpleBatchProcessor as SimpleBatchProcessor
+    from gradclip.pipeline.trainer import HookBasedTrainer as HookBasedTrainer
+    from gradclip.pipeline.trainer import ResumeCheckpointConfig as ResumeCheckpointConfig
+
+_MODULES = {
+    "BatchProcessorMixin": "batch_processor",
+    "HookBasedTrainer": "trainer",
+    "LossNotProvidedError": "batch_processor",
+    "ResumeCheckpointConfig": "trainer",
+    "SimpleBatchProcessor": "batch_processor",
+}
+
+__all__ = [
+    "BatchProcessorMixin",
+    "HookBasedTrainer",
+    "LossNotProvidedError",
+    "ResumeCheckpointConfig",
+    "SimpleBatchProcessor",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for; its module comes with its dependencies."""
+    if name in _MODULES:
+        return getattr(import_module(f"gradclip.pipeline.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,137 @@
+"""What a trainer is given: checked, and its hooks put in order, before anything is prepared."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from gradclip.errors import ArgumentTypeError, ArgumentValueError, DoubleClippingError
+from gradclip.pipeline.batch_processor import BatchProcessorMixin
+from gradclip.pipeline.hooks.checkpoint import SaveCheckpoint
+from gradclip.pipeline.hooks.grad_clip import GradientClippingHook, refuse_deepspeed
+from gradclip.pipeline.hooks.mixin import PipelineHooks, PipelineHooksConfig
+from gradclip.pipeline.hooks.optimizer import OptimizerHook
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["arranged", "check_accelerator", "check_kinds", "check_limit", "one"]
+
+
+def arranged(
+    clipping: PipelineHooks | None,
+    validation: PipelineHooks | None,
+    others: Iterable[PipelineHooks],
+) -> PipelineHooks:
+    """Put the hooks of a run in order, and refuse those that exclude each other.
+
+    Raises:
+        DoubleClippingError: GC101, there are two clipping hooks.
+        ArgumentValueError: GC010, there are two optimizer hooks.
+    """
+    given = PipelineHooks.from_hooks([h for h in (clipping, validation, *others) if h is not None])
+    clippers = [each for each in given.walk() if isinstance(each, GradientClippingHook)]
+    if len(clippers) > 1:
+        raise DoubleClippingError(
+            f"there are {len(clippers)} clipping hooks, in grad_clip and hooks together: a second "
+            "limit would silently change what the first one means. Keep one; limits by parameter "
+            "go into its policy={pattern: ...}."
+        )
+    optimizers = [each for each in given.walk() if isinstance(each, OptimizerHook)]
+    if len(optimizers) > 1:
+        raise ArgumentValueError(
+            f"there are {len(optimizers)} optimizer hooks among hooks, so every step would be made "
+            "twice. Keep one, or none: the trainer has its own."
+        )
+    own = [] if optimizers else [OptimizerHook()]
+    ordered = [clipping, *own, validation, *others] if own else [clipping, *others, validation]
+    hooks = PipelineHooks.from_hooks([each for each in ordered if each is not None])
+    for each in hooks.walk():
+        if isinstance(each, SaveCheckpoint):
+            hooks.move_to_end(each)
+    return hooks
+
+
+def one(
+    name: str, value: "PipelineHooksConfig[Any] | PipelineHooks | None", kind: type[PipelineHooks]
+) -> PipelineHooks | None:
+    """Return the hook that an argument gives, as itself or as its configuration.
+
+    Raises:
+        ArgumentTypeError: GC011, it is neither.
+    """
+    hook = value() if isinstance(value, PipelineHooksConfig) else value
+    if hook is None or isinstance(hook, kind):
+        return hook
+    raise ArgumentTypeError(
+        f"{name} is {hook!r}: expected a {kind.__name__}Config or a {kind.__name__}"
+    )
+
+
+def check_kinds(
+    model: object,
+    dataloader: object,
+    batch_processor: object,
+    optimizer: object,
+    lr_scheduler: object,
+) -> None:
+    """Check that each object is of its kind.
+
+    Raises:
+        ArgumentTypeError: GC011, one is missing, or of another kind.
+    """
+    wanted = {
+        "model": (model, isinstance(model, nn.Module), "a torch.nn.Module"),
+        "dataloader": (dataloader, hasattr(dataloader, "__iter__"), "a DataLoader or an iterable"),
+        "batch_processor": (
+            batch_processor,
+            isinstance(batch_processor, BatchProcessorMixin),
+            "a BatchProcessorMixin, such as SimpleBatchProcessor.from_callable(function)",
+        ),
+        "optimizer": (optimizer, hasattr(optimizer, "param_groups"), "a torch optimizer"),
+        "lr_scheduler": (
+            lr_scheduler,
+            lr_scheduler is None or hasattr(lr_scheduler, "step"),
+            "a torch scheduler, or None",
+        ),
+    }
+    for name, (value, fits, expected) in wanted.items():
+        if not fits:
+            seen = "missing" if value is None else f"of type {type(value).__qualname__}"
+            raise ArgumentTypeError(f"{name} is {seen}: expected {expected}")
+    if isinstance(lr_scheduler, ReduceLROnPlateau):
+        raise ArgumentTypeError(
+            "lr_scheduler is a ReduceLROnPlateau, whose step() needs a metric that the trainer "
+            "does not have: step it in a hook of your own, after on_epoch"
+        )
+
+
+def check_limit(name: str, value: object) -> None:
+    """Check a number of steps or epochs; None is no limit.
+
+    Raises:
+        ArgumentTypeError: GC011, it is no whole number.
+        ArgumentValueError: GC010, it is below 1.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{name} is {value!r}: expected a whole number, or None")
+    if value < 1:
+        raise ArgumentValueError(f"{name} = {value} < 1 is not allowed: nothing would be trained")
+
+
+def check_accelerator(accelerator: "Accelerator") -> None:
+    """Refuse what the trainer cannot work with.
+
+    Raises:
+        DoubleClippingError: GC101, the accelerator is for DeepSpeed.
+        ArgumentValueError: GC010, its dataloaders keep their own position.
+    """
+    refuse_deepspeed(accelerator)
+    if accelerator.use_stateful_dataloader:
+        raise ArgumentValueError(
+            "the accelerator has use_stateful_dataloader=True. The trainer keeps the "
+            "position in the data itself, and both together would skip batches twice: drop it."
+        )

@@ -1,0 +1,276 @@
+"""Gradient clipping as a hook: the one place that joins the engine to the hooks."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    WrapSerializer,
+    model_validator,
+)
+
+from gradclip.clipping import AnyPolicy, ClipResult, GradientClipper, NormClip, ValueClip
+from gradclip.clipping.parameters import OptimizerParameters
+from gradclip.config import Ceiling, ClassType, NormOrder
+from gradclip.errors import ArgumentValueError, DoubleClippingError
+from gradclip.hook import HookContext
+from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
+from gradclip.pipeline.hooks.optimizer import unwrapped
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+__all__ = ["GradientClippingHook", "GradientClippingHookConfig", "refuse_deepspeed"]
+
+_SCALE_FLOOR = 1.0
+"""A loss scale at or below this does not explain an overflow."""
+
+
+class GradientClippingHook(PipelineHooks):
+    """Clips the gradients of the optimizer's parameters, once per optimizer step.
+
+    It clips after ``on_step``, at its own place, or before ``on_optimizer_step`` if that comes
+    first: whether it is registered before or after the optimizer hook makes no difference. Within
+    an accumulation window, and after an error, it does nothing.
+
+    Args:
+        cfg: What to clip to.
+
+    Attributes:
+        clipper: The clipper that is bound to the optimizer; None before the first step.
+
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> arg = PipelineHookArgs(optimizer=torch.optim.SGD([weight]))
+    >>> hooks = PipelineHooks.from_hooks(GradientClippingHookConfig(clip_mode="norm", max_norm=1))
+    >>> with hooks.begin("on_step", arg):
+    ...     weight.grad = torch.tensor([3.0, 4.0])
+    >>> arg.clip_result
+    ClipResult(norm_pre=5, norm_post=1, threshold=1, coefficient=0.2, \
+clipped=True, skipped=False, nonfinite=0)
+    """
+
+    def __init__(self, cfg: "GradientClippingHookConfig") -> None:
+        super().__init__()
+        self.clip_mode = cfg.clip_mode
+        self.clip_value = cfg.clip_value
+        self.max_norm = cfg.max_norm
+        self.norm_type = cfg.norm_type
+        self.clipper: GradientClipper | None = None
+        self._policy = cfg.as_policy()
+        self._nonfinite = cfg.nonfinite
+        self._max_consecutive_skips = cfg.max_consecutive_skips
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._state: Mapping[str, Any] | None = None
+        self._result: ClipResult | None = None
+        self._stepped = False
+        self._at_floor = False
+        self._unsettled = False
+        self.register_hook(
+            "on_step",
+            HookContext.from_callable("clip gradients", self._forget, self._after_step),
+        )
+        self.register_hook(
+            "on_optimizer_step",
+            HookContext.from_callable(
+                "clip gradients", self._before_optimizer_step, self._after_optimizer_step
+            ),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the clipper's history, once there is one."""
+        state = self._state if self.clipper is None else self.clipper.state_dict()
+        return {} if state is None else dict(state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the clipper's history, at the first step if no clipper is bound yet."""
+        self._state = state
+        if self.clipper is not None:
+            self.clipper.load_state_dict(state)
+
+    def _forget(self, arg: PipelineHookArgs) -> None:
+        arg.clip_result = self._result = None
+        self._stepped = False
+
+    def _after_step(self, arg: PipelineHookArgs) -> None:
+        if self._result is None:
+            self._clip(arg)
+
+    def _before_optimizer_step(self, arg: PipelineHookArgs) -> None:
+        # A loop without on_step never forgets, so the next optimizer step must.
+        if self._stepped:
+            if arg.clip_result is self._result:
+                arg.clip_result = None
+            self._result = None
+            self._stepped = False
+        if self._result is None:
+            self._clip(arg)
+
+    def _after_optimizer_step(self, arg: PipelineHookArgs) -> None:
+        self._stepped = True
+        if arg.is_optimizer_step_committed:
+            self._unsettled = False
+
+    def _clip(self, arg: PipelineHookArgs) -> None:
+        if arg.exception is not None:
+            return
+        if arg.optimizer is None:
+            raise ArgumentValueError(
+                "GradientClippingHook clips the parameters of arg.optimizer, which is None; "
+                "nothing was clipped. Give PipelineHookArgs(optimizer=...) to begin()."
+            )
+        if not arg.is_optimizer_step_boundary:
+            return
+        if arg.clip_result is not None:
+            raise DoubleClippingError(
+                "the gradients of this step were already clipped by another hook "
+                f"({arg.clip_result!r}); a second limit would silently change what the first one "
+                "means. Keep one clipping hook; limits by parameter go into its policy."
+            )
+        clipper = self._bound(arg)
+        scaler = None
+        if arg.accelerator is not None:
+            scaler = arg.accelerator.scaler
+            _unscale(arg.accelerator, arg.optimizer)
+        self._result = clipper.clip(overflow_expected=self._overflow_expected(scaler))
+        arg.clip_result = self._result
+
+    def _bound(self, arg: PipelineHookArgs) -> GradientClipper:
+        """Return the clipper of ``arg.optimizer``; another optimizer gets one with its history."""
+        if self.clipper is not None and arg.optimizer is self._optimizer:
+            return self.clipper
+        assert arg.optimizer is not None
+        refuse_deepspeed(arg.accelerator)
+        clipper = GradientClipper(
+            OptimizerParameters(unwrapped(arg.optimizer), module=arg.model),
+            self._policy,
+            nonfinite=self._nonfinite,
+            max_consecutive_skips=self._max_consecutive_skips,
+        )
+        state = self._state if self.clipper is None else self.clipper.state_dict()
+        if state is not None:
+            clipper.load_state_dict(state)
+        self.clipper, self._optimizer = clipper, arg.optimizer
+        return clipper
+
+    def _overflow_expected(self, scaler: Any) -> bool:
+        """Whether a loss scaler would explain an overflow: while its scale can still fall.
+
+        The scale is read, on the host, only after a step that was not seen to be committed.
+        """
+        if scaler is None or not scaler.is_enabled():
+            return False
+        if self._unsettled:
+            self._at_floor = scaler.get_scale() <= _SCALE_FLOOR
+        self._unsettled = True
+        return not self._at_floor
+
+
+def _unscale(accelerator: "Accelerator", optimizer: "torch.optim.Optimizer") -> None:
+    try:
+        accelerator.unscale_gradients(optimizer)
+    except RuntimeError as error:
+        # torch's words for gradients that somebody unscaled earlier in this step.
+        if "already been called" not in str(error):
+            raise
+
+
+def refuse_deepspeed(accelerator: "Accelerator | None") -> None:
+    """Raise if DeepSpeed owns the step.
+
+    Raises:
+        DoubleClippingError: GC101, ``accelerator`` is configured for DeepSpeed.
+    """
+    if accelerator is not None and accelerator.distributed_type == "DEEPSPEED":
+        raise DoubleClippingError(
+            "the accelerator is configured for DeepSpeed, which clips inside engine.step() (at 1.0 "
+            "where gradient_clipping is not set), so no hook can run between backward and update. "
+            "gradclip's pipeline does not drive DeepSpeed yet: use DDP or a single process, or set "
+            "gradient_clipping in DeepSpeed's configuration and train without gradclip."
+        )
+
+
+def _read_none(policies: Any) -> Any:
+    if not isinstance(policies, Mapping):
+        return policies
+    return {pattern: None if each == "none" else each for pattern, each in policies.items()}
+
+
+def _write_none(policies: dict[str, Any], write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    written = write(policies)
+    return {pattern: "none" if each is None else each for pattern, each in written.items()}
+
+
+PolicyOrNumber: TypeAlias = AnyPolicy | Ceiling
+PolicyByPattern: TypeAlias = Annotated[
+    dict[str, PolicyOrNumber | None],
+    BeforeValidator(_read_none),
+    # TOML has no null, and a pattern that is left out would mean something else.
+    WrapSerializer(_write_none, when_used="json"),
+]
+
+
+class GradientClippingHookConfig(PipelineHooksConfig[GradientClippingHook]):
+    """What gradients are clipped to: ``clip_mode`` and its limit, or a ``policy``."""
+
+    class_type: ClassType[GradientClippingHook] = GradientClippingHook
+    clip_mode: Literal["norm", "value"] | None = None
+    """``"norm"`` scales all gradients together to ``max_norm``; ``"value"`` clamps each element to
+    ``clip_value``. Left out with ``policy``."""
+    clip_value: Ceiling | None = None
+    """The largest modulus of an element, >= 0; used by ``"value"`` alone."""
+    max_norm: Ceiling | None = None
+    """The largest norm of all gradients together, >= 0; used by ``"norm"`` alone."""
+    norm_type: NormOrder = 2.0
+    """p of the p-norm, > 0, or infinity; used by ``"norm"`` alone."""
+    policy: PolicyOrNumber | PolicyByPattern | None = None
+    """What ``GradientClipper`` takes: a number (``max_norm``), a policy, or a mapping of name
+    patterns to these, where None (in a file ``"none"``) leaves the parameters alone."""
+    nonfinite: Literal["skip", "raise", "propagate"] = "skip"
+    """What to do about a NaN or an infinity in the gradients."""
+    max_consecutive_skips: int = Field(default=25, ge=0)
+    """Skipped steps in a row that are tolerated."""
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if self.policy is not None:
+            given = {"clip_mode", "clip_value", "max_norm", "norm_type"} & self.model_fields_set
+            rivals = sorted(name for name in given if getattr(self, name) != _default(name))
+            if rivals:
+                raise ValueError(
+                    f"policy says how to clip, and so does {', '.join(rivals)}: give one of them. "
+                    "A policy such as NormClip has max_norm and norm_type of its own."
+                )
+        elif self.clip_mode is None:
+            raise ValueError(
+                'nothing says how to clip: set clip_mode="norm" with max_norm, clip_mode="value" '
+                "with clip_value, or policy"
+            )
+        elif self.clip_mode == "norm" and self.max_norm is None:
+            raise ValueError(
+                'max_norm must be specified when clip_mode is "norm": nothing else would bound the '
+                "gradients"
+            )
+        elif self.clip_mode == "value" and self.clip_value is None:
+            raise ValueError(
+                'clip_value must be specified when clip_mode is "value": nothing else would bound '
+                "the gradients"
+            )
+        return self
+
+    def as_policy(self) -> "PolicyOrNumber | PolicyByPattern":
+        """Return what the hook gives to ``GradientClipper``."""
+        if self.policy is not None:
+            return self.policy
+        if self.clip_mode == "value":
+            assert self.clip_value is not None
+            return ValueClip(clip_value=self.clip_value)
+        assert self.max_norm is not None
+        return NormClip(max_norm=self.max_norm, norm_type=self.norm_type)
+
+
+def _default(name: str) -> object:
+    return GradientClippingHookConfig.model_fields[name].default

@@ -1,0 +1,110 @@
+"""The optimizer's step as a hook: it steps, or it does not, and everything else follows that."""
+
+from typing import TYPE_CHECKING, Any
+
+from gradclip.clipping import withhold
+from gradclip.config import ClassType
+from gradclip.errors import ArgumentValueError
+from gradclip.hook import HookContext
+from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["OptimizerHook", "OptimizerHookConfig", "unwrapped"]
+
+
+class OptimizerHook(PipelineHooks):
+    """Steps the optimizer and the scheduler after ``on_step``, and drops the gradients.
+
+    It does so where an accumulation window ends, and only if nothing failed. The step itself
+    stands inside ``on_optimizer_step``. A step whose clipping was skipped, or that the loss scaler
+    skips, changes neither weights nor moments nor the scheduler. One number is read from the
+    device per step: whether to skip.
+
+    Args:
+        cfg: Has nothing to say yet.
+    """
+
+    def __init__(self, cfg: "OptimizerHookConfig | None" = None) -> None:  # noqa: ARG002
+        super().__init__()
+        self.register_hook(
+            "on_step",
+            HookContext.from_callable("optimizer step", self._before_step, self._after_step),
+        )
+
+    def _before_step(self, arg: PipelineHookArgs) -> None:
+        arg.is_optimizer_step_committed = False
+
+    def _after_step(self, arg: PipelineHookArgs) -> None:
+        if arg.exception is not None:
+            return
+        if arg.optimizer is None:
+            raise ArgumentValueError(
+                "OptimizerHook steps arg.optimizer, which is None. Give "
+                "PipelineHookArgs(optimizer=...) to begin()."
+            )
+        if not arg.is_optimizer_step_boundary:
+            return
+        # Through arg.hooks, so that every hook of the pipeline sees the step.
+        with (arg.hooks or self).begin("on_optimizer_step", arg):
+            arg.is_optimizer_step_committed = _step(arg, arg.optimizer)
+        if arg.is_optimizer_step_committed and arg.lr_scheduler is not None:
+            arg.lr_scheduler.step()
+        # Not through Accelerate's wrapper: at a boundary it does the same, and slower.
+        unwrapped(arg.optimizer).zero_grad()
+
+
+class OptimizerHookConfig(PipelineHooksConfig[OptimizerHook]):
+    """The configuration of ``OptimizerHook``."""
+
+    class_type: ClassType[OptimizerHook] = OptimizerHook
+
+
+def _step(arg: PipelineHookArgs, optimizer: "torch.optim.Optimizer") -> bool:
+    """Step unless the gradients may not be stepped on; return whether the weights changed."""
+    result = arg.clip_result
+    scaler = None if arg.accelerator is None else arg.accelerator.scaler
+    if scaler is None:
+        skipped = result is not None and bool(result.skipped)
+        if not skipped:
+            _without_overhead(arg, optimizer).step()
+        return not skipped
+    # The scaler skips whatever overflowed, so its answer is read with ours: one number.
+    skipped = result is not None and bool(result.skipped | (result.nonfinite > 0))
+    # Accelerate does not notice that a fused optimizer skipped; the scale does.
+    unnoticed = result is None and all(group.get("fused") for group in optimizer.param_groups)
+    scale = scaler.get_scale() if unnoticed else 0.0
+    with withhold(optimizer, skipped):
+        # Also when skipped: the scaler must learn of the overflow.
+        optimizer.step()
+    skipped_by_scaler = getattr(optimizer, "step_was_skipped", False) or (
+        unnoticed and scaler.get_scale() < scale
+    )
+    return not (skipped or skipped_by_scaler)
+
+
+def _without_overhead(
+    arg: PipelineHookArgs, optimizer: "torch.optim.Optimizer"
+) -> "torch.optim.Optimizer":
+    """Pass Accelerate's wrapper by, where its ``step`` adds nothing but a search for packages.
+
+    It looks for an optional package on the disk at every step, for about as long as a small
+    optimizer takes.
+    """
+    accelerator = arg.accelerator
+    if (
+        accelerator is None
+        or accelerator.has_lomo_optimizer
+        or accelerator.distributed_type == "XLA"
+    ):
+        return optimizer
+    return unwrapped(optimizer)
+
+
+def unwrapped(optimizer: "torch.optim.Optimizer") -> "torch.optim.Optimizer":
+    """Return the torch optimizer behind Accelerate's wrapper."""
+    inner: Any = optimizer
+    while type(inner).__module__.startswith("accelerate."):
+        inner = inner.optimizer
+    return inner  # type: ignore[no-any-return]

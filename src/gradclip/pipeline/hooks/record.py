@@ -1,0 +1,158 @@
+"""A record of the run as a hook: one JSON line per optimizer step."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from gradclip.config import ClassType
+from gradclip.diagnostics.record import RunRecorder, StepRecord
+from gradclip.hook import HookContext
+from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradclip.clipping import ClipResult
+
+__all__ = ["RecordHook", "RecordHookConfig"]
+
+_BUFFERED = 64
+"""Steps whose numbers stay on the device before they are read together."""
+
+
+class _Step(NamedTuple):
+    """An optimizer step whose numbers were not read yet."""
+
+    number: int
+    losses: "list[Tensor]"
+    result: "ClipResult | None"
+    overflowed: bool
+    lr: float | None
+    elapsed_ms: float
+
+
+class RecordHook(PipelineHooks):
+    """Writes a line for every optimizer step, made or skipped, when ``on_optimizer_step`` closes.
+
+    The loss is the mean over the accumulation window. Numbers are read from the device every 64
+    steps, at the end of the loop, at a checkpoint, and when something fails. A run that resumes
+    goes on in the same file, without its lines beyond the checkpoint. Only the main process writes.
+
+    Args:
+        cfg: Where to.
+    """
+
+    def __init__(self, cfg: "RecordHookConfig") -> None:
+        super().__init__()
+        self.path = Path(cfg.path)
+        self._recorder: RunRecorder | None = None
+        self._number: int | None = None
+        self._losses: list[Tensor] = []
+        self._waiting: list[_Step] = []
+        self._since = perf_counter()
+        name = "record"
+        self.register_hook(
+            "on_loop", HookContext.from_callable(name, self._before_loop, self._after_loop)
+        )
+        self.register_hook("on_step", HookContext.from_callable(name, after=self._after_step))
+        self.register_hook("on_batch", HookContext.from_callable(name, after=self._after_batch))
+        self.register_hook(
+            "on_optimizer_step",
+            HookContext.from_callable(name, after=self._after_optimizer_step),
+        )
+
+    def flush(self) -> None:
+        """Write every step that is waiting."""
+        if self._recorder is not None:
+            for step in self._waiting:
+                self._recorder.write(_read(step))
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """Write every step that is waiting, and close the file; the next step opens it again."""
+        self.flush()
+        if self._recorder is not None:
+            self._recorder.close()
+        self._recorder = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which step comes next, when all before it are in the file."""
+        self.flush()
+        return {} if self._number is None else {"step": self._number}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the step that ``state_dict`` named."""
+        self._number = int(state["step"])
+
+    def _before_loop(self, arg: PipelineHookArgs) -> None:
+        self._losses = []
+        self._open(arg)
+
+    def _after_loop(self, arg: PipelineHookArgs) -> None:  # noqa: ARG002
+        self.close()
+
+    def _after_batch(self, arg: PipelineHookArgs) -> None:
+        if arg.exception is None and arg.reduce_loss is not None:
+            self._losses.append(arg.reduce_loss.detach())
+
+    def _after_step(self, arg: PipelineHookArgs) -> None:
+        if arg.exception is not None:
+            self.flush()
+
+    def _after_optimizer_step(self, arg: PipelineHookArgs) -> None:
+        losses, self._losses = self._losses, []
+        if arg.exception is not None:
+            return
+        if not losses and arg.reduce_loss is not None:
+            losses = [arg.reduce_loss.detach()]
+        now = perf_counter()
+        number = self._open(arg)
+        self._waiting.append(
+            _Step(
+                number,
+                losses,
+                arg.clip_result,
+                _skipped_by_scaler(arg),
+                None if arg.optimizer is None else float(arg.optimizer.param_groups[0]["lr"]),
+                (now - self._since) * 1e3,
+            )
+        )
+        self._number, self._since = number + 1, now
+        if len(self._waiting) >= _BUFFERED:
+            self.flush()
+
+    def _open(self, arg: PipelineHookArgs) -> int:
+        """Open the file if it is not, and return the number of the next step."""
+        if self._number is None:
+            self._number = arg.optimizer_step_id
+        if self._recorder is None and (arg.accelerator is None or arg.accelerator.is_main_process):
+            self._recorder = RunRecorder(self.path, start_step=self._number)
+            self._since = perf_counter()
+        return self._number
+
+
+class RecordHookConfig(PipelineHooksConfig[RecordHook]):
+    """Where the record goes."""
+
+    class_type: ClassType[RecordHook] = RecordHook
+    path: str
+    """A JSONL file."""
+
+
+def _read(step: _Step) -> StepRecord:
+    loss = sum(float(loss) for loss in step.losses) / len(step.losses) if step.losses else None
+    record = StepRecord.from_stats(
+        step.number,
+        None if step.result is None else step.result.to_host(),
+        loss=loss,
+        lr=step.lr,
+        elapsed_ms=step.elapsed_ms,
+    )
+    return replace(record, skipped=record.skipped or step.overflowed)
+
+
+def _skipped_by_scaler(arg: PipelineHookArgs) -> bool:
+    scaling = arg.accelerator is not None and arg.accelerator.scaler is not None
+    return scaling and not arg.is_optimizer_step_committed

@@ -1,0 +1,240 @@
+"""A trainer that hooks drive: it goes through the data, and everything else is a hook."""
+
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from gradclip.config import Config
+from gradclip.errors import ArgumentTypeError, ArgumentValueError, MissingDependencyError
+
+try:
+    from accelerate import Accelerator
+except ImportError as _error:
+    raise MissingDependencyError(
+        "the trainer runs on Accelerate, which is not installed\n  pip install 'gradclip[pipeline]'"
+    ) from _error
+
+from gradclip.pipeline.arguments import (
+    arranged,
+    check_accelerator,
+    check_kinds,
+    check_limit,
+    one,
+)
+from gradclip.pipeline.batch_processor import BatchProcessorMixin
+from gradclip.pipeline.data_position import DataPosition
+from gradclip.pipeline.hooks.checkpoint import SaveCheckpoint
+from gradclip.pipeline.hooks.grad_clip import GradientClippingHook
+from gradclip.pipeline.hooks.mixin import (
+    PipelineHookArgs,
+    PipelineHooks,
+    PipelineHooksConfig,
+    PipelineHooksLike,
+)
+from gradclip.pipeline.hooks.optimizer import unwrapped
+from gradclip.pipeline.hooks.validation import ValidationHook
+from gradclip.pipeline.progress_state import TrainerProgressState
+from gradclip.pipeline.training_state import load_training_state
+
+__all__ = ["HookBasedTrainer", "ResumeCheckpointConfig"]
+
+
+class ResumeCheckpointConfig(Config):
+    """What a run resumes from."""
+
+    resume_from: str
+    """A checkpoint, or a folder of checkpoints, of which the last complete one is taken."""
+
+
+class HookBasedTrainer:
+    """Trains a model; calling it runs the loop.
+
+    .. code-block:: text
+
+        on_loop
+          on_epoch
+            on_step                          for every batch
+              on_batch
+                on_model_forward             the batch processor
+                on_model_backward
+            after on_step: clip, then on_optimizer_step
+
+    Model, dataloader, optimizer and scheduler are prepared with the accelerator, which also
+    accumulates gradients. Hooks run in this order: ``grad_clip``, the optimizer's step,
+    ``validation``, ``hooks``. An ``OptimizerHook`` among ``hooks`` takes the place of the trainer's
+    own; ``validation`` then comes last. Checkpoint hooks are moved behind all others, so that what
+    they save is the finished step.
+
+    Args:
+        accelerator: Made by default.
+        model: The model.
+        dataloader: A DataLoader, or anything that can be iterated once per epoch.
+        batch_processor: Runs forward and backward; see ``SimpleBatchProcessor``.
+        optimizer: The optimizer of the model's parameters.
+        lr_scheduler: Steps with every optimizer step that was made; None for none.
+        hooks: Hooks, their configurations, and iterables of these.
+        max_step: Batches, over all epochs, to stop after.
+        max_epoch: Epochs to stop after. One of the two limits is needed.
+        grad_clip: A ``GradientClippingHookConfig`` or hook; it may be among ``hooks`` instead.
+        validation: A ``ValidationHookConfig`` or hook.
+        resume_from: A checkpoint, or a folder of them; see ``ResumeCheckpointConfig``.
+
+    Raises:
+        ArgumentTypeError: GC011, an argument of the wrong kind, or missing.
+        ArgumentValueError: GC010, no limit, or two optimizer hooks.
+        DoubleClippingError: GC101, two clipping hooks, or an accelerator for DeepSpeed.
+        CheckpointError: GC301, there is nothing to resume from.
+    """
+
+    # The order of RoboOrchardLab's trainer, with a default for the first; what has no default of
+    # its own is checked below.
+    def __init__(  # noqa: PLR0917
+        self,
+        accelerator: Accelerator | None = None,
+        model: nn.Module = None,  # type: ignore[assignment]
+        dataloader: Iterable[Any] = None,  # type: ignore[assignment]  # noqa: RUF013
+        batch_processor: BatchProcessorMixin = None,  # type: ignore[assignment]
+        optimizer: Optimizer = None,  # type: ignore[assignment]
+        lr_scheduler: Any = None,
+        hooks: PipelineHooksLike = None,
+        max_step: int | None = None,
+        max_epoch: int | None = None,
+        grad_clip: "PipelineHooksConfig[Any] | PipelineHooks | None" = None,
+        validation: "PipelineHooksConfig[Any] | PipelineHooks | None" = None,
+        resume_from: "str | PathLike[str] | ResumeCheckpointConfig | None" = None,
+    ) -> None:
+        check_kinds(model, dataloader, batch_processor, optimizer, lr_scheduler)
+        check_limit("max_step", max_step)
+        check_limit("max_epoch", max_epoch)
+        if max_step is None and max_epoch is None:
+            raise ArgumentValueError(
+                "either max_step or max_epoch must be specified: nothing else ends the training"
+            )
+        resume_path = _resume_path(resume_from)
+        self.max_step = max_step
+        self.max_epoch = max_epoch
+        self.hooks = arranged(
+            one("grad_clip", grad_clip, GradientClippingHook),
+            one("validation", validation, ValidationHook),
+            PipelineHooks.from_hooks(hooks).children,
+        )
+        self.accelerator = Accelerator() if accelerator is None else accelerator
+        check_accelerator(self.accelerator)
+
+        self.batch_processor = batch_processor
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.dataloader: Iterable[Any] = dataloader
+        if isinstance(dataloader, DataLoader):
+            self.dataloader = self.accelerator.prepare(dataloader)
+        self.lr_scheduler = lr_scheduler
+        if lr_scheduler is not None:
+            self.lr_scheduler = self.accelerator.prepare(lr_scheduler)
+        batch_processor.prepare(self.accelerator)
+
+        self.trainer_progress_state = TrainerProgressState()
+        self._checkpoints = [each for each in self.hooks.walk() if isinstance(each, SaveCheckpoint)]
+        self._position = DataPosition(
+            self.dataloader, self._may_save if self._checkpoints else None
+        )
+        if resume_path is not None:
+            self.trainer_progress_state = load_training_state(
+                resume_path, self.accelerator, self.model, self.hooks, self._position
+            )
+        self._arg = PipelineHookArgs(
+            accelerator=self.accelerator,
+            max_epoch=max_epoch,
+            max_step=max_step,
+            start_epoch=self.trainer_progress_state.epoch_id,
+            start_step=self.trainer_progress_state.step_id,
+            dataloader=self.dataloader,
+            model=self.model,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            data_position=self._position,
+        )
+
+    def __call__(self) -> None:
+        """Train until a limit is reached; go on from where the last call ended.
+
+        Raises:
+            ArgumentValueError: GC010, the dataloader yields no batch.
+        """
+        progress = self.trainer_progress_state
+        self.model.train()
+        # Whatever ran with this accelerator or model before left its window and gradients behind.
+        self.accelerator.step = progress.micro_step_id
+        if progress.micro_step_id == 0:
+            unwrapped(self.optimizer).zero_grad()
+        with self.hooks.begin("on_loop", self._new_arg()) as loop_arg:
+            self._position.restore()
+            while not progress.is_training_end(self.max_step, self.max_epoch):
+                try:
+                    with self.hooks.begin("on_epoch", self._new_arg()) as epoch_arg:
+                        finished = self._epoch(epoch_arg)
+                    if finished:
+                        progress.update_epoch()
+                finally:
+                    progress.sync_pipeline_hook_arg(loop_arg)
+
+    def _epoch(self, epoch_arg: PipelineHookArgs) -> bool:
+        """Train on the rest of an epoch; return False if ``max_step`` cut it short."""
+        progress = self.trainer_progress_state
+        for batch in self._position.epoch():
+            try:
+                with self.accelerator.accumulate(self.model):
+                    arg = self._step(batch)
+            except BaseException:
+                self._position.stop()
+                raise
+            progress.update_step(
+                boundary=arg.is_optimizer_step_boundary, committed=arg.is_optimizer_step_committed
+            )
+            progress.sync_pipeline_hook_arg(epoch_arg)
+            if progress.is_training_end(self.max_step, None):
+                self._position.stop()
+                return False
+        if progress.step_id == 0:
+            raise ArgumentValueError(
+                f"the dataloader yielded no batch in epoch {progress.epoch_id}, so training would "
+                "never end. An iterator can be gone through once: give a DataLoader, a list, or "
+                "another object that can be iterated once per epoch."
+            )
+        return True
+
+    def _step(self, batch: Any) -> PipelineHookArgs:
+        with (
+            self.hooks.begin("on_step", self._new_arg()) as arg,
+            self.hooks.begin("on_batch", arg.copy_with_updates(batch=batch)) as batch_arg,
+        ):
+            self.batch_processor(
+                pipeline_hooks=self.hooks, on_batch_hook_args=batch_arg, model=self.model
+            )
+            arg.model_outputs = batch_arg.model_outputs
+            arg.reduce_loss = batch_arg.reduce_loss
+        return arg
+
+    def _new_arg(self) -> PipelineHookArgs:
+        return self._arg.copy_with_updates(**vars(self.trainer_progress_state))
+
+    def _may_save(self) -> bool:
+        """Whether a checkpoint may be taken after the next batch."""
+        step = self.trainer_progress_state.global_step_id
+        return step + 1 == self.max_step or any(each.is_due(step) for each in self._checkpoints)
+
+
+def _resume_path(
+    resume_from: "str | PathLike[str] | ResumeCheckpointConfig | None",
+) -> Path | None:
+    if isinstance(resume_from, ResumeCheckpointConfig):
+        return Path(resume_from.resume_from)
+    if resume_from is None or isinstance(resume_from, str | PathLike):
+        return None if resume_from is None else Path(resume_from)
+    raise ArgumentTypeError(
+        f"resume_from is of type {type(resume_from).__qualname__}: expected a path or a "
+        "ResumeCheckpointConfig"
+    )

@@ -1,0 +1,179 @@
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator, PartialState
+
+from gradclip.diagnostics.record import read_record
+from gradclip.pipeline.hooks import (
+    GradientClippingHookConfig,
+    HookContext,
+    OptimizerHook,
+    PipelineHookArgs,
+    PipelineHooks,
+    RecordHook,
+    RecordHookConfig,
+)
+
+
+@pytest.fixture(name="path")
+def _path(tmp_path):
+    return tmp_path / "run.jsonl"
+
+
+class Loop:
+    """A loop whose losses and gradients are given."""
+
+    def __init__(self, path, linear, accelerator=None, clip=True):
+        layer = linear([0.0, 0.0])
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+        self.record = RecordHookConfig(path=str(path))()
+        clipping = [GradientClippingHookConfig(clip_mode="norm", max_norm=1.0)] if clip else []
+        self.hooks = PipelineHooks.from_hooks([self.record, OptimizerHook(), *clipping])
+        self.arg = PipelineHookArgs(
+            accelerator=accelerator,
+            model=layer,
+            optimizer=optimizer,
+            lr_scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
+        )
+
+    def step(self, loss, *gradient):
+        with (
+            self.hooks.begin("on_step", self.arg) as arg,
+            self.hooks.begin("on_batch", arg.copy_with_updates()) as batch_arg,
+        ):
+            batch_arg.reduce_loss = arg.reduce_loss = torch.tensor(loss)
+            arg.model.weight.grad = torch.tensor([gradient])
+
+
+def test_every_optimizer_step_is_a_line(path, linear):
+    loop = Loop(path, linear)
+    with loop.hooks.begin("on_loop", loop.arg.copy_with_updates()):
+        loop.step(2.0, 3.0, 4.0)
+        loop.step(1.0, math.nan, 4.0)
+        loop.step(0.5, 0.0, 0.5)
+    first, skipped, last = read_record(path)
+    assert (first.step, skipped.step, last.step) == (0, 1, 2)
+    assert (first.loss, skipped.loss, last.loss) == (2.0, 1.0, 0.5)
+    assert (first.norm_pre, last.norm_pre) == (5.0, 0.5)
+    assert first.norm_post == pytest.approx(1.0)
+    assert (first.clipped, first.skipped) == (True, False)
+    assert (skipped.skipped, skipped.nonfinite) == (True, 1)
+    assert (last.clipped, last.skipped, last.threshold) == (False, False, 1.0)
+    # The rate that the step was made with, not the scheduler's next; a skip does not move it.
+    assert (first.lr, skipped.lr, last.lr) == (1.0, 0.5, 0.5)
+    assert all(record.elapsed_ms >= 0 for record in (first, skipped, last))
+
+
+def test_without_clipping_there_is_no_norm(path, linear):
+    loop = Loop(path, linear, clip=False)
+    with loop.hooks.begin("on_loop", loop.arg.copy_with_updates()):
+        loop.step(2.0, 3.0, 4.0)
+    (record,) = read_record(path)
+    assert (record.loss, record.norm_pre, record.skipped) == (2.0, None, False)
+
+
+def test_the_loss_of_an_accumulated_step_is_the_mean(path, linear):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    loop = Loop(path, linear, accelerator)
+    with loop.hooks.begin("on_loop", loop.arg.copy_with_updates()):
+        for loss in (1.0, 2.0, 5.0, 7.0):
+            with accelerator.accumulate(loop.arg.model):
+                loop.step(loss, 1.0, 1.0)
+    assert [record.loss for record in read_record(path)] == [1.5, 6.0]
+
+
+def test_lines_wait_and_none_is_lost_when_something_fails(path, linear):
+    loop = Loop(path, linear)
+    failing = PipelineHooks()
+    failing.register_hook("on_step", HookContext.from_callable(after=lambda arg: {}["no"]))
+
+    def train():
+        with loop.hooks.begin("on_loop", loop.arg.copy_with_updates()):
+            for number in range(70):
+                loop.step(float(number), 1.0, 1.0)
+            assert len(read_record(path)) == 64
+            loop.hooks += failing
+            loop.step(70.0, 1.0, 1.0)
+
+    with pytest.raises(KeyError):
+        train()
+    assert [record.loss for record in read_record(path)] == [float(n) for n in range(71)]
+
+
+def test_a_failed_step_alone_writes_what_waits_in_a_loop_without_on_loop(path, linear):
+    loop = Loop(path, linear)
+    loop.step(1.0, 1.0, 1.0)
+    assert read_record(path) == []
+    with pytest.raises(KeyError), loop.hooks.begin("on_step", loop.arg):
+        raise KeyError
+    assert len(read_record(path)) == 1
+    loop.record.close()
+
+
+def test_a_step_that_failed_is_not_recorded(path, linear):
+    loop = Loop(path, linear, clip=False)
+    arg = loop.arg
+    with (
+        pytest.raises(KeyError),
+        loop.hooks.begin("on_loop", arg.copy_with_updates()),
+        loop.hooks.begin("on_optimizer_step", arg),
+    ):
+        raise KeyError
+    assert read_record(path) == []
+
+
+def test_its_state_puts_everything_on_disk_first(path, linear):
+    loop = Loop(path, linear)
+    assert loop.record.state_dict() == {}
+    with loop.hooks.begin("on_loop", loop.arg.copy_with_updates()):
+        loop.step(1.0, 1.0, 1.0)
+        assert loop.record.state_dict() == {"step": 1}
+        assert len(read_record(path)) == 1
+
+
+def test_a_resumed_run_goes_on_without_double_lines(path, linear):
+    loop = Loop(path, linear)
+    with loop.hooks.begin("on_loop", loop.arg.copy_with_updates()):
+        for number in range(5):
+            loop.step(float(number), 1.0, 1.0)
+            if number == 2:
+                state = loop.record.state_dict()
+    again = Loop(path, linear)
+    again.record.load_state_dict(state)
+    with again.hooks.begin("on_loop", again.arg.copy_with_updates()):
+        again.step(30.0, 1.0, 1.0)
+    records = read_record(path)
+    assert [(record.step, record.loss) for record in records] == [
+        (0, 0.0),
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+    ]
+
+
+def test_a_second_loop_in_the_same_process_goes_on_too(path, linear):
+    loop = Loop(path, linear)
+    for number in range(2):
+        with loop.hooks.begin("on_loop", loop.arg.copy_with_updates()):
+            loop.step(float(number), 1.0, 1.0)
+    assert [record.step for record in read_record(path)] == [0, 1]
+
+
+def test_a_run_from_scratch_begins_the_file_anew(path, linear):
+    for _ in range(2):
+        loop = Loop(path, linear)
+        with loop.hooks.begin("on_loop", loop.arg.copy_with_updates()):
+            loop.step(1.0, 1.0, 1.0)
+    assert len(read_record(path)) == 1
+
+
+def test_only_the_main_process_writes(path, linear):
+    accelerator = Accelerator(cpu=True)
+    PartialState().process_index = 1
+    assert not accelerator.is_main_process
+    loop = Loop(path, linear, accelerator)
+    with loop.hooks.begin("on_loop", loop.arg.copy_with_updates()):
+        loop.step(1.0, 1.0, 1.0)
+    assert not path.exists()
+    assert isinstance(loop.record, RecordHook)
