@@ -14,7 +14,7 @@ from gradclip.clipping.response import Flag, Response
 def scale(kernels: Kernels, gradients: Gradients, rows: Sequence[int], response: Response) -> None:
     """Multiply gradients in place by what a response says."""
     for factor in response.factors():
-        if any(tensor.is_sparse for tensor in gradients.tensors):
+        if gradients.has_sparse:
             gradients.adopt_coalesced()
         written = gradients.written
         for device, (indices, row_indices) in by_device(written, rows).items():
@@ -35,7 +35,7 @@ def clamp(kernels: Kernels, gradients: Gradients, limit: float | Tensor) -> Flag
         kernels.clamp_([tensors[i] for i in indices], limit)
         for indices, _ in by_device(tensors, [1] * len(tensors)).values()
     ]
-    if any(tensor.is_sparse for tensor in gradients.tensors) and any(map(bool, changed)):
+    if gradients.has_sparse and any(map(bool, changed)):
         gradients.adopt_coalesced()
     home = home_of(gradients.devices)
     flags = torch.stack([flag.to(home) for flag in changed]).any()

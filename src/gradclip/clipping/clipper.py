@@ -108,7 +108,9 @@ clipped=True, skipped=False, nonfinite=0)
             as_source(params), list(self._policies) if by_pattern else None
         )
         self._by_pattern = by_pattern
-        self._order = _common_order(policy for policy in self._policies.values() if policy)
+        orders = {policy.order for policy in self._policies.values() if policy}
+        self._one_order = len(orders) == 1
+        self._order = orders.pop() if self._one_order else _EUCLIDEAN
         self._states: dict[str, dict[str, Tensor]] = {}
         self._recent: deque[Tensor] = deque(maxlen=32)
         self._warned = False
@@ -149,12 +151,11 @@ clipped=True, skipped=False, nonfinite=0)
         home = self._home(groups)
 
         measured = [self._measure(group, group.policy.order, scale, home) for group in groups]
-        totals = [
-            norms
-            if norms.norm_type == self._order
-            else self._measure(group, self._order, scale, home)
-            for group, norms in zip(groups, measured, strict=True)
-        ]
+        totals = (
+            measured
+            if self._one_order
+            else [self._measure(group, self._order, scale, home) for group in groups]
+        )
         counts = self._judge(groups, measured, overflow_expected=overflow_expected)
 
         responses = [
@@ -194,8 +195,9 @@ clipped=True, skipped=False, nonfinite=0)
                         f"the gradient of {name} is {tensor.dtype}, and complex numbers have no "
                         "order to clamp by: use NormClip for it. No gradient was changed."
                     )
-        by_unit = policy.scope == "unit"
-        rows = [t.shape[0] if by_unit and t.dim() > 1 else 1 for t in gradients.tensors]
+        rows = [1] * len(gradients.tensors)
+        if policy.scope == "unit":
+            rows = [t.shape[0] if t.dim() > 1 else 1 for t in gradients.tensors]
         return _Group(parameters.pattern, policy, gradients, rows)
 
     def _warn_if_none(self, groups: list[_Group]) -> None:
@@ -384,9 +386,3 @@ def _all(flags: list[Flag]) -> Flag:
     if not others:
         return all(known)
     return others[0] if len(others) == 1 else torch.stack(others).all()
-
-
-def _common_order(policies: Iterable[Policy]) -> float:
-    """Return the p that all policies measure by, or 2: what the norm over all groups is in."""
-    orders = {policy.order for policy in policies}
-    return orders.pop() if len(orders) == 1 else _EUCLIDEAN

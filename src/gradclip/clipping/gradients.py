@@ -34,8 +34,10 @@ class Gradients:
         """Where they are."""
         self._dtypes = {tensor.dtype for tensor in self.tensors}
         # Dense, real and without a pending sign: each is its own view.
-        self._is_plain = self._dtypes <= FLOATING and all(
-            tensor.layout is torch.strided and not tensor.is_neg() for tensor in self.tensors
+        self._is_plain = (
+            self._dtypes <= FLOATING
+            and {tensor.layout for tensor in self.tensors} <= {torch.strided}
+            and True not in {tensor.is_neg() for tensor in self.tensors}
         )
 
     @property
@@ -56,6 +58,11 @@ class Gradients:
         if norm_type == 2:  # noqa: PLR2004 - the Euclidean norm
             return self._measured_by_parts
         return [_modulus(_values(tensor)) for tensor in self._coalesced]
+
+    @property
+    def has_sparse(self) -> bool:
+        """Whether a gradient has to be coalesced before its elements are changed."""
+        return not self._is_plain and any(tensor.is_sparse for tensor in self.tensors)
 
     def adopt_coalesced(self) -> None:
         """Give the parameters their coalesced gradients, whose values ``measured`` shares.

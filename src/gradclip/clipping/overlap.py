@@ -17,21 +17,24 @@ def check_disjoint(gradients: Sequence[Gradients]) -> None:
     Raises:
         OverlappingGradientsError: GC021, naming the first two.
     """
-    names = [name for group in gradients for name in group.names]
     tensors = [tensor for group in gradients for tensor in group.written]
-    extents = sorted(
-        (tensor.data_ptr(), tensor.nbytes if tensor.is_contiguous() else _span(tensor), index)
-        for index, tensor in enumerate(tensors)
-    )
-    for name, tensor in zip(names, tensors, strict=True):
-        if not tensor.is_contiguous() and _overlaps_itself(tensor):
-            raise _overlap(name, "itself (an expanded tensor, or overlapping strides)")
+    extents = []
+    for index, tensor in enumerate(tensors):
+        contiguous = tensor.is_contiguous()
+        if not contiguous and _overlaps_itself(tensor):
+            raise _overlap(_names(gradients)[index], "itself (an expanded tensor, or such strides)")
+        extents.append((tensor.data_ptr(), tensor.nbytes if contiguous else _span(tensor), index))
+    extents.sort()
     end = 0
     for start, length, _ in extents:
-        if length and start < end:
-            _check_interleaved([extent for extent in extents if extent[1]], names, tensors)
+        if start < end and length:
+            _check_interleaved([e for e in extents if e[1]], _names(gradients), tensors)
             return
-        end = max(end, start + length)
+        end = start + length
+
+
+def _names(gradients: Sequence[Gradients]) -> list[str]:
+    return [name for group in gradients for name in group.names]
 
 
 def _span(tensor: Tensor) -> int:

@@ -35,10 +35,11 @@ def as_rows(tensors):
 
 def truth(tensors, rows, p):
     """Each row's norm, from float64."""
-    norms = []
-    for tensor, n in zip(tensors, rows, strict=True):
-        for row in tensor.double().reshape(n, -1):
-            norms.append(torch.linalg.vector_norm(row, p) if row.numel() else torch.tensor(0.0))
+    norms = [
+        torch.linalg.vector_norm(row, p) if row.numel() else torch.tensor(0.0)
+        for tensor, n in zip(tensors, rows, strict=True)
+        for row in tensor.double().reshape(n, -1)
+    ]
     return torch.stack([norm.double() for norm in norms])
 
 

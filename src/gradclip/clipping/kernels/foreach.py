@@ -45,7 +45,7 @@ def power_sums(tensors: Sequence[Tensor], rows: Sequence[int], p: float) -> Tens
         sums_R = _by_rows(tensors, rows, _small_sums(p), lambda row: _large_sum(row, p))
     else:
         sums_R = _on_device(tensors, rows, p, lambda row: blocks.power_sum(row, p)).pow(p)
-    if any(tensor.dtype is torch.float64 for tensor in tensors):
+    if torch.float64 in {tensor.dtype for tensor in tensors}:
         return _with_range(sums_R, tensors, rows, p)
     return sums_R.unsqueeze(1)
 
@@ -132,7 +132,7 @@ def _by_rows(
     tensors: Sequence[Tensor], rows: Sequence[int], small: _Small, large: _Large
 ) -> Tensor:
     """Reduce each row to a number: small rows of one dtype together, each large one by itself."""
-    if any(n != 1 for n in rows):
+    if max(rows) > 1:
         tensors = list(_each_row(tensors, rows))
     sizes = [tensor.numel() for tensor in tensors]
     dtypes = {tensor.dtype for tensor in tensors}
