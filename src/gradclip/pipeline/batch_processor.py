@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks
+from gradclip.pipeline.shortcuts import backward
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -124,10 +125,7 @@ class SimpleBatchProcessor(BatchProcessorMixin):
                 "Return (outputs, loss), or set need_backward=False."
             )
         with pipeline_hooks.begin("on_model_backward", arg.copy_with_updates()):
-            if accelerator is None:
-                loss.backward()
-            else:
-                accelerator.backward(loss)
+            backward(accelerator, loss)
 
 
 class BatchProcessorFromCallable(SimpleBatchProcessor):

@@ -36,9 +36,9 @@ from gradclip.pipeline.hooks.mixin import (
     PipelineHooksConfig,
     PipelineHooksLike,
 )
-from gradclip.pipeline.hooks.optimizer import unwrapped
 from gradclip.pipeline.hooks.validation import ValidationHook
 from gradclip.pipeline.progress_state import TrainerProgressState
+from gradclip.pipeline.shortcuts import accumulating, unwrapped
 from gradclip.pipeline.training_state import load_training_state
 
 __all__ = ["HookBasedTrainer", "ResumeCheckpointConfig"]
@@ -130,7 +130,9 @@ class HookBasedTrainer:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.dataloader: Iterable[Any] = dataloader
         if isinstance(dataloader, DataLoader):
-            self.dataloader = self.accelerator.prepare(dataloader)
+            # On the CPU there is nowhere to move a batch to.
+            moves = self.accelerator.device.type != "cpu"
+            self.dataloader = self.accelerator.prepare(dataloader, device_placement=[moves])
         self.lr_scheduler = lr_scheduler
         if lr_scheduler is not None:
             self.lr_scheduler = self.accelerator.prepare(lr_scheduler)
@@ -186,7 +188,7 @@ class HookBasedTrainer:
         progress = self.trainer_progress_state
         for batch in self._position.epoch():
             try:
-                with self.accelerator.accumulate(self.model):
+                with accumulating(self.accelerator, self.model):
                     arg = self._step(batch)
             except BaseException:
                 self._position.stop()

@@ -17,7 +17,7 @@ from gradclip.config import Ceiling, ClassType, NormOrder
 from gradclip.errors import ArgumentValueError, DoubleClippingError
 from gradclip.hook import HookContext
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
-from gradclip.pipeline.hooks.optimizer import unwrapped
+from gradclip.pipeline.shortcuts import unwrapped
 
 if TYPE_CHECKING:
     import torch

@@ -1,17 +1,18 @@
 """The optimizer's step as a hook: it steps, or it does not, and everything else follows that."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gradclip.clipping import withhold
 from gradclip.config import ClassType
 from gradclip.errors import ArgumentValueError
 from gradclip.hook import HookContext
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
+from gradclip.pipeline.shortcuts import step_scheduler, stepping, unwrapped
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OptimizerHook", "OptimizerHookConfig", "unwrapped"]
+__all__ = ["OptimizerHook", "OptimizerHookConfig"]
 
 
 class OptimizerHook(PipelineHooks):
@@ -50,7 +51,7 @@ class OptimizerHook(PipelineHooks):
         with (arg.hooks or self).begin("on_optimizer_step", arg):
             arg.is_optimizer_step_committed = _step(arg, arg.optimizer)
         if arg.is_optimizer_step_committed and arg.lr_scheduler is not None:
-            arg.lr_scheduler.step()
+            step_scheduler(arg.accelerator, arg.lr_scheduler)
         # Not through Accelerate's wrapper: at a boundary it does the same, and slower.
         unwrapped(arg.optimizer).zero_grad()
 
@@ -68,7 +69,7 @@ def _step(arg: PipelineHookArgs, optimizer: "torch.optim.Optimizer") -> bool:
     if scaler is None:
         skipped = result is not None and bool(result.skipped)
         if not skipped:
-            _without_overhead(arg, optimizer).step()
+            stepping(arg.accelerator, optimizer).step()
         return not skipped
     # The scaler skips whatever overflowed, so its answer is read with ours: one number.
     skipped = result is not None and bool(result.skipped | (result.nonfinite > 0))
@@ -82,29 +83,3 @@ def _step(arg: PipelineHookArgs, optimizer: "torch.optim.Optimizer") -> bool:
         unnoticed and scaler.get_scale() < scale
     )
     return not (skipped or skipped_by_scaler)
-
-
-def _without_overhead(
-    arg: PipelineHookArgs, optimizer: "torch.optim.Optimizer"
-) -> "torch.optim.Optimizer":
-    """Pass Accelerate's wrapper by, where its ``step`` adds nothing but a search for packages.
-
-    It looks for an optional package on the disk at every step, for about as long as a small
-    optimizer takes.
-    """
-    accelerator = arg.accelerator
-    if (
-        accelerator is None
-        or accelerator.has_lomo_optimizer
-        or accelerator.distributed_type == "XLA"
-    ):
-        return optimizer
-    return unwrapped(optimizer)
-
-
-def unwrapped(optimizer: "torch.optim.Optimizer") -> "torch.optim.Optimizer":
-    """Return the torch optimizer behind Accelerate's wrapper."""
-    inner: Any = optimizer
-    while type(inner).__module__.startswith("accelerate."):
-        inner = inner.optimizer
-    return inner  # type: ignore[no-any-return]
