@@ -13,8 +13,9 @@ help:  ## say what there is
 demo: $(VENV)/.demo  ## train a small model without and with clipping, under a minute
 	$(BIN)/gradclip demo
 
+# One thread each: two processes with threads of their own on two cores wait for each other.
 test: $(VENV)/.dev  ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.dev  ## format, lint, types, layers: what a commit must pass
 	$(BIN)/ruff format --check
@@ -29,7 +30,7 @@ format: $(VENV)/.dev  ## put the code into its format
 bench: $(VENV)/.bench  ## measure on the CPU, and write benchmarks/results/*.csv
 	$(BIN)/python benchmarks/hook_overhead.py
 	$(BIN)/python benchmarks/cpu_norm.py
-	$(BIN)/python benchmarks/pipeline_overhead.py
+	$(BIN)/python benchmarks/pipeline_overhead.py 2>/dev/null
 
 clean:  ## remove the environment and what the tools left
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
