@@ -236,8 +236,8 @@ def test_the_count_travels_in_the_state(tmp_path):
 @pytest.mark.parametrize(
     "wrong",
     [None, [], "state", 3, {}, {"something": 1},
-     lambda s: s | {"more": 1}, lambda s: dict(list(s.items())[1:]), lambda s: dict.fromkeys(s, "x"),
-     lambda s: dict.fromkeys(s, -1.5)],
+     lambda s: s | {"more": 1}, lambda s: dict(list(s.items())[1:]),
+     lambda s: dict.fromkeys(s, "x"), lambda s: dict.fromkeys(s, -1.5)],
 )  # fmt: skip
 def test_a_wrong_state_is_refused_before_anything_changes(wrong):
     loop = Loop(max_consecutive_skips=3)

@@ -4,6 +4,7 @@ from math import inf
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from gradclip.clipping.policies.base import Decision, Policy
@@ -21,7 +22,7 @@ class NormClip(Policy):
     """
 
     clip_mode: Literal["norm"] = "norm"
-    max_norm: Ceiling
+    max_norm: Ceiling = Field(description="nothing would bound the gradient norm")
     """Ceiling, in the units of the gradient norm; >= 0. Infinity measures and never writes."""
     norm_type: NormOrder = 2.0
     """p of the p-norm, > 0; ``inf`` for the largest modulus."""

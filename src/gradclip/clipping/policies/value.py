@@ -4,6 +4,7 @@ from math import inf
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from gradclip.clipping.policies.base import Decision, Policy
@@ -18,7 +19,7 @@ class ValueClip(Policy):
     """
 
     clip_mode: Literal["value"] = "value"
-    clip_value: Ceiling
+    clip_value: Ceiling = Field(description="nothing would bound the elements")
     """Largest modulus of an element, in the units of the gradients; >= 0."""
 
     @property

@@ -5,13 +5,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     BeforeValidator,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
+    Tag,
     WrapSerializer,
     model_validator,
 )
 
-from gradclip.clipping import AnyPolicy, ClipResult, GradientClipper, NormClip, ValueClip
+from gradclip.clipping import (
+    AnyPolicy,
+    ClipResult,
+    GradientClipper,
+    NormClip,
+    Policy,
+    ValueClip,
+)
 from gradclip.clipping.parameters import OptimizerParameters
 from gradclip.config import Ceiling, ClassType, NormOrder
 from gradclip.errors import ArgumentValueError, DoubleClippingError
@@ -204,12 +213,30 @@ def _write_none(policies: dict[str, Any], write: SerializerFunctionWrapHandler) 
     return {pattern: "none" if each is None else each for pattern, each in written.items()}
 
 
-PolicyOrNumber: TypeAlias = AnyPolicy | Ceiling
+def _kind(value: Any) -> str:
+    """Tell what a policy was given as, so that an error speaks of that alone."""
+    return "policy" if isinstance(value, Policy | Mapping) else "number"
+
+
+def _kind_or_patterns(value: Any) -> str:
+    by_pattern = isinstance(value, Mapping) and "clip_mode" not in value
+    return "patterns" if by_pattern else _kind(value)
+
+
+PolicyOrNumber: TypeAlias = Annotated[
+    Annotated[AnyPolicy, Tag("policy")] | Annotated[Ceiling, Tag("number")], Discriminator(_kind)
+]
 PolicyByPattern: TypeAlias = Annotated[
     dict[str, PolicyOrNumber | None],
     BeforeValidator(_read_none),
     # TOML has no null, and a pattern that is left out would mean something else.
     WrapSerializer(_write_none, when_used="json"),
+]
+PolicyField: TypeAlias = Annotated[
+    Annotated[AnyPolicy, Tag("policy")]
+    | Annotated[Ceiling, Tag("number")]
+    | Annotated[PolicyByPattern, Tag("patterns")],
+    Discriminator(_kind_or_patterns),
 ]
 
 
@@ -226,7 +253,7 @@ class GradientClippingHookConfig(PipelineHooksConfig[GradientClippingHook]):
     """The largest norm of all gradients together, >= 0; used by ``"norm"`` alone."""
     norm_type: NormOrder = 2.0
     """p of the p-norm, > 0, or infinity; used by ``"norm"`` alone."""
-    policy: PolicyOrNumber | PolicyByPattern | None = None
+    policy: PolicyField | None = None
     """What ``GradientClipper`` takes: a number (``max_norm``), a policy, or a mapping of name
     patterns to these, where None (in a file ``"none"``) leaves the parameters alone."""
     nonfinite: Literal["skip", "raise", "propagate"] = "skip"
