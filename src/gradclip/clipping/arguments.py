@@ -40,7 +40,9 @@ def check_grad_scale(scale: object) -> float | Tensor | None:
                 f"grad_scale is a tensor of shape {tuple(scale.shape)} and {scale.dtype}: expected "
                 "one positive floating-point number"
             )
-        return scale.detach().to(torch.float64).reshape(())
+        if scale.device.type != "cpu":
+            return scale.detach().to(torch.float64).reshape(())  # reading it would wait
+        scale = float(scale)
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise ArgumentTypeError(f"grad_scale={scale!r}: expected a positive number")
     number = float(scale)

@@ -220,6 +220,8 @@ def test_policies(policy, error, shown):
         case("2", EITHER, "2"),
         case(True, KIND, "True"),
         case(torch.tensor([1.0, 2.0]), EITHER, "2"),
+        case(torch.tensor(0.0), VALUE, "0.0"),
+        case(torch.tensor([math.nan]), VALUE, "nan"),
     ],
 )
 def test_scales_that_cannot_be_divided_by(scale, error, shown):

@@ -23,8 +23,11 @@ _SMALL = 1024
 _EXACT = 8192
 """A tensor up to this many elements is converted to float64, which then needs no second look."""
 
-_GATHERED = 1 << 20
-"""Elements gathered or converted at a time, so that no temporary grows with the model."""
+_GATHERED = 1 << 15
+"""Elements of small tensors gathered at a time: they stay in a cache, and start no threads."""
+
+_CONVERTED = 1 << 20
+"""Elements of a large tensor converted at a time, so that no temporary grows with the model."""
 
 _LANES = 128
 """Elements that are summed in the tensor's own precision before float64 takes over."""
@@ -200,8 +203,8 @@ def _native_blocks(row: Tensor, p: float) -> Iterable[Tensor]:
     if native and p == _EUCLIDEAN:
         yield row
         return
-    buffer = torch.empty(min(_GATHERED, row.numel()), dtype=row.dtype if native else torch.float32)
-    for piece in row.split(_GATHERED):
+    buffer = torch.empty(min(_CONVERTED, row.numel()), dtype=row.dtype if native else torch.float32)
+    for piece in row.split(_CONVERTED):
         block = buffer[: len(piece)]
         if native:
             yield torch.abs(piece, out=block)
