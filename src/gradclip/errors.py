@@ -11,7 +11,7 @@
     |-- UnsupportedGradientError (TypeError)     GC020  a gradient that has no norm
     |-- OverlappingGradientsError (ValueError)   GC021  gradients that share bytes
     |-- StateError (ValueError)                  GC030  a state that belongs to something else
-    |-- DoubleClippingError (ValueError)         GC101  two clippers for the same gradients
+    |-- DoubleClippingError (ValueError)         GC101  two clipping hooks, or DeepSpeed's and one
     |-- NonFiniteGradientError (RuntimeError)    GC201  a NaN or an infinity in the gradients
     |   `-- TooManySkipsError                    GC202  too many steps in a row were skipped
     |-- CheckpointError (RuntimeError)           GC301  a checkpoint that is incomplete or damaged
@@ -96,7 +96,7 @@ class StateError(GradClipError, ValueError):
 
 
 class DoubleClippingError(GradClipError, ValueError):
-    """Two clippers would bound the same gradients."""
+    """Two clipping hooks, or DeepSpeed and a hook, would bound the same gradients."""
 
     code = "GC101"
 

@@ -1,5 +1,6 @@
 """The object that clips: collect, measure and reduce, decide, apply."""
 
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -75,8 +76,8 @@ class GradientClipper:
             match wins) to those; None leaves the parameters of a pattern alone.
         nonfinite: What to do when a gradient that would be clipped holds a NaN or an infinity:
             "skip" zeroes the gradients and sets ``ClipResult.skipped``; "raise" raises and changes
-            nothing (reads one number per step); "propagate" reports the non-finite norm and
-            changes nothing.
+            nothing, also where gradients are only measured (reads one number per step);
+            "propagate" reports the non-finite norm and changes nothing.
         max_consecutive_skips: Skipped steps in a row that are tolerated.
         backend: "auto", "foreach", or "reference" (float64, slow, for comparison).
 
@@ -208,7 +209,7 @@ clipped=True, skipped=False, nonfinite=0)
             warnings.warn(
                 "every gradient is None, so nothing was clipped: clip after backward() and before "
                 "zero_grad()",
-                stacklevel=5,
+                stacklevel=_callers_level(),
             )
 
     def _home(self, groups: list[_Group]) -> torch.device:
@@ -285,7 +286,7 @@ clipped=True, skipped=False, nonfinite=0)
         elif policy.writes:
             apply.scale(self._kernels, gradients, group.rows, response)
         skips = policy.writes and self._nonfinite == "skip"
-        if skips or policy.ceiling == 0:
+        if skips or (policy.ceiling == 0 and not self._by_pattern):
             apply.zero(self._kernels, gradients, counts)
         zeroed: Flag = not counts if isinstance(counts, bool) else ~counts
         return ClipResult(
@@ -306,10 +307,14 @@ clipped=True, skipped=False, nonfinite=0)
     ) -> tuple[Flag, Tensor]:
         """Clamp a group; return whether anything changed, and the norms that are left."""
         limit = group.policy.element_limit
-        zeroed = counts is False and self._nonfinite == "skip"
-        if zeroed or limit is None or not (group.policy.writes and group.gradients.tensors):
+        # With several groups all are clamped or none; a single one clamps what it can.
+        together = self._by_pattern and self._nonfinite == "propagate"
+        kept = counts is False and (self._nonfinite == "skip" or together)
+        if kept or limit is None or not (group.policy.writes and group.gradients.tensors):
             return False, norms.norms_S
-        scaled = limit if scale is None else limit * scale
+        scaled: float | Tensor = limit if scale is None else limit * scale
+        if together and isinstance(counts, Tensor):
+            scaled = torch.where(counts, scaled, inf)
         changed = apply.clamp(self._kernels, group.gradients, scaled)
         if changed is False:
             return changed, norms.norms_S
@@ -370,6 +375,14 @@ clipped=True, skipped=False, nonfinite=0)
                 is changed then.
         """
         self.step, self._skips.in_a_row, self._states = read_state(state, self.state_dict())
+
+
+def _callers_level() -> int:
+    """Return the stack level, as ``warnings`` counts it, of the first caller outside gradclip."""
+    level, frame = 1, sys._getframe(1)  # noqa: SLF001 - a public name for it comes with Python 3.12
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("gradclip."):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _is_finite(policy: Policy, norms_S: Tensor) -> Flag:

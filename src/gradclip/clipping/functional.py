@@ -1,6 +1,7 @@
 """Drop-ins for ``torch.nn.utils``: same names, same arguments in the same order."""
 
 from collections.abc import Iterable
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -160,15 +161,17 @@ def clip_grads_with_norm_(
 
 
 def _given(tensors: object) -> Gradients:
-    listed: dict[int, Tensor] = {}
+    listed: dict[int, tuple[str, Tensor]] = {}
     for number, tensor in enumerate(as_sequence(tensors)):
         if not isinstance(tensor, Tensor):
             raise ArgumentTypeError(
                 f"tensors[{number}] is a {type(tensor).__name__}: expected a tensor"
             )
         check_supported(f"tensors[{number}]", tensor)
-        listed.setdefault(id(tensor), tensor)
-    return Gradients([f"tensors[{n}]" for n in range(len(listed))], list(listed.values()))
+        listed.setdefault(id(tensor), (f"tensors[{number}]", tensor))
+    return Gradients(
+        [name for name, _ in listed.values()], [tensor for _, tensor in listed.values()]
+    )
 
 
 def _as_norm(total_norm: object, device: torch.device) -> Tensor:
@@ -178,12 +181,15 @@ def _as_norm(total_norm: object, device: torch.device) -> Tensor:
                 f"total_norm is a tensor of shape {tuple(total_norm.shape)} and "
                 f"{total_norm.dtype}: expected one real number"
             )
+        if total_norm.device.type == "cpu" and float(total_norm) < 0:
+            raise ArgumentValueError(f"total_norm={total_norm!r}: a norm is not negative")
         return total_norm.detach().to(device=device, dtype=torch.float64).reshape(1)
-    if isinstance(total_norm, bool) or not isinstance(total_norm, int | float):
+    if isinstance(total_norm, bool) or not isinstance(total_norm, Real):
         raise ArgumentTypeError(f"total_norm={total_norm!r}: expected a number or a tensor")
-    if total_norm < 0:
+    norm = float(total_norm)
+    if norm < 0:
         raise ArgumentValueError(f"total_norm={total_norm!r}: a norm is not negative")
-    return torch.full((1,), float(total_norm), dtype=torch.float64, device=device)
+    return torch.full((1,), norm, dtype=torch.float64, device=device)
 
 
 def _check_foreach(foreach: object) -> None:

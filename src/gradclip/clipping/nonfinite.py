@@ -107,15 +107,16 @@ def nonfinite_error(
     lines += [
         f"  last finite norms:  {norms}        limit = {ceiling:g}",
         "  Scaling cannot repair them: one coefficient would spread a NaN to every gradient.",
-        "  No gradient was changed, so the optimizer must not step on them.",
-        '    nonfinite="skip"     # drop this step, keep training',
+        "  No gradient was changed, so the optimizer must not step on them. To drop such a step",
+        '  and keep training, clip with GradientClipper(..., nonfinite="skip").',
     ]
     return NonFiniteGradientError("\n".join(lines))
 
 
 def too_many_skips(error: NonFiniteGradientError, limit: int) -> TooManySkipsError:
     """Say that skipping did not help, with the report of the last step."""
+    report = str(error).partition("\n  Scaling cannot")[0]
     return TooManySkipsError(
-        f"{error}\n  More than max_consecutive_skips={limit} steps in a row were skipped: these "
+        f"{report}\n  More than max_consecutive_skips={limit} steps in a row were skipped: these "
         "are not spikes. Lower the learning rate, or look at the data and the loss."
     )

@@ -60,9 +60,9 @@ class Response:
         """
         if self.number is None:
             yield self.coefficients_S
-        elif 0 < self.number < _SUBNORMAL:
+        elif self.number < _SUBNORMAL and float(self.decision.targets_S) > 0:
             yield _STEP
-            target = float(self.decision.targets_S) / _STEP
-            yield target / float(self.norms_S) * (1 - self.guard)
+            norm = float(self.norms_S) * _STEP
+            yield float(self.decision.targets_S) / norm * (1 - self.guard)
         elif self.number != 1:
             yield self.number

@@ -30,7 +30,9 @@ def read_state(
         raise _damaged(f"expected a mapping with {sorted(own)}, seen {keys}")
     if state["version"] != own["version"]:
         raise _damaged(f"expected version {own['version']}, seen {state['version']!r}")
-    if state["clip_modes"] != own["clip_modes"]:
+    modes = state["clip_modes"]
+    # In order: the first pattern that matches wins.
+    if not isinstance(modes, Mapping) or list(modes.items()) != list(own["clip_modes"].items()):
         raise _damaged(f"it is of {state['clip_modes']!r}, the clipper of {own['clip_modes']}")
     counts = [state["step"], state["consecutive_skips"]]
     if not all(type(count) is int and count >= 0 for count in counts):

@@ -26,6 +26,7 @@ def withhold(optimizer: torch.optim.Optimizer, skipped: Tensor | bool) -> Iterat
         skipped: Whether the update should not happen: 0-d bool tensor, or a bool.
 
     Note:
+        A ``step(closure)`` computes gradients anew, which nothing here withholds: do not call it.
         A ``GradScaler`` that steps a fused optimizer sets ``found_inf`` itself: pass a bool there.
 
     >>> weight = torch.nn.Parameter(torch.ones(2))
@@ -36,14 +37,22 @@ def withhold(optimizer: torch.optim.Optimizer, skipped: Tensor | bool) -> Iterat
     >>> weight.tolist(), optimizer.state_dict()["state"]
     ([1.0, 1.0], {})
     """
-    if isinstance(skipped, Tensor) and _takes_found_inf(optimizer):
-        with _found_inf(optimizer, skipped):
+    inner = _unwrapped(optimizer)
+    if isinstance(skipped, Tensor) and _takes_found_inf(inner):
+        with _found_inf(inner, skipped):
             yield
         return
     if skipped:
         for parameter in _parameters(optimizer):
             parameter.grad = None
     yield
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer that reads ``found_inf``, behind wrappers such as Accelerate's."""
+    while hasattr(getattr(optimizer, "optimizer", None), "param_groups"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> chain[Tensor]:

@@ -1,5 +1,6 @@
 """``Config``: an immutable set of checked values that can be written to a file and read back."""
 
+import json
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -107,9 +108,12 @@ class Config(BaseModel):
             raise
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{cannot}\n{error}") from error
-        if again != self:
+        # Equal mappings may differ in order, and the first pattern that matches wins.
+        ordered = [json.dumps(each.to_dict("json"), default=str) for each in (again, self)]
+        if again != self or ordered[0] != ordered[1]:
             raise ConfigError(
-                f"{cannot}: it would be read as something else\n"
+                f"{cannot}: it would be read as something else, or in another order (TOML puts "
+                "tables behind plain values; YAML and JSON keep the order)\n"
                 f"written  {self!r}\nread     {again!r}"
             )
         return text

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.optim import LBFGS
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, DoubleClippingError
@@ -89,7 +90,11 @@ def check_kinds(
             isinstance(batch_processor, BatchProcessorMixin),
             "a BatchProcessorMixin, such as SimpleBatchProcessor.from_callable(function)",
         ),
-        "optimizer": (optimizer, hasattr(optimizer, "param_groups"), "a torch optimizer"),
+        "optimizer": (
+            optimizer,
+            hasattr(optimizer, "param_groups") and not isinstance(optimizer, LBFGS),
+            "a torch optimizer whose step needs no closure",
+        ),
         "lr_scheduler": (
             lr_scheduler,
             lr_scheduler is None or hasattr(lr_scheduler, "step"),

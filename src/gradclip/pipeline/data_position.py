@@ -82,6 +82,11 @@ class DataPosition:
         if callable(end := getattr(self._active, "end", None)):
             end()
 
+    def give_back(self) -> None:
+        """Say that the batch in hand was not finished, and that the run ends there."""
+        self.batches -= 1
+        self.stop()
+
     def restore(self) -> None:
         """Put the random state of a checkpoint in place, if it was taken between epochs."""
         if self._stopped is not None and not self.batches:

@@ -139,13 +139,14 @@ class HookBasedTrainer:
         batch_processor.prepare(self.accelerator)
 
         self.trainer_progress_state = TrainerProgressState()
+        self._failed = False
         self._checkpoints = [each for each in self.hooks.walk() if isinstance(each, SaveCheckpoint)]
         self._position = DataPosition(
             self.dataloader, self._may_save if self._checkpoints else None
         )
         if resume_path is not None:
             self.trainer_progress_state = load_training_state(
-                resume_path, self.accelerator, self.model, self.hooks, self._position
+                resume_path, self.accelerator, self.optimizer, self.hooks, self._position
             )
         self._arg = PipelineHookArgs(
             accelerator=self.accelerator,
@@ -168,6 +169,8 @@ class HookBasedTrainer:
         """
         progress = self.trainer_progress_state
         self.model.train()
+        if self._failed:  # what is left of a window that an error broke is no step
+            self._failed, progress.micro_step_id = False, 0
         # Whatever ran with this accelerator or model before left its window and gradients behind.
         self.accelerator.step = progress.micro_step_id
         if progress.micro_step_id == 0:
@@ -191,7 +194,8 @@ class HookBasedTrainer:
                 with accumulating(self.accelerator, self.model):
                     arg = self._step(batch)
             except BaseException:
-                self._position.stop()
+                self._failed = True
+                self._position.give_back()
                 raise
             progress.update_step(
                 boundary=arg.is_optimizer_step_boundary, committed=arg.is_optimizer_step_committed

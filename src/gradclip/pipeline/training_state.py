@@ -66,10 +66,10 @@ def save_training_state(
         own["random"] = RandomState.capture().state_dict()
     else:
         own["data"] = arg.data_position.state_dict()
-    if progress.micro_step_id and arg.model is not None:
+    if progress.micro_step_id and arg.optimizer is not None:
         own["gradients"] = {
-            name: parameter.grad
-            for name, parameter in arg.model.named_parameters()
+            number: parameter.grad
+            for number, parameter in enumerate(_stepped(arg.optimizer))
             if parameter.grad is not None
         }
     torch.save(own, folder / _process_file(accelerator))
@@ -78,7 +78,7 @@ def save_training_state(
 def load_training_state(
     path: Path,
     accelerator: "Accelerator",
-    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
     hooks: "PipelineHooks",
     position: "DataPosition",
 ) -> "TrainerProgressState":
@@ -99,9 +99,9 @@ def load_training_state(
             position.load_state_dict(own["data"])
         else:
             RandomState.from_state_dict(own["random"]).restore()
-        parameters = dict(model.named_parameters())
-        for name, gradient in own["gradients"].items():
-            parameters[name].grad = gradient.to(parameters[name].device)
+        parameters = _stepped(optimizer)
+        for number, gradient in own["gradients"].items():
+            parameters[number].grad = gradient.to(parameters[number].device)
         _load_hooks_state(hooks, _load(folder / _HOOKS))
     except GradClipError:
         raise
@@ -112,6 +112,10 @@ def load_training_state(
             "wrote it. Some of them may be loaded by now: make them anew before training."
         ) from error
     return manifest.progress
+
+
+def _stepped(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _load(file: Path) -> Any:

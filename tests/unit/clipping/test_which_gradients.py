@@ -342,3 +342,15 @@ def test_an_iterator_is_read_once():
     assert len(reads) == 2
     assert float(clip_grad_norm_(generator(), 1.0)) == pytest.approx(1.0, rel=1e-6)
     assert len(reads) == 4
+
+
+def test_the_warning_of_no_gradients_points_at_the_caller():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    clipper = GradientClipper([weight], 1.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        clip_grad_norm_([weight], 1.0)
+        clipper.clip()
+        clipper.clip()  # once is enough
+    assert [warning.filename for warning in caught] == [__file__, __file__]
+    assert all("every gradient is None" in str(warning.message) for warning in caught)

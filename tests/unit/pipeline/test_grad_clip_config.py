@@ -1,6 +1,8 @@
 from math import inf, nan
+from typing import Literal
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from gradclip import NormClip, ObserveClip, ValueClip
@@ -9,6 +11,7 @@ from gradclip.errors import ConfigError
 from gradclip.pipeline.hooks import (
     GradientClippingHook,
     GradientClippingHookConfig,
+    PipelineHookArgs,
     PipelineHooksConfig,
 )
 
@@ -123,3 +126,30 @@ def test_a_file_cannot_name_another_module():
     """The original imports whatever a file names."""
     with pytest.raises(ConfigError, match="os:system"):
         GradientClippingHookConfig.from_str('{"class_type": "os:system", "policy": 1.0}')
+
+
+class DoubleNorm(NormClip):
+    """A policy from outside the package, with a mode of its own."""
+
+    clip_mode: Literal["double-norm"] = "double-norm"
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "toml", "json"])
+@pytest.mark.parametrize("by_pattern", [False, True])
+def test_a_policy_of_ones_own_goes_through_a_file_and_clips(tmp_path, suffix, by_pattern):
+    policy = DoubleNorm(max_norm=0.5)
+    config = GradientClippingHookConfig(policy={"*": policy} if by_pattern else policy)
+    path = tmp_path / f"config.{suffix}"
+    dump(config, path)
+    again = load(path)
+    assert again == config
+    found = again.policy["*"] if by_pattern else again.policy
+    assert type(found) is DoubleNorm
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    arg = PipelineHookArgs(
+        optimizer=torch.optim.SGD([("weight", weight)], lr=1.0),
+    )
+    with again().begin("on_step", arg):
+        pass
+    torch.testing.assert_close(weight.grad, torch.tensor([0.3, 0.4]))

@@ -122,7 +122,8 @@ def _each_row(tensors: Sequence[Tensor], rows: Sequence[int]) -> Iterable[Tensor
 def _representable(limit: float | Tensor, dtype: torch.dtype) -> Any:
     if isinstance(limit, Tensor):
         return limit.clamp(max=torch.finfo(dtype).max).to(dtype)
-    return min(limit, torch.finfo(dtype).max)
+    top = min(limit, torch.finfo(dtype).max)
+    return top if dtype is torch.float64 else float(torch.tensor(top, dtype=dtype))
 
 
 # --- the CPU, where the host reads for nothing -------------------------------------------------

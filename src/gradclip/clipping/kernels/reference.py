@@ -53,7 +53,7 @@ def clamp_(tensors: Sequence[Tensor], limit: float | Tensor) -> Tensor:
     """Clamp each element to [-limit, limit]."""
     changed = torch.zeros((), dtype=torch.bool)
     for tensor in tensors:
-        top = min(float(limit), torch.finfo(tensor.dtype).max)
+        top = float(torch.tensor(min(float(limit), torch.finfo(tensor.dtype).max)).to(tensor.dtype))
         changed |= bool((tensor.abs() > top).any())
         tensor.clamp_(-top, top)
     return changed

@@ -18,6 +18,9 @@ AnyPolicy: TypeAlias = Annotated[
 ]
 """Every policy, told apart by ``clip_mode``: what a configuration file may name."""
 
+BUILT_IN = (NormClip, ValueClip, ObserveClip)
+"""The same as a tuple: policies that need no ``class_type`` in a file."""
+
 PolicyLike: TypeAlias = Policy | float
 """A policy, or a number that means ``NormClip(max_norm=number)``."""
 

@@ -22,7 +22,8 @@ from gradclip.clipping import (
     ValueClip,
 )
 from gradclip.clipping.parameters import OptimizerParameters
-from gradclip.config import Ceiling, ClassType, NormOrder
+from gradclip.clipping.policies import BUILT_IN
+from gradclip.config import Ceiling, ClassType, ConfigOf, NormOrder
 from gradclip.errors import ArgumentValueError, DoubleClippingError
 from gradclip.hook import HookContext
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
@@ -213,18 +214,28 @@ def _write_none(policies: dict[str, Any], write: SerializerFunctionWrapHandler) 
     return {pattern: "none" if each is None else each for pattern, each in written.items()}
 
 
+_FIELDS = {"class_type", *(name for policy in BUILT_IN for name in policy.model_fields)}
+
+
 def _kind(value: Any) -> str:
     """Tell what a policy was given as, so that an error speaks of that alone."""
-    return "policy" if isinstance(value, Policy | Mapping) else "number"
+    if isinstance(value, Mapping):
+        return "named" if "class_type" in value else "policy"
+    if isinstance(value, Policy):
+        return "policy" if type(value) in BUILT_IN else "named"
+    return "number"
 
 
 def _kind_or_patterns(value: Any) -> str:
-    by_pattern = isinstance(value, Mapping) and "clip_mode" not in value
+    by_pattern = isinstance(value, Mapping) and not _FIELDS & value.keys()
     return "patterns" if by_pattern else _kind(value)
 
 
 PolicyOrNumber: TypeAlias = Annotated[
-    Annotated[AnyPolicy, Tag("policy")] | Annotated[Ceiling, Tag("number")], Discriminator(_kind)
+    Annotated[AnyPolicy, Tag("policy")]
+    | Annotated[ConfigOf[Policy], Tag("named")]
+    | Annotated[Ceiling, Tag("number")],
+    Discriminator(_kind),
 ]
 PolicyByPattern: TypeAlias = Annotated[
     dict[str, PolicyOrNumber | None],
@@ -234,6 +245,7 @@ PolicyByPattern: TypeAlias = Annotated[
 ]
 PolicyField: TypeAlias = Annotated[
     Annotated[AnyPolicy, Tag("policy")]
+    | Annotated[ConfigOf[Policy], Tag("named")]
     | Annotated[Ceiling, Tag("number")]
     | Annotated[PolicyByPattern, Tag("patterns")],
     Discriminator(_kind_or_patterns),

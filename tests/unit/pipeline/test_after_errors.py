@@ -1,0 +1,138 @@
+"""A run that failed, or was cut inside a window, and goes on."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from gradclip.clipping import NormClip
+from gradclip.config import dump
+from gradclip.errors import ArgumentTypeError, ConfigError
+from gradclip.pipeline import HookBasedTrainer, SimpleBatchProcessor
+from gradclip.pipeline.hooks import (
+    GradientClippingHookConfig,
+    HookContext,
+    PipelineHooks,
+    SaveCheckpointConfig,
+)
+
+
+class WithALossOfItsOwn(SimpleBatchProcessor):
+    """Its module has parameters that the model does not hold."""
+
+    def __init__(self, fail_at=None):
+        super().__init__()
+        self.loss = nn.Linear(1, 1)
+        self.fail_at = fail_at
+        self.seen = []
+
+    def forward(self, model, batch):
+        inputs, targets = batch
+        self.seen.append(inputs[0, 0].item())
+        if len(self.seen) == self.fail_at:
+            raise OSError("the disk is gone")
+        outputs = model(inputs)
+        return outputs, ((self.loss(outputs) - targets) ** 2).mean()
+
+
+def trainer(*, fail_at=None, accumulate=1, max_step=8, hooks=(), resume_from=None):
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+    processor = WithALossOfItsOwn(fail_at)
+    parameters = [*model.parameters(), *processor.loss.parameters()]
+    data = TensorDataset(torch.randn(44, 2), torch.randn(44, 1))
+    return HookBasedTrainer(
+        accelerator=Accelerator(cpu=True, gradient_accumulation_steps=accumulate),
+        model=model,
+        dataloader=DataLoader(data, batch_size=4),
+        batch_processor=processor,
+        optimizer=torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+        hooks=hooks,
+        max_step=max_step,
+        grad_clip=GradientClippingHookConfig(clip_mode="norm", max_norm=1.0),
+        resume_from=resume_from,
+    )
+
+
+def weights(run):
+    tensors = [*run.model.parameters(), *run.batch_processor.loss.parameters()]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def test_a_window_that_a_checkpoint_cuts_keeps_every_gradient(tmp_path):
+    """Also of parameters that are not the model's."""
+    whole = trainer(accumulate=4)
+    whole()
+    saving = SaveCheckpointConfig(save_root=str(tmp_path))
+    trainer(accumulate=4, max_step=6, hooks=[saving])()
+    rest = trainer(accumulate=4, resume_from=tmp_path)
+    rest()
+    assert all(map(torch.equal, weights(rest), weights(whole)))
+
+
+@pytest.mark.parametrize("fail_at", [1, 3])
+def test_a_batch_that_failed_is_trained_when_the_run_goes_on(fail_at):
+    whole = trainer(max_step=11)
+    whole()
+    run = trainer(fail_at=fail_at, max_step=11)
+    with pytest.raises(OSError, match="disk"):
+        run()
+    run()
+    assert run.trainer_progress_state.global_step_id == 11
+    seen = run.batch_processor.seen
+    assert seen[fail_at - 1] == seen[fail_at]
+    assert all(map(torch.equal, weights(run), weights(whole)))
+
+
+def test_nothing_steps_on_what_a_failure_left_of_a_window():
+    def fail(arg):
+        calls.append(arg)
+        if len(calls) == 2:
+            raise OSError("the disk is gone")
+
+    calls = []
+    failing = PipelineHooks()
+    failing.register_hook("on_model_backward", HookContext.from_callable(after=fail))
+    run = trainer(accumulate=4, hooks=[failing], max_step=5)
+    start = weights(run)
+    with pytest.raises(OSError, match="disk"):
+        run()
+    assert all(map(torch.equal, weights(run), start))
+    run()
+    # The window began anew with the batch that failed, the second: its four are batches 1 to 4.
+    fresh = trainer(accumulate=4, max_step=5)
+    fresh_batches = iter(fresh.dataloader)
+    next(fresh_batches)
+    for _ in range(4):
+        inputs, targets = next(fresh_batches)
+        loss = ((fresh.batch_processor.loss(fresh.model(inputs)) - targets) ** 2).mean() / 4
+        loss.backward()
+    nn.utils.clip_grad_norm_(
+        [*fresh.model.parameters(), *fresh.batch_processor.loss.parameters()], 1.0
+    )
+    fresh.optimizer.optimizer.step()
+    for ours, by_hand in zip(weights(run), weights(fresh), strict=True):
+        torch.testing.assert_close(ours, by_hand, rtol=1e-5, atol=1e-7)
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused_at_once():
+    model = nn.Linear(2, 1)
+    with pytest.raises(ArgumentTypeError, match="closure"):
+        HookBasedTrainer(
+            model=model,
+            dataloader=[],
+            batch_processor=SimpleBatchProcessor.from_callable(lambda m, b: (None, None)),
+            optimizer=torch.optim.LBFGS(model.parameters()),
+            max_step=1,
+        )
+
+
+def test_patterns_that_toml_would_turn_around_are_not_written(tmp_path):
+    """tomli-w writes plain values before tables, and the first pattern that matches wins."""
+    config = GradientClippingHookConfig(policy={"*.weight": NormClip(max_norm=2.0), "head.*": 1.0})
+    with pytest.raises(ConfigError, match="order"):
+        dump(config, tmp_path / "config.toml")
+    for suffix in ("yaml", "json"):
+        dump(config, tmp_path / f"config.{suffix}")
+    assert not (tmp_path / "config.toml").exists()
