@@ -141,9 +141,8 @@ clipped=True, skipped=False, nonfinite=0)
                 "means. Keep one clipping hook; limits by parameter go into its policy."
             )
         clipper = self._bound(arg)
-        scaler = None
-        if arg.accelerator is not None:
-            scaler = arg.accelerator.scaler
+        scaler = None if arg.accelerator is None else arg.accelerator.scaler
+        if arg.accelerator is not None and scaler is not None:
             _unscale(arg.accelerator, arg.optimizer)
         self._result = clipper.clip(overflow_expected=self._overflow_expected(scaler))
         arg.clip_result = self._result
