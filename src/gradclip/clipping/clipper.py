@@ -314,7 +314,8 @@ clipped=True, skipped=False, nonfinite=0)
             return False, norms.norms_S
         scaled: float | Tensor = limit if scale is None else limit * scale
         if together and isinstance(counts, Tensor):
-            scaled = torch.where(counts, scaled, inf)
+            limits = torch.as_tensor(scaled, dtype=torch.float64, device=counts.device)
+            scaled = torch.where(counts, limits, inf)
         changed = apply.clamp(self._kernels, group.gradients, scaled)
         if changed is False:
             return changed, norms.norms_S

@@ -1,0 +1,75 @@
+"""The path on which nothing is read: verdicts and coefficients stay tensors.
+
+A CPU runs it when it is told not to look; the answers must be those of the path that looks.
+"""
+
+from contextlib import contextmanager
+from math import inf, nan
+
+import pytest
+import torch
+
+from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
+from gradclip.clipping import clipper as clipper_module
+from gradclip.clipping.kernels import foreach
+from gradclip.clipping.nonfinite import SkipCounter
+
+GRADIENTS = {
+    "within": [[0.3, 0.4], [0.1, -0.2]],
+    "beyond": [[3.0, 4.0], [-12.0, 0.5]],
+    "nan": [[nan, 4.0], [1.0, 2.0]],
+    "infinite": [[1.0, 4.0], [inf, 2.0]],
+}
+POLICIES = {
+    "norm": 1.0,
+    "norm inf": NormClip(max_norm=1.0, norm_type=inf),
+    "norm 3": NormClip(max_norm=1.0, norm_type=3.0),
+    "zero": 0.0,
+    "value": ValueClip(clip_value=0.25),
+    "observe": ObserveClip(),
+    "patterns": {"a": 1.0, "b": ValueClip(clip_value=0.25)},
+    "orders": {"a": NormClip(max_norm=1.0, norm_type=1.0), "b": NormClip(max_norm=0.5)},
+}
+
+
+@contextmanager
+def unseen():
+    look = clipper_module._is_finite
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(foreach, "_on_cpu", lambda tensors: False)
+        patch.setattr(clipper_module, "_is_finite", lambda *given: torch.tensor(look(*given)))
+        patch.setattr(SkipCounter, "record", lambda self, skipped, *, expected: False)
+        yield
+
+
+def clipped(gradients, policy, nonfinite, dtype, grad_scale):
+    pairs = []
+    for name, values in zip("ab", gradients, strict=True):
+        weight = torch.nn.Parameter(torch.zeros(2, dtype=dtype))
+        weight.grad = torch.tensor(values, dtype=dtype)
+        pairs.append((name, weight))
+    clipper = GradientClipper(pairs, policy, nonfinite=nonfinite)
+    result = clipper.clip(grad_scale)
+    return [weight.grad for _, weight in pairs], result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("gradients", GRADIENTS.values(), ids=GRADIENTS)
+def test_it_answers_as_the_path_that_looks(gradients, policy, nonfinite, dtype):
+    for grad_scale in (None, 4.0):
+        with unseen():
+            unlooked, result = clipped(gradients, policy, nonfinite, dtype, grad_scale)
+        looked, expected = clipped(gradients, policy, nonfinite, dtype, grad_scale)
+        check_equal(unlooked, result.to_host(), looked, expected.to_host())
+
+
+def check_equal(unlooked, ours, looked, wanted):
+    for gradient, other in zip(unlooked, looked, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-6, atol=0, equal_nan=True)
+    assert (ours.skipped, ours.nonfinite) == (wanted.skipped, wanted.nonfinite)
+    if not wanted.nonfinite:
+        assert ours.clipped == wanted.clipped
+    for name in ("norm_pre", "norm_post", "coefficient", "threshold"):
+        assert getattr(ours, name) == pytest.approx(getattr(wanted, name), rel=1e-6, nan_ok=True)
