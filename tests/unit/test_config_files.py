@@ -383,7 +383,7 @@ def test_json_and_toml_show_the_path_of_the_key(tmp_path, suffix, text):
         ("policy: {clip_mode: norm, max_norm: -1}", "2:37", "max_norm is -1.0"),
         ("policy: {clip_mode: norm, max_norm: '1'}", "2:37", "max_norm is '1', of type str"),
         ("policy: {clip_mode: nrom}", "2:9", "`policy` is {'clip_mode': 'nrom'}"),
-        ("policy: {max_norm: 1}", "2:9", "`policy` is {'max_norm': 1}"),
+        ("policy: {max_norm: 1}", "2:9", "`policy` has no `clip_mode`"),
         ("policy:", "2:8", "`policy` is None"),
         ("polcy: 1", "2:1", "unknown field `polcy` in HookConfig"),
     ],

@@ -108,6 +108,9 @@ def _worded(problem: Mapping[str, Any], path: Path, absent: Key | None) -> str:
     if kind == "is_subclass_of" and isinstance(value, type):
         name = f"{value.__module__}:{value.__qualname__}"
         return f"`{_dotted(path)}` is {name}, which is no subclass of {problem['ctx']['class']}"
+    if kind == "union_tag_not_found" and isinstance(value, Mapping):
+        field = problem["ctx"]["discriminator"].strip("'")
+        return f"`{_dotted(path)}` has no `{field}`\nit says which kind this is, and so its fields"
     if kind in {"unknown_field", "number_type", "value_error", "tensor"}:
         return str(message)
     return f"`{_dotted(path)}` is {_repr.repr(value)}\n{message}"

@@ -153,3 +153,13 @@ def test_a_policy_of_ones_own_goes_through_a_file_and_clips(tmp_path, suffix, by
     with again().begin("on_step", arg):
         pass
     torch.testing.assert_close(weight.grad, torch.tensor([0.3, 0.4]))
+
+
+@pytest.mark.parametrize("text", ["{max_norm: 1.0}", "{'*': {max_norm: 1.0}}"])
+def test_a_policy_that_does_not_say_its_kind_is_told_so_once(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    name = f"{GradientClippingHook.__module__}:GradientClippingHook"
+    path.write_text(f"class_type: {name}\npolicy: {text}\n")
+    with pytest.raises(ConfigError, match="has no `clip_mode`") as caught:
+        load(path)
+    assert str(caught.value).count("error[") == 1
