@@ -20,7 +20,12 @@ from gradclip.clipping.arguments import (
 )
 from gradclip.clipping.gradients import Gradients, collect
 from gradclip.clipping.kernels.blocks import home_of
-from gradclip.clipping.nonfinite import SkipCounter, nonfinite_error, too_many_skips
+from gradclip.clipping.nonfinite import (
+    SkipCounter,
+    nonfinite_error,
+    nonfinite_report,
+    too_many_skips,
+)
 from gradclip.clipping.overlap import check_disjoint
 from gradclip.clipping.parameters import ParameterGroup, Parameters, ParameterSource, as_source
 from gradclip.clipping.policies import Policy, PolicyLike, as_policies
@@ -28,7 +33,7 @@ from gradclip.clipping.reduction import Measured, combine, measure
 from gradclip.clipping.response import Flag, Response
 from gradclip.clipping.result import ClipResult
 from gradclip.clipping.state import STATE_VERSION, read_state
-from gradclip.errors import NonFiniteGradientError, UnsupportedGradientError
+from gradclip.errors import UnsupportedGradientError
 
 ParametersLike: TypeAlias = (
     nn.Module
@@ -245,17 +250,17 @@ clipped=True, skipped=False, nonfinite=0)
         """Return whether the update may happen, as far as NaN and infinities go."""
         finite = [_is_finite(g.policy, m.norms_S) for g, m in zip(groups, measured, strict=True)]
         if self._nonfinite == "raise" and not all(map(bool, finite)):
-            raise self._error(groups)
+            raise nonfinite_error(self._report(groups))
         counts = _all([f for f, group in zip(finite, groups, strict=True) if group.policy.writes])
         if self._nonfinite == "skip":
             skipped = not counts if isinstance(counts, bool) else ~counts
             if self._skips.record(skipped, expected=overflow_expected):
-                raise too_many_skips(self._error(groups), self._skips.limit)
+                raise too_many_skips(self._report(groups), self._skips.limit)
         return counts
 
-    def _error(self, groups: list[_Group]) -> NonFiniteGradientError:
+    def _report(self, groups: list[_Group]) -> str:
         recent = [float(combine(norms_S, self._order)) for norms_S in self._recent]
-        return nonfinite_error(
+        return nonfinite_report(
             [group.gradients for group in groups],
             norm_type=groups[0].policy.order,
             step=self.step,

@@ -10,7 +10,7 @@ from gradclip.clipping import apply, kernels
 from gradclip.clipping.clipper import GradientClipper
 from gradclip.clipping.gradients import Gradients, check_supported, collect
 from gradclip.clipping.kernels.blocks import home_of
-from gradclip.clipping.nonfinite import nonfinite_error
+from gradclip.clipping.nonfinite import nonfinite_report
 from gradclip.clipping.overlap import check_disjoint
 from gradclip.clipping.parameters import Parameters, as_sequence, as_source
 from gradclip.clipping.policies import Decision, NormClip, ValueClip
@@ -18,7 +18,7 @@ from gradclip.clipping.reduction import measure
 from gradclip.clipping.response import Response
 from gradclip.clipping.result import reported
 from gradclip.config import as_ceiling, as_norm_order
-from gradclip.errors import ArgumentTypeError, ArgumentValueError
+from gradclip.errors import ArgumentTypeError, ArgumentValueError, NonFiniteGradientError
 
 
 def clip_grad_norm_(
@@ -123,7 +123,9 @@ def get_total_norm(
         home=home_of(gradients.devices),
     )
     if _check_flag(error_if_nonfinite) and not measured.norms_S.isfinite():
-        raise nonfinite_error([gradients], norm_type=order, step=0, last_norms=(), ceiling=None)
+        raise NonFiniteGradientError(
+            nonfinite_report([gradients], norm_type=order, step=0, last_norms=(), ceiling=None)
+        )
     return reported(measured.norms_S[0], gradients.dtype)
 
 

@@ -30,7 +30,7 @@ class SkipCounter:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._in_a_row = 0
-        self._pending: deque[tuple[Tensor, torch.Event | None, bool]] = deque()
+        self._pending: deque[tuple[Tensor, torch.Event, bool]] = deque()
 
     def record(self, skipped: Flag, *, expected: bool) -> bool:
         """Record whether a step was skipped.
@@ -65,8 +65,7 @@ class SkipCounter:
 
     def _take(self) -> bool:
         copy, event, expected = self._pending.popleft()
-        if event is not None:
-            event.synchronize()
+        event.synchronize()
         return self._count(bool(copy), expected)
 
     def _count(self, skipped: bool, expected: bool) -> bool:
@@ -75,14 +74,14 @@ class SkipCounter:
         return self._in_a_row > self.limit
 
 
-def nonfinite_error(
+def nonfinite_report(
     gradients: Sequence[Gradients],
     *,
     norm_type: float,
     step: int,
     last_norms: Sequence[float],
     ceiling: float | None,
-) -> NonFiniteGradientError:
+) -> str:
     """Describe which gradients are non-finite; looks at every element, so only for a failure."""
     at_fault, total = [], 0
     for group in gradients:
@@ -101,11 +100,16 @@ def nonfinite_error(
     for name, tensor, nans, infinities in at_fault[:_NAMED]:
         dtype = str(tensor.dtype).removeprefix("torch.")
         lines.append(f"    {name}  {tuple(tensor.shape)} {dtype}   NaN: {nans}   Inf: {infinities}")
-    norms = "  ".join(f"{norm:.4g}" for norm in last_norms) or "none yet"
-    if ceiling is None:
-        return NonFiniteGradientError("\n".join(lines))
-    lines += [
-        f"  last finite norms:  {norms}        limit = {ceiling:g}",
+    if ceiling is not None:
+        norms = "  ".join(f"{norm:.4g}" for norm in last_norms) or "none yet"
+        lines.append(f"  last finite norms:  {norms}        limit = {ceiling:g}")
+    return "\n".join(lines)
+
+
+def nonfinite_error(report: str) -> NonFiniteGradientError:
+    """Say that nothing was changed, and how to go on, behind the report."""
+    lines = [
+        report,
         "  Scaling cannot repair them: one coefficient would spread a NaN to every gradient.",
         "  No gradient was changed, so the optimizer must not step on them. To drop such a step",
         '  and keep training, clip with GradientClipper(..., nonfinite="skip").',
@@ -113,9 +117,8 @@ def nonfinite_error(
     return NonFiniteGradientError("\n".join(lines))
 
 
-def too_many_skips(error: NonFiniteGradientError, limit: int) -> TooManySkipsError:
-    """Say that skipping did not help, with the report of the last step."""
-    report = str(error).partition("\n  Scaling cannot")[0]
+def too_many_skips(report: str, limit: int) -> TooManySkipsError:
+    """Say that skipping did not help, behind the report of the last step."""
     return TooManySkipsError(
         f"{report}\n  More than max_consecutive_skips={limit} steps in a row were skipped: these "
         "are not spikes. Lower the learning rate, or look at the data and the loss."

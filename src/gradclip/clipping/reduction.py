@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -58,11 +59,17 @@ def measure(
         return Measured(zeros, norm_type, zeros[:0])
     if norm_type in {1.0, 2.0}:
         witness_RA = _everywhere(
-            lambda some, n: kernels.power_sums(some, n, norm_type), tensors, rows, home, norm_type
+            lambda some, n, _: kernels.power_sums(some, n, norm_type),
+            tensors,
+            rows,
+            home,
+            norm_type,
         )
         norms_S = _root(witness_RA if per_row else witness_RA.sum(0, keepdim=True), norm_type)
     else:
-        witness_RA = _everywhere(kernels.abs_max, tensors, rows, home, norm_type)
+        witness_RA = _everywhere(
+            lambda some, n, _: kernels.abs_max(some, n), tensors, rows, home, norm_type
+        )
         norms_S = (witness_RA if per_row else witness_RA.amax(0, keepdim=True)).squeeze(1)
         if norm_type != inf:
             norms_S = _scaled_norms(kernels, tensors, rows, norm_type, norms_S, per_row=per_row)
@@ -113,35 +120,41 @@ def _scaled_norms(
     """Return ``max * sum(|x / max|**p)**(1/p)`` of each scope: in range for every p."""
     scale_S = torch.where((maxima_S > 0) & maxima_S.isfinite(), maxima_S, 1.0)
     scale_R = scale_S if per_row else scale_S.expand(sum(rows))
-    places = by_device(tensors, rows)
-    sums_R = torch.empty(sum(rows), dtype=torch.float64, device=maxima_S.device)
-    for device, (indices, row_indices) in places.items():
-        part = kernels.scaled_power_sums(
-            [tensors[i] for i in indices],
-            [rows[i] for i in indices],
-            p,
-            scale_R[row_indices].to(device),
-        )
-        sums_R[row_indices] = part[:, 0].to(sums_R.device)
+    sums_R = _everywhere(
+        lambda some, n, there: kernels.scaled_power_sums(some, n, p, there(scale_R)),
+        tensors,
+        rows,
+        maxima_S.device,
+        p,
+    )[:, 0]
     sums_S = sums_R if per_row else sums_R.sum(0, keepdim=True)
     return scale_S * sums_S.pow(1 / p)
 
 
+_There: TypeAlias = Callable[[Tensor], Tensor]
+"""Brings what belongs to all rows, (R,), to a device: the part of the rows that are there."""
+
+
 def _everywhere(
-    operation: Callable[[Sequence[Tensor], Sequence[int]], Tensor],
+    operation: Callable[[Sequence[Tensor], Sequence[int], _There], Tensor],
     tensors: Sequence[Tensor],
     rows: Sequence[int],
     home: torch.device,
     p: float,
 ) -> Tensor:
     """Run an operation once on each device, and bring its rows home in order: (R, A)."""
-    parts: list[Tensor] = []
-    order: list[int] = []
     places = by_device(tensors, rows)
     if len(places) == 1:
-        return operation(tensors, rows).to(home)
-    for indices, row_indices in places.values():
-        part = operation([tensors[i] for i in indices], [rows[i] for i in indices])
+        (device,) = places
+        return operation(tensors, rows, lambda values_R: values_R.to(device)).to(home)
+    parts: list[Tensor] = []
+    order: list[int] = []
+    for device, (indices, row_indices) in places.items():
+        part = operation(
+            [tensors[i] for i in indices],
+            [rows[i] for i in indices],
+            lambda values_R, d=device, r=row_indices: values_R[r].to(d),  # type: ignore[misc]
+        )
         parts.append(part.to(home))
         order += row_indices
     columns = max(part.shape[1] for part in parts)

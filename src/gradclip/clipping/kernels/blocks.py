@@ -25,10 +25,10 @@ def home_of(devices: Collection[torch.device]) -> torch.device:
     return min(able, key=str) if able else torch.device("cpu")
 
 
-def double_blocks(row: Tensor, block: int = BLOCK) -> Iterator[Tensor]:
+def double_blocks(row: Tensor) -> Iterator[Tensor]:
     """Yield a 1-d tensor as float64 blocks that may be changed in place."""
     home = home_of((row.device,))
-    for piece in row.split(block):
+    for piece in row.split(BLOCK):
         yield piece.to(device=home).to(torch.float64, copy=True)
 
 

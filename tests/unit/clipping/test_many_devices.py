@@ -1,0 +1,40 @@
+"""Gradients on several devices: two names of the CPU stand for two of them."""
+
+from math import inf
+
+import pytest
+import torch
+
+from gradclip.clipping import reduction
+from gradclip.clipping.kernels import choose
+
+TENSORS = [
+    torch.tensor([[3.0, 4.0], [6.0, 8.0]]),
+    torch.tensor([1e200, 1.0], dtype=torch.float64),
+    torch.tensor([[0.5], [12.0], [0.0]]),
+    torch.tensor([2.0]),
+]
+ROWS = [2, 1, 3, 1]
+PLACES = {
+    torch.device("cpu"): ([0, 3], [0, 1, 6]),
+    torch.device("cpu", 0): ([1, 2], [2, 3, 4, 5]),
+}
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0, inf])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("backend", ["foreach", "reference"])
+def test_rows_come_home_in_their_order(monkeypatch, p, per_row, backend):
+    def measured():
+        home = torch.device("cpu")
+        return reduction.measure(choose(backend), TENSORS, ROWS, p, per_row=per_row, home=home)
+
+    together = measured()
+    monkeypatch.setattr(reduction, "by_device", lambda tensors, rows: PLACES)
+    apart = measured()
+    torch.testing.assert_close(apart.norms_S, together.norms_S, rtol=1e-13, atol=0)
+    torch.testing.assert_close(apart.witness_T, together.witness_T, rtol=1e-13, atol=0)
+    if per_row:
+        rows = [row for t, n in zip(TENSORS, ROWS, strict=True) for row in t.reshape(n, -1)]
+        truth = [torch.linalg.vector_norm(r.double() / 1e150, p) * 1e150 for r in rows[2:3]]
+        torch.testing.assert_close(apart.norms_S[2:3], torch.stack(truth), rtol=1e-12, atol=0)
