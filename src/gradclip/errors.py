@@ -10,6 +10,7 @@
     |-- ArgumentTypeError (TypeError)            GC011  an argument of the wrong kind
     |-- UnsupportedGradientError (TypeError)     GC020  a gradient that has no norm
     |-- OverlappingGradientsError (ValueError)   GC021  gradients that share bytes
+    |-- CaptureError (RuntimeError)            GC022  a CUDA graph is captured too early
     |-- StateError (ValueError)                  GC030  a state that belongs to something else
     |-- DoubleClippingError (ValueError)         GC101  two clipping hooks, or DeepSpeed's and one
     |-- NonFiniteGradientError (RuntimeError)    GC201  a NaN or an infinity in the gradients
@@ -25,6 +26,7 @@ from typing import ClassVar
 __all__ = [
     "ArgumentTypeError",
     "ArgumentValueError",
+    "CaptureError",
     "CheckpointError",
     "ClassTypeError",
     "ConfigError",
@@ -87,6 +89,12 @@ class OverlappingGradientsError(GradClipError, ValueError):
     """Gradients share bytes, so scaling each once would scale some twice; nothing was changed."""
 
     code = "GC021"
+
+
+class CaptureError(GradClipError, RuntimeError):
+    """A CUDA graph is captured before there was a step outside of it; nothing was changed."""
+
+    code = "GC022"
 
 
 class StateError(GradClipError, ValueError):

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gradclip.clipping import apply, kernels
+from gradclip.clipping import apply
 from gradclip.clipping.arguments import (
     Nonfinite,
     check_count,
@@ -19,6 +19,7 @@ from gradclip.clipping.arguments import (
     check_nonfinite,
 )
 from gradclip.clipping.gradients import Gradients, collect
+from gradclip.clipping.kernels import Clamped, LayoutCache, choose
 from gradclip.clipping.kernels.blocks import home_of
 from gradclip.clipping.nonfinite import (
     SkipCounter,
@@ -26,10 +27,10 @@ from gradclip.clipping.nonfinite import (
     nonfinite_report,
     too_many_skips,
 )
-from gradclip.clipping.overlap import check_disjoint
+from gradclip.clipping.overlap import DisjointCheck
 from gradclip.clipping.parameters import ParameterGroup, Parameters, ParameterSource, as_source
 from gradclip.clipping.policies import Policy, PolicyLike, as_policies
-from gradclip.clipping.reduction import Measured, combine, measure
+from gradclip.clipping.reduction import Measured, clamp_everywhere, combine, from_sums, measure
 from gradclip.clipping.response import Flag, Response
 from gradclip.clipping.result import ClipResult
 from gradclip.clipping.state import STATE_VERSION, read_state
@@ -55,7 +56,7 @@ class _Group:
     pattern: str
     policy: Policy
     gradients: Gradients
-    rows: list[int]
+    clamped: Clamped | None = None
 
     @property
     def per_row(self) -> bool:
@@ -66,7 +67,7 @@ class _Group:
             return (self.pattern,)
         if self.policy.scope == "tensor":
             return tuple(self.gradients.names)
-        pairs = zip(self.gradients.names, self.rows, strict=True)
+        pairs = zip(self.gradients.names, self.gradients.layout.rows, strict=True)
         return tuple(f"{name}[{row}]" for name, rows in pairs for row in range(rows))
 
 
@@ -109,7 +110,7 @@ clipped=True, skipped=False, nonfinite=0)
         self._policies, by_pattern = as_policies(policy)
         self._nonfinite = check_nonfinite(nonfinite)
         self._skips = SkipCounter(check_count(max_consecutive_skips))
-        self._kernels = kernels.choose(backend)
+        self._backends = choose(backend)
         self._parameters = Parameters(
             as_source(params), list(self._policies) if by_pattern else None
         )
@@ -119,6 +120,11 @@ clipped=True, skipped=False, nonfinite=0)
         self._order = orders.pop() if self._one_order else _EUCLIDEAN
         self._states: dict[str, dict[str, Tensor]] = {}
         self._recent: deque[Tensor] = deque(maxlen=32)
+        self._known = {
+            pattern: LayoutCache(by_unit=policy is not None and policy.scope == "unit")
+            for pattern, policy in self._policies.items()
+        }
+        self._check_disjoint = DisjointCheck()
         self._warned = False
         self.step = 0
         """How many calls there were."""
@@ -156,16 +162,20 @@ clipped=True, skipped=False, nonfinite=0)
         groups = self._collect()
         home = self._home(groups)
 
+        for group in groups:
+            if self._clamps_at_once(group, home):
+                self._clamp(group, scale, home)
         measured = [self._measure(group, group.policy.order, scale, home) for group in groups]
-        totals = (
-            measured
-            if self._one_order
-            else [self._measure(group, self._order, scale, home) for group in groups]
-        )
+        totals = [
+            norms
+            if norms.norm_type == self._order
+            else self._measure(group, self._order, scale, home)
+            for group, norms in zip(groups, measured, strict=True)
+        ]
         counts = self._judge(groups, measured, overflow_expected=overflow_expected)
 
         responses = [
-            self._decide(group, norms, counts)
+            self._decide(group, norms, counts, home)
             for group, norms in zip(groups, measured, strict=True)
         ]
         results = [
@@ -187,13 +197,13 @@ clipped=True, skipped=False, nonfinite=0)
             policy = self._policies[pattern]
             if policy is not None:
                 groups.append(self._collect_group(parameters, policy))
-        check_disjoint([group.gradients for group in groups])
+        self._check_disjoint([group.gradients for group in groups])
         self._warn_if_none(groups)
         return groups
 
-    @staticmethod
-    def _collect_group(parameters: ParameterGroup, policy: Policy) -> _Group:
-        gradients = collect(parameters.names, parameters.parameters)
+    def _collect_group(self, parameters: ParameterGroup, policy: Policy) -> _Group:
+        known = self._known[parameters.pattern]
+        gradients = collect(parameters.names, parameters.parameters, known)
         if policy.element_limit is not None:
             for name, tensor in zip(gradients.names, gradients.tensors, strict=True):
                 if tensor.is_complex():
@@ -201,10 +211,7 @@ clipped=True, skipped=False, nonfinite=0)
                         f"the gradient of {name} is {tensor.dtype}, and complex numbers have no "
                         "order to clamp by: use NormClip for it. No gradient was changed."
                     )
-        rows = [1] * len(gradients.tensors)
-        if policy.scope == "unit":
-            rows = [t.shape[0] if t.dim() > 1 else 1 for t in gradients.tensors]
-        return _Group(parameters.pattern, policy, gradients, rows)
+        return _Group(parameters.pattern, policy, gradients)
 
     def _warn_if_none(self, groups: list[_Group]) -> None:
         if self._warned or any(group.gradients.tensors for group in groups):
@@ -228,19 +235,53 @@ clipped=True, skipped=False, nonfinite=0)
     # measure and reduce
 
     def _measure(
-        self, group: _Group, order: float, scale: float | Tensor | None, home: torch.device
+        self,
+        group: _Group,
+        order: float,
+        scale: float | Tensor | None,
+        home: torch.device,
+        *,
+        left: bool = False,
     ) -> Measured:
-        measured = measure(
-            self._kernels,
-            group.gradients.measured(order),
-            group.rows,
-            order,
-            per_row=group.per_row,
-            home=home,
-        )
-        if scale is None:
-            return measured
-        return replace(measured, norms_S=measured.norms_S / scale)
+        """Measure a group, or what clamping left of it; clamping in one pass has done it."""
+        batch, clamped = group.gradients.measured(order), group.clamped
+        if clamped is not None and order == _EUCLIDEAN:
+            sums_RA = clamped.after_RA if left else clamped.before_RA
+            measured = from_sums(sums_RA, batch, order, per_row=group.per_row)
+        else:
+            measured = measure(self._backends, batch, order, per_row=group.per_row, home=home)
+        return measured if scale is None else replace(measured, norms_S=measured.norms_S / scale)
+
+    def _clamps_at_once(self, group: _Group, home: torch.device) -> bool:
+        """Return whether a group is clamped and measured in one pass.
+
+        Where the host would have to wait for the verdict, clamping goes first: what is skipped is
+        zeroed then. Where the verdict has to come first, it is two passes.
+        """
+        waits = self._nonfinite == "raise" or self._clamps_together
+        return home.type != "cpu" and not waits and group.policy.order == _EUCLIDEAN
+
+    @property
+    def _clamps_together(self) -> bool:
+        """With several groups all are clamped or none; a single one clamps what it can."""
+        return self._by_pattern and self._nonfinite == "propagate"
+
+    def _clamp(
+        self,
+        group: _Group,
+        scale: float | Tensor | None,
+        home: torch.device,
+        times: Tensor | None = None,
+    ) -> None:
+        limit: float | Tensor | None = group.policy.element_limit
+        if limit is None or not (group.policy.writes and group.gradients.tensors):
+            return
+        for factor in (scale, times):
+            limit = limit if factor is None else limit * factor
+        batch = group.gradients.measured(_EUCLIDEAN)
+        group.clamped = clamp_everywhere(self._backends, batch, limit, home)
+        if group.gradients.has_sparse and int(group.clamped.changed):
+            group.gradients.adopt_coalesced()
 
     # decide
 
@@ -268,64 +309,74 @@ clipped=True, skipped=False, nonfinite=0)
             ceiling=groups[0].policy.ceiling,
         )
 
-    def _decide(self, group: _Group, norms: Measured, counts: Flag) -> Response:
-        norms_S = norms.norms_S
+    def _decide(self, group: _Group, norms: Measured, counts: Flag, home: torch.device) -> Response:
+        policy, norms_S = group.policy, norms.norms_S
         state = self._states.get(group.pattern)
         if state is None:
-            state = group.policy.initial_state(len(norms_S), norms_S.device)
+            state = policy.initial_state(len(norms_S), norms_S.device)
         flag = _FLAGS[counts] if isinstance(counts, bool) else counts
-        decision = group.policy.decide(norms_S, flag, state)
+        decision = policy.decide(norms_S, flag, state)
         self._states[group.pattern] = decision.state
-        return Response(norms_S, decision, counts, group.gradients.guard)
+        zeroes = self._nonfinite == "skip" or (policy.ceiling == 0 and not self._by_pattern)
+        return Response(
+            self._backends.on(home),
+            norms_S,
+            decision,
+            counts,
+            guard=group.gradients.guard,
+            otherwise=0.0 if zeroes and policy.writes else 1.0,
+        )
 
     # apply
 
     def _apply(
-        self, group: _Group, norms: Measured, response: Response, scale: float | Tensor | None
+        self,
+        group: _Group,
+        norms: Measured,
+        response: Response,
+        scale: float | Tensor | None,
     ) -> ClipResult:
-        policy, gradients, counts = group.policy, group.gradients, response.counts
+        policy, counts = group.policy, response.counts
+        skips = policy.writes and self._nonfinite == "skip"
         thresholds_S, clamped, left_S = response.decision.thresholds_S, None, None
         if policy.element_limit is not None:
             thresholds_S = torch.full_like(norms.norms_S, policy.element_limit)
-            clamped, left_S = self._clamp(group, norms, counts, scale)
-        elif policy.writes:
-            apply.scale(self._kernels, gradients, group.rows, response)
-        skips = policy.writes and self._nonfinite == "skip"
-        if skips or (policy.ceiling == 0 and not self._by_pattern):
-            apply.zero(self._kernels, gradients, counts)
-        zeroed: Flag = not counts if isinstance(counts, bool) else ~counts
+            clamped, left_S = self._clamp_counted(group, norms, counts, scale)
+        if policy.writes:
+            apply.scale(self._backends, group.gradients, response)
+        skipped: Flag = not counts if isinstance(counts, bool) else ~counts
         return ClipResult(
             measured_S=norms.norms_S,
             thresholds_S=thresholds_S,
             response=response,
-            zeroed=zeroed if skips else False,
+            withheld=skipped if skips else False,
             witness_T=norms.witness_T,
             norm_type=norms.norm_type,
-            dtype=gradients.dtype,
+            dtype=group.gradients.dtype,
             scope_names=group.scope_names(),
             clamped=clamped,
             left_S=left_S,
         )
 
-    def _clamp(
+    def _clamp_counted(
         self, group: _Group, norms: Measured, counts: Flag, scale: float | Tensor | None
     ) -> tuple[Flag, Tensor]:
-        """Clamp a group; return whether anything changed, and the norms that are left."""
-        limit = group.policy.element_limit
-        # With several groups all are clamped or none; a single one clamps what it can.
-        together = self._by_pattern and self._nonfinite == "propagate"
-        kept = counts is False and (self._nonfinite == "skip" or together)
-        if kept or limit is None or not (group.policy.writes and group.gradients.tensors):
+        """Clamp a group unless that was done; return whether anything changed, and what is left."""
+        home = norms.norms_S.device
+        if group.clamped is None and not (
+            counts is False and (self._nonfinite == "skip" or self._clamps_together)
+        ):
+            limits = None
+            if self._clamps_together and isinstance(counts, Tensor):
+                limits = torch.where(counts, 1.0, inf).to(torch.float64)
+            self._clamp(group, scale, home, limits)
+        if group.clamped is None:
             return False, norms.norms_S
-        scaled: float | Tensor = limit if scale is None else limit * scale
-        if together and isinstance(counts, Tensor):
-            limits = torch.as_tensor(scaled, dtype=torch.float64, device=counts.device)
-            scaled = torch.where(counts, limits, inf)
-        changed = apply.clamp(self._kernels, group.gradients, scaled)
-        if changed is False:
-            return changed, norms.norms_S
-        left = self._measure(group, group.policy.order, scale, norms.norms_S.device)
-        return changed, left.norms_S
+        changed = group.clamped.changed > 0
+        if home.type == "cpu" and not changed:
+            return False, norms.norms_S
+        left = self._measure(group, norms.norm_type, scale, home, left=True)
+        return bool(changed) if home.type == "cpu" else changed, left.norms_S
 
     # report
 
@@ -345,7 +396,7 @@ clipped=True, skipped=False, nonfinite=0)
             measured_S=torch.cat([total.norms_S for total in totals]),
             thresholds_S=torch.cat([r.thresholds_S for r in results]),
             response=torch.cat([r.coefficients_S for r in results]),
-            zeroed=torch.stack([r.skipped for r in results]).any(),
+            withheld=torch.stack([r.skipped for r in results]).any(),
             witness_T=torch.cat([r.witness_T for r in results]),
             norm_type=self._order,
             dtype=max((r.dtype for r in results), key=lambda dtype: dtype.itemsize),

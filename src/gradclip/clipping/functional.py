@@ -6,12 +6,13 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from gradclip.clipping import apply, kernels
+from gradclip.clipping import apply
 from gradclip.clipping.clipper import GradientClipper
 from gradclip.clipping.gradients import Gradients, check_supported, collect
+from gradclip.clipping.kernels import LayoutCache, choose
 from gradclip.clipping.kernels.blocks import home_of
 from gradclip.clipping.nonfinite import nonfinite_report
-from gradclip.clipping.overlap import check_disjoint
+from gradclip.clipping.overlap import DisjointCheck
 from gradclip.clipping.parameters import Parameters, as_sequence, as_source
 from gradclip.clipping.policies import Decision, NormClip, ValueClip
 from gradclip.clipping.reduction import measure
@@ -19,6 +20,9 @@ from gradclip.clipping.response import Response
 from gradclip.clipping.result import reported
 from gradclip.config import as_ceiling, as_norm_order
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, NonFiniteGradientError
+
+_KNOWN = LayoutCache(capacity=16)
+"""The layouts of gradients that these functions have seen; they have no object to keep them in."""
 
 
 def clip_grad_norm_(
@@ -115,9 +119,8 @@ def get_total_norm(
     order = as_norm_order(norm_type)
     gradients = _given(tensors)
     measured = measure(
-        kernels.choose("auto"),
+        choose("auto"),
         gradients.measured(order),
-        [1] * len(gradients.tensors),
         order,
         per_row=False,
         home=home_of(gradients.devices),
@@ -152,14 +155,22 @@ def clip_grads_with_norm_(
     _check_foreach(foreach)
     ceiling = as_ceiling(max_norm, "max_norm")
     group = Parameters(as_source(parameters), None).groups()["*"]
-    gradients = collect(group.names, group.parameters)
-    check_disjoint([gradients])
+    gradients = collect(group.names, group.parameters, _KNOWN)
+    DisjointCheck()([gradients])
     norm_S = _as_norm(total_norm, home_of(gradients.devices))
     limit_S = torch.full_like(norm_S, ceiling)
     finite = norm_S.isfinite()
     counts = bool(finite) if finite.device.type == "cpu" else finite
-    response = Response(norm_S, Decision(limit_S, limit_S), counts, gradients.guard)
-    apply.scale(kernels.choose("auto"), gradients, [1] * len(gradients.tensors), response)
+    backends = choose("auto")
+    response = Response(
+        backends.on(norm_S.device),
+        norm_S,
+        Decision(limit_S, limit_S),
+        counts,
+        guard=gradients.guard,
+        otherwise=1.0,
+    )
+    apply.scale(backends, gradients, response)
 
 
 def _given(tensors: object) -> Gradients:
@@ -171,9 +182,9 @@ def _given(tensors: object) -> Gradients:
             )
         check_supported(f"tensors[{number}]", tensor)
         listed.setdefault(id(tensor), (f"tensors[{number}]", tensor))
-    return Gradients(
-        [name for name, _ in listed.values()], [tensor for _, tensor in listed.values()]
-    )
+    given = [tensor for _, tensor in listed.values()]
+    layout = _KNOWN.find(given) or _KNOWN.add(given)
+    return Gradients([name for name, _ in listed.values()], given, [], _KNOWN, layout)
 
 
 def _as_norm(total_norm: object, device: torch.device) -> Tensor:

@@ -1,12 +1,13 @@
 """What a call finds: the gradients of one group, checked, as the kernels see them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 
 import torch
 from torch import Tensor
 
+from gradclip.clipping.kernels.layout import Batch, Layout, LayoutCache
 from gradclip.errors import UnsupportedGradientError
 
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -23,46 +24,48 @@ class Gradients:
         names: One per gradient.
         tensors: The gradients, dense or sparse, real or complex.
         parameters: The parameters that they belong to, if any.
+        known: Recognises tensors like those of earlier calls.
+        layout: That of the tensors.
     """
 
     names: list[str]
     tensors: list[Tensor]
-    parameters: list[Tensor] = field(default_factory=list)
+    parameters: list[Tensor]
+    known: LayoutCache
+    layout: Layout
 
     def __post_init__(self) -> None:
-        self.devices = {tensor.device for tensor in self.tensors}
-        """Where they are."""
-        self._dtypes = {tensor.dtype for tensor in self.tensors}
-        # Dense, real and without a pending sign: each is its own view.
-        self._is_plain = (
-            self._dtypes <= FLOATING
-            and {tensor.layout for tensor in self.tensors} <= {torch.strided}
-            and True not in {tensor.is_neg() for tensor in self.tensors}
-        )
+        self._kinds = self.layout.plan(_Kinds)
+        self._plain = Batch(self.tensors, self.layout) if self._kinds.plain else None
 
     @property
-    def written(self) -> list[Tensor]:
-        """Real views that share the gradients' memory: scaling them scales the gradients."""
-        if self._is_plain:
-            return self.tensors
-        return [_parts(_values(tensor)) for tensor in self.tensors]
+    def devices(self) -> set[torch.device]:
+        """Where they are."""
+        return self._kinds.devices
 
-    def measured(self, norm_type: float) -> list[Tensor]:
+    @property
+    def written(self) -> Batch:
+        """Real views that share the gradients' memory: scaling them scales the gradients."""
+        if self._plain is not None:
+            return self._plain
+        return self.known.batch([_parts(_values(tensor)) for tensor in self.tensors])
+
+    def measured(self, norm_type: float) -> Batch:
         """Real tensors that have the gradients' p-norm.
 
         Args:
             norm_type: Complex numbers count by modulus, which for p = 2 needs no new tensor.
         """
-        if self._is_plain:
-            return self.tensors
+        if self._plain is not None:
+            return self._plain
         if norm_type == 2:  # noqa: PLR2004 - the Euclidean norm
             return self._measured_by_parts
-        return [_modulus(_values(tensor)) for tensor in self._coalesced]
+        return self.known.batch([_modulus(_values(tensor)) for tensor in self._coalesced])
 
     @property
     def has_sparse(self) -> bool:
         """Whether a gradient has to be coalesced before its elements are changed."""
-        return not self._is_plain and any(tensor.is_sparse for tensor in self.tensors)
+        return self._plain is None and any(tensor.is_sparse for tensor in self.tensors)
 
     def adopt_coalesced(self) -> None:
         """Give the parameters their coalesced gradients, whose values ``measured`` shares.
@@ -80,38 +83,48 @@ class Gradients:
         return [t.coalesce() if t.layout is torch.sparse_coo else t for t in self.tensors]
 
     @cached_property
-    def _measured_by_parts(self) -> list[Tensor]:
-        return [_parts(_values(tensor)) for tensor in self._coalesced]
+    def _measured_by_parts(self) -> Batch:
+        return self.known.batch([_parts(_values(tensor)) for tensor in self._coalesced])
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of what is reported: float32, or float64 when a gradient is."""
-        return torch.float64 if self._dtypes & _DOUBLES else torch.float32
+        return torch.float64 if self._kinds.dtypes & _DOUBLES else torch.float32
 
     @property
     def guard(self) -> float:
         """The relative margin that keeps the rounding of scaled elements below a ceiling."""
-        return 2.0**-21 if self._dtypes - _DOUBLES else 2.0**-44
+        return 2.0**-21 if self._kinds.dtypes - _DOUBLES else 2.0**-44
 
 
-def collect(names: Sequence[str], parameters: Sequence[Tensor]) -> Gradients:
-    """Collect the gradients that exist, and check each.
+class _Kinds:
+    """What kinds of tensors a layout has."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.devices = set(layout.devices)
+        self.dtypes = set(layout.dtypes)
+        self.plain = self.dtypes <= FLOATING and all(layout.dense)
+        """Dense, real and without a pending sign: each gradient is its own view."""
+
+
+def collect(names: list[str], parameters: list[Tensor], known: LayoutCache) -> Gradients:
+    """Collect the gradients that exist, and check each, or that nothing changed since.
 
     Raises:
         UnsupportedGradientError: GC020, for an integer, float8 or meta gradient, or one whose
             layout has no values to measure.
     """
-    found_names: list[str] = []
-    found: list[Tensor] = []
-    owners: list[Tensor] = []
-    for name, parameter in zip(names, parameters, strict=True):
-        gradient = parameter.grad
-        if gradient is not None:
+    found = [parameter.grad for parameter in parameters]
+    tensors = [gradient for gradient in found if gradient is not None]
+    if len(tensors) < len(found):
+        present = [gradient is not None for gradient in found]
+        names, parameters = list(compress(names, present)), list(compress(parameters, present))
+    layout = known.find(tensors)
+    if layout is None:
+        for name, gradient in zip(names, tensors, strict=True):
             check_supported(name, gradient)
-            found_names.append(name)
-            found.append(gradient)
-            owners.append(parameter)
-    return Gradients(found_names, found, owners)
+        layout = known.add(tensors)
+    return Gradients(names, tensors, parameters, known, layout)
 
 
 def check_supported(name: str, gradient: Tensor) -> None:

@@ -86,7 +86,7 @@ def nonfinite_report(
     at_fault, total = [], 0
     for group in gradients:
         for name, tensor, values in zip(
-            group.names, group.tensors, group.measured(2.0), strict=True
+            group.names, group.tensors, group.measured(2.0).tensors, strict=True
         ):
             total += 1
             nans, infinities = int(values.isnan().sum()), int(values.isinf().sum())

@@ -1,36 +1,74 @@
 """Gradients that share bytes: found before anything is written, and refused."""
 
 from collections.abc import Sequence
+from itertools import islice
+from operator import add, le
 
 import torch
 from torch import Tensor
 
 from gradclip.clipping.gradients import Gradients
+from gradclip.clipping.kernels.layout import Batch, Layout
 from gradclip.errors import OverlappingGradientsError
 
 
-def check_disjoint(gradients: Sequence[Gradients]) -> None:
-    """Refuse gradients that share bytes: scaling each once would scale some bytes twice.
+class DisjointCheck:
+    """Refuses gradients that share bytes: scaling each once would scale some bytes twice.
 
-    Views that interleave without sharing a byte are legal.
-
-    Raises:
-        OverlappingGradientsError: GC021, naming the first two.
+    Views that interleave without sharing a byte are legal. Gradients that lie where those of the
+    last call lay, in the same shapes, are not looked at again.
     """
-    tensors = [tensor for group in gradients for tensor in group.written]
-    extents = []
-    for index, tensor in enumerate(tensors):
-        contiguous = tensor.is_contiguous()
-        if not contiguous and _overlaps_itself(tensor):
-            raise _overlap(_names(gradients)[index], "itself (an expanded tensor, or such strides)")
-        extents.append((tensor.data_ptr(), tensor.nbytes if contiguous else _span(tensor), index))
-    extents.sort()
-    end = 0
-    for start, length, _ in extents:
-        if start < end and length:
-            _check_interleaved([e for e in extents if e[1]], _names(gradients), tensors)
+
+    def __init__(self) -> None:
+        self._passed: list[tuple[Layout, list[int]]] = []
+
+    def __call__(self, gradients: Sequence[Gradients]) -> None:
+        """Look at the gradients of all groups together.
+
+        Raises:
+            OverlappingGradientsError: GC021, naming the first two.
+        """
+        batches = [group.written for group in gradients]
+        seen = [(batch.layout, batch.addresses) for batch in batches]
+        if seen == self._passed:  # the same layouts, and equal addresses
             return
-        end = start + length
+        if not _lie_apart(batches):
+            _check_extents(batches, _names(gradients))
+        self._passed = seen
+
+
+def _lie_apart(batches: Sequence[Batch]) -> bool:
+    """Return whether it is plain to see that no byte is shared: no gaps, one behind another."""
+    if not all(batch.layout.plan(_Bytes).packed for batch in batches):
+        return False
+    starts = [start for batch in batches for start in batch.addresses]
+    lengths = [length for batch in batches for length in batch.layout.plan(_Bytes).lengths]
+    ends = dict(zip(starts, map(add, starts, lengths), strict=True))
+    starts.sort()
+    return len(ends) == len(starts) and all(
+        map(le, map(ends.__getitem__, starts), islice(starts, 1, None))
+    )
+
+
+class _Bytes:
+    """How many bytes each tensor of a layout takes, which has no gaps."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.packed = all(layout.packed)
+        self.lengths = [
+            shape.numel() * dtype.itemsize
+            for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True)
+        ]
+
+
+def _check_extents(batches: Sequence[Batch], names: list[str]) -> None:
+    """Look at the very bytes wherever two extents overlap."""
+    tensors = [tensor for batch in batches for tensor in batch.tensors]
+    for name, tensor in zip(names, tensors, strict=True):
+        if not tensor.is_contiguous() and _overlaps_itself(tensor):
+            raise _overlap(name, "itself (an expanded tensor, or such strides)")
+    extents = sorted((t.data_ptr(), _span(t), i) for i, t in enumerate(tensors) if t.numel())
+    _check_interleaved(extents, names, tensors)
 
 
 def _names(gradients: Sequence[Gradients]) -> list[str]:

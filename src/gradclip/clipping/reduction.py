@@ -1,15 +1,17 @@
 """From sums per row to norms per scope: the only numbers that a policy sees."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from gradclip.clipping.kernels import Kernels, by_device
+from gradclip.clipping.kernels import Backends, Batch, Clamped, Kernels
 from gradclip.clipping.kernels.blocks import SCALE_EXPONENT, widened
+from gradclip.clipping.kernels.tables import Table
 
 _UP, _DOWN = 2.0**SCALE_EXPONENT, 2.0**-SCALE_EXPONENT
 _EUCLIDEAN = 2.0
@@ -36,49 +38,74 @@ class Measured:
 
 
 def measure(
-    kernels: Kernels,
-    tensors: Sequence[Tensor],
-    rows: Sequence[int],
-    norm_type: float,
-    *,
-    per_row: bool,
-    home: torch.device,
+    backends: Backends, batch: Batch, norm_type: float, *, per_row: bool, home: torch.device
 ) -> Measured:
     """Measure tensors, wherever they are, in one read (two for p other than 1, 2, inf).
 
     Args:
-        kernels: The backend.
-        tensors: Real, of any devices, dtypes and shapes.
-        rows: The rows of each tensor: 1, or its leading dimension.
+        backends: The choice of backend.
+        batch: Real tensors, of any devices, dtypes and shapes.
         norm_type: p, > 0 or inf.
         per_row: Whether each row is a scope of its own; otherwise all rows together are one.
         home: Device of the results.
     """
-    if not tensors:
+    if not batch.tensors:
         zeros = torch.zeros(0 if per_row else 1, dtype=torch.float64, device=home)
         return Measured(zeros, norm_type, zeros[:0])
     if norm_type in {1.0, 2.0}:
-        witness_RA = _everywhere(
-            lambda some, n, _: kernels.power_sums(some, n, norm_type),
-            tensors,
-            rows,
+        sums_RA = _everywhere(
+            lambda kernels, part, _: kernels.power_sums(part, norm_type),
+            backends,
+            batch,
             home,
             norm_type,
         )
-        norms_S = _root(witness_RA if per_row else witness_RA.sum(0, keepdim=True), norm_type)
-    else:
-        witness_RA = _everywhere(
-            lambda some, n, _: kernels.abs_max(some, n), tensors, rows, home, norm_type
-        )
-        norms_S = (witness_RA if per_row else witness_RA.amax(0, keepdim=True)).squeeze(1)
-        if norm_type != inf:
-            norms_S = _scaled_norms(kernels, tensors, rows, norm_type, norms_S, per_row=per_row)
-    witness_R = witness_RA[:, witness_RA.shape[1] // 2]
-    if norm_type != inf and (norm_type != _EUCLIDEAN or witness_RA.shape[1] > 1):
+        return from_sums(sums_RA, batch, norm_type, per_row=per_row)
+    maxima_RA = _everywhere(
+        lambda kernels, part, _: kernels.abs_max(part), backends, batch, home, norm_type
+    )
+    norms_S = (maxima_RA if per_row else maxima_RA.amax(0, keepdim=True)).squeeze(1)
+    witness_R = maxima_RA[:, 0]
+    if norm_type != inf:
+        norms_S = _scaled_norms(backends, batch, norm_type, norms_S, per_row=per_row)
         norms_S = _saturated(norms_S, witness_R if per_row else witness_R.amax(0))
-    if len(rows) != witness_R.shape[0]:
-        witness_R = torch.stack([of_tensor.amax() for of_tensor in witness_R.split(list(rows))])
-    return Measured(norms_S, norm_type, witness_R)
+    return Measured(norms_S, norm_type, _per_tensor(witness_R, batch))
+
+
+def from_sums(sums_RA: Tensor, batch: Batch, norm_type: float, *, per_row: bool) -> Measured:
+    """Return what sums of powers, for p = 1, 2, say of the tensors that they were taken of."""
+    norms_S = _root(sums_RA if per_row else sums_RA.sum(0, keepdim=True), norm_type)
+    witness_R = sums_RA[:, sums_RA.shape[1] // 2]
+    if norm_type != _EUCLIDEAN or sums_RA.shape[1] > 1:
+        norms_S = _saturated(norms_S, witness_R if per_row else witness_R.amax(0))
+    return Measured(norms_S, norm_type, _per_tensor(witness_R, batch))
+
+
+def clamp_everywhere(
+    backends: Backends, batch: Batch, limit: float | Tensor, home: torch.device
+) -> Clamped:
+    """Clamp every element to [-limit, limit], wherever it is, and sum squares on the way."""
+    found: list[Clamped] = []
+
+    def clamp_part(kernels: Kernels, part: Batch, _: object) -> Tensor:
+        there = limit.to(part.device) if isinstance(limit, Tensor) else limit
+        found.append(kernels.clamp_(part, there))
+        return found[-1].before_RA
+
+    before_RA = _everywhere(clamp_part, backends, batch, home, _EUCLIDEAN)
+    afters = iter(found)
+    after_RA = _everywhere(lambda *_: next(afters).after_RA, backends, batch, home, _EUCLIDEAN)
+    changed = [clamped.changed.to(home) for clamped in found]
+    return Clamped(
+        before_RA, after_RA, changed[0] if len(changed) == 1 else torch.stack(changed).sum()
+    )
+
+
+def _per_tensor(witness_R: Tensor, batch: Batch) -> Tensor:
+    if batch.layout.one_row_each:
+        return witness_R
+    rows = witness_R.split(batch.layout.rows)
+    return torch.stack([of_one.amax() if len(of_one) else of_one.sum() for of_one in rows])
 
 
 def _saturated(norms_S: Tensor, witness_S: Tensor) -> Tensor:
@@ -109,21 +136,15 @@ def _root(sums_SA: Tensor, p: float) -> Tensor:
 
 
 def _scaled_norms(
-    kernels: Kernels,
-    tensors: Sequence[Tensor],
-    rows: Sequence[int],
-    p: float,
-    maxima_S: Tensor,
-    *,
-    per_row: bool,
+    backends: Backends, batch: Batch, p: float, maxima_S: Tensor, *, per_row: bool
 ) -> Tensor:
     """Return ``max * sum(|x / max|**p)**(1/p)`` of each scope: in range for every p."""
     scale_S = torch.where((maxima_S > 0) & maxima_S.isfinite(), maxima_S, 1.0)
-    scale_R = scale_S if per_row else scale_S.expand(sum(rows))
+    scale_R = scale_S if per_row else scale_S.expand(len(batch.layout.row_sizes))
     sums_R = _everywhere(
-        lambda some, n, there: kernels.scaled_power_sums(some, n, p, there(scale_R)),
-        tensors,
-        rows,
+        lambda kernels, part, there: kernels.scaled_power_sums(part, p, there(scale_R)),
+        backends,
+        batch,
         maxima_S.device,
         p,
     )[:, 0]
@@ -132,31 +153,28 @@ def _scaled_norms(
 
 
 _There: TypeAlias = Callable[[Tensor], Tensor]
-"""Brings what belongs to all rows, (R,), to a device: the part of the rows that are there."""
+"""Brings what belongs to all rows, (R,), to a part: what belongs to the rows that are there."""
 
 
 def _everywhere(
-    operation: Callable[[Sequence[Tensor], Sequence[int], _There], Tensor],
-    tensors: Sequence[Tensor],
-    rows: Sequence[int],
+    operation: Callable[[Kernels, Batch, _There], Tensor],
+    backends: Backends,
+    batch: Batch,
     home: torch.device,
     p: float,
 ) -> Tensor:
-    """Run an operation once on each device, and bring its rows home in order: (R, A)."""
-    places = by_device(tensors, rows)
-    if len(places) == 1:
-        (device,) = places
-        return operation(tensors, rows, lambda values_R: values_R.to(device)).to(home)
-    parts: list[Tensor] = []
-    order: list[int] = []
-    for device, (indices, row_indices) in places.items():
-        part = operation(
-            [tensors[i] for i in indices],
-            [rows[i] for i in indices],
-            lambda values_R, d=device, r=row_indices: values_R[r].to(d),  # type: ignore[misc]
-        )
-        parts.append(part.to(home))
-        order += row_indices
-    columns = max(part.shape[1] for part in parts)
-    table = torch.cat([part if part.shape[1] == columns else widened(part, p) for part in parts])
-    return table[torch.tensor(order).argsort().to(home)]
+    """Run an operation on each part of a batch, and bring its rows home in order: (R, A)."""
+    found: list[Tensor] = []
+    for part, rows in batch.parts():
+        bring = partial(_bring, part.device, rows)
+        found.append(operation(backends.on(part.device), part, bring).to(home))
+    if len(found) == 1:
+        return found[0]
+    columns = max(some.shape[1] for some in found)
+    table = torch.cat([some if some.shape[1] == columns else widened(some, p) for some in found])
+    return table[batch.layout.row_order.on(home)]
+
+
+def _bring(device: torch.device, rows: Table | None, values_R: Tensor) -> Tensor:
+    mine = values_R if rows is None else values_R[rows.on(values_R.device)]
+    return mine.to(device)

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from gradclip.clipping.kernels import Kernels
 from gradclip.clipping.policies.base import Decision
 
 Flag: TypeAlias = bool | Tensor
@@ -22,24 +23,32 @@ class Response:
     """What the scopes of a group are multiplied by.
 
     Args:
+        kernels: Of the device that the norms are on.
         norms_S: Norm of each scope, float64 (S,).
         decision: Thresholds and targets.
-        counts: Whether this step is made; where it is not, nothing is scaled.
+        counts: Whether this step is made.
         guard: Relative margin that keeps rounding from exceeding a target.
+        otherwise: The coefficient of a step that is not made: 0 to set zeros, 1 to change nothing.
     """
 
+    kernels: Kernels
     norms_S: Tensor
     decision: Decision
     counts: Flag
     guard: float
+    otherwise: float
 
     @cached_property
     def number(self) -> float | None:
         """The one coefficient, where there is one and the host can see it for nothing."""
-        if self.norms_S.numel() != 1 or not isinstance(self.counts, bool):
+        if not isinstance(self.counts, bool):
+            return None
+        if not self.counts:
+            return self.otherwise
+        if self.norms_S.numel() != 1:
             return None
         norm = float(self.norms_S)
-        if not self.counts or not norm > float(self.decision.thresholds_S):
+        if not norm > float(self.decision.thresholds_S):
             return 1.0
         return min(float(self.decision.targets_S) / norm, 1.0) * (1 - self.guard)
 
@@ -48,9 +57,15 @@ class Response:
         """What each scope is multiplied by, float64 (S,)."""
         if self.number is not None:
             return torch.full_like(self.norms_S, self.number)
-        exceeds_S = (self.norms_S > self.decision.thresholds_S) & self.counts
-        shrunk_S = (self.decision.targets_S / self.norms_S).clamp(max=1.0) * (1 - self.guard)
-        return torch.where(exceeds_S, shrunk_S, 1.0)
+        counts = self.counts
+        return self.kernels.coefficients(
+            self.norms_S,
+            self.decision.thresholds_S,
+            self.decision.targets_S,
+            torch.tensor(counts) if isinstance(counts, bool) else counts,
+            self.guard,
+            self.otherwise,
+        )
 
     def factors(self) -> Iterator[float | Tensor]:
         """Yield what to multiply by, one after the other: nothing, one factor, or two.
@@ -60,7 +75,7 @@ class Response:
         """
         if self.number is None:
             yield self.coefficients_S
-        elif self.number < _SUBNORMAL and float(self.decision.targets_S) > 0:
+        elif self.counts and self.number < _SUBNORMAL and float(self.decision.targets_S) > 0:
             yield _STEP
             norm = float(self.norms_S) * _STEP
             yield float(self.decision.targets_S) / norm * (1 - self.guard)

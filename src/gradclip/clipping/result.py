@@ -37,8 +37,8 @@ class ClipResult:
     Args:
         measured_S: Norm of each scope before clipping, float64 (S,).
         thresholds_S: Norm above which each scope is clipped, float64 (S,).
-        response: What each scope was multiplied by, unless it was zeroed.
-        zeroed: Whether the gradients were set to zero.
+        response: What each scope was multiplied by: 0 where it was zeroed.
+        withheld: Whether the update should not happen.
         witness_T: A number for each tensor, not finite just where the tensor was not: (T,).
         norm_type: p of the norms.
         dtype: float32, or float64 when a gradient is.
@@ -51,7 +51,7 @@ class ClipResult:
     measured_S: Tensor
     thresholds_S: Tensor
     response: Response | Tensor
-    zeroed: Flag
+    withheld: Flag
     witness_T: Tensor
     norm_type: float
     dtype: torch.dtype
@@ -63,28 +63,25 @@ class ClipResult:
     @cached_property
     def skipped(self) -> Tensor:
         """Whether the update should not happen, and the gradients were zeroed: 0-d bool."""
-        return self._flag(self.zeroed)
-
-    @cached_property
-    def applied_S(self) -> Tensor:
-        """What each scope was multiplied by, float64 (S,), unless it was zeroed."""
-        return self.response if isinstance(self.response, Tensor) else self.response.coefficients_S
+        return self._flag(self.withheld)
 
     @cached_property
     def coefficients_S(self) -> Tensor:
         """What each scope was multiplied by, float64 (S,); 0 where it was zeroed."""
-        return torch.where(self.skipped, 0.0, self.applied_S)
+        return self.response if isinstance(self.response, Tensor) else self.response.coefficients_S
 
     @cached_property
     def remaining_S(self) -> Tensor:
         """Norm of each scope after clipping, float64 (S,): from the coefficients."""
-        left_S = self.measured_S * self.applied_S if self.left_S is None else self.left_S
-        return torch.where(self.skipped, 0.0, left_S)
+        left_S = self.measured_S * self.coefficients_S if self.left_S is None else self.left_S
+        return torch.where(self.coefficients_S == 0, 0.0, left_S)
 
     @cached_property
     def clipped(self) -> Tensor:
-        """Whether any gradient was made smaller: 0-d bool."""
-        return (self.applied_S < 1).any() if self.clamped is None else self._flag(self.clamped)
+        """Whether any gradient was made smaller, and the update may happen: 0-d bool."""
+        if self.clamped is None:
+            return (self.coefficients_S < 1).any() & ~self.skipped
+        return self._flag(self.clamped) & ~self.skipped
 
     @cached_property
     def nonfinite(self) -> Tensor:

@@ -93,7 +93,7 @@ class HookBasedTrainer:
 
     # The order of RoboOrchardLab's trainer, with a default for the first; what has no default of
     # its own is checked below.
-    def __init__(  # noqa: PLR0917
+    def __init__(
         self,
         accelerator: Accelerator | None = None,
         model: nn.Module = None,  # type: ignore[assignment]

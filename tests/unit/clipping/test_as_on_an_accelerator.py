@@ -36,7 +36,7 @@ POLICIES = {
 def unseen():
     look = clipper_module._is_finite
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(foreach, "_on_cpu", lambda tensors: False)
+        patch.setattr(foreach, "_on_cpu", lambda batch: False)
         patch.setattr(clipper_module, "_is_finite", lambda *given: torch.tensor(look(*given)))
         patch.setattr(SkipCounter, "record", lambda self, skipped, *, expected: False)
         yield

@@ -5,7 +5,7 @@ from math import inf
 import pytest
 import torch
 
-from gradclip.clipping.kernels import blocks, choose, foreach
+from gradclip.clipping.kernels import Batch, blocks, choose, foreach
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPES = [(), (0,), (1,), (127,), (128,), (129,), (9000,), (3, 5), (4, 2500), (2, 3, 700)]
@@ -15,12 +15,12 @@ SHAPES = [(), (0,), (1,), (127,), (128,), (129,), (9000,), (3, 5), (4, 2500), (2
 def kernels(request, monkeypatch):
     name = request.param.split()[0]
     if request.param == "foreach as on an accelerator":
-        monkeypatch.setattr(foreach, "_on_cpu", lambda tensors: False)
+        monkeypatch.setattr(foreach, "_on_cpu", lambda batch: False)
     if request.param == "no float64":
-        monkeypatch.setattr(foreach, "_on_cpu", lambda tensors: False)
+        monkeypatch.setattr(foreach, "_on_cpu", lambda batch: False)
         monkeypatch.setattr(blocks, "_WITHOUT_FLOAT64", frozenset({"cpu"}))
         name = "foreach"
-    return choose(name)
+    return choose(name).on(torch.device("cpu"))
 
 
 def tensors_of(dtype):
@@ -51,7 +51,7 @@ class TestSums:
         tensors = tensors_of(dtype)
         rows = as_rows(tensors) if many else [1] * len(tensors)
         before = [t.clone() for t in tensors]
-        sums_RA = kernels.power_sums(tensors, rows, p)
+        sums_RA = kernels.power_sums(Batch.of(tensors, rows), p)
         assert sums_RA.dtype is torch.float64
         torch.testing.assert_close(
             sums_RA[:, 0] ** (1 / p), truth(tensors, rows, p), rtol=2e-7, atol=0
@@ -61,7 +61,7 @@ class TestSums:
     def test_abs_max(self, kernels, dtype, many):
         tensors = tensors_of(dtype)
         rows = as_rows(tensors) if many else [1] * len(tensors)
-        maxima_R = kernels.abs_max(tensors, rows)[:, 0]
+        maxima_R = kernels.abs_max(Batch.of(tensors, rows))[:, 0]
         torch.testing.assert_close(maxima_R, truth(tensors, rows, inf), rtol=0, atol=0)
 
     @pytest.mark.parametrize("p", [0.5, 3.0])
@@ -69,7 +69,10 @@ class TestSums:
         tensors = tensors_of(dtype)
         rows = as_rows(tensors) if many else [1] * len(tensors)
         scale_R = torch.linspace(0.5, 3, sum(rows), dtype=torch.float64)
-        norms_R = kernels.scaled_power_sums(tensors, rows, p, scale_R)[:, 0] ** (1 / p) * scale_R
+        norms_R = (
+            kernels.scaled_power_sums(Batch.of(tensors, rows), p, scale_R)[:, 0] ** (1 / p)
+            * scale_R
+        )
         torch.testing.assert_close(norms_R, truth(tensors, rows, p), rtol=1e-12, atol=0)
 
 
@@ -80,10 +83,11 @@ def test_nothing_non_finite_is_lost(kernels, dtype, position, value):
     tensor = torch.ones(9000, dtype=dtype)
     tensor[position] = value
     expected = torch.tensor(value).abs().double()
+    batch = Batch.of([tensor, tensor[:10].clone().fill_(1)])
     for sums in (
-        kernels.power_sums([tensor, tensor[:10].clone().fill_(1)], [1, 1], 2.0),
-        kernels.power_sums([tensor, tensor[:10].clone().fill_(1)], [1, 1], 1.0),
-        kernels.abs_max([tensor, tensor[:10].clone().fill_(1)], [1, 1]),
+        kernels.power_sums(batch, 2.0),
+        kernels.power_sums(batch, 1.0),
+        kernels.abs_max(batch),
     ):
         torch.testing.assert_close(sums[0, 0], expected, equal_nan=True)
         assert sums[1].isfinite().any()
@@ -92,7 +96,7 @@ def test_nothing_non_finite_is_lost(kernels, dtype, position, value):
 @pytest.mark.parametrize("magnitude", [1e-300, 1e-170, 1e-20, 1.0, 1e150, 1e300])
 def test_one_of_three_sums_of_squares_is_in_range(kernels, magnitude):
     tensor = torch.full((9001,), magnitude, dtype=torch.float64)
-    middle, down, up = kernels.power_sums([tensor], [1], 2.0)[0].tolist()
+    middle, down, up = kernels.power_sums(Batch.of([tensor]), 2.0)[0].tolist()
     truths = [9001**0.5 * magnitude * scale for scale in (1.0, 2.0**-600, 2.0**600)]
     assert any(
         0 < total < inf and abs(total**0.5 / true - 1) < 1e-13
@@ -105,7 +109,7 @@ class TestScale:
     def test_one_coefficient_for_all(self, kernels, dtype):
         tensors = tensors_of(dtype)
         expected = [(t.double() * 0.3).to(dtype) for t in tensors]
-        kernels.scale_(tensors, [1] * len(tensors), torch.tensor([0.3], dtype=torch.float64))
+        kernels.scale_(Batch.of(tensors), torch.tensor([0.3], dtype=torch.float64))
         for tensor, wanted in zip(tensors, expected, strict=True):
             rounding = torch.finfo(dtype).eps
             torch.testing.assert_close(tensor, wanted, rtol=rounding, atol=0)
@@ -118,14 +122,14 @@ class TestScale:
         for tensor, factors in zip(tensors, coefficients_R.split(rows), strict=True):
             shape = (-1, *(1,) * (tensor.dim() - 1)) if tensor.dim() > 1 else ()
             expected.append((tensor.double() * factors.reshape(shape)).to(dtype))
-        kernels.scale_(tensors, rows, coefficients_R)
+        kernels.scale_(Batch.of(tensors, rows), coefficients_R)
         for tensor, wanted in zip(tensors, expected, strict=True):
             torch.testing.assert_close(tensor, wanted, rtol=torch.finfo(dtype).eps, atol=0)
 
     def test_the_coefficient_is_not_rounded_to_a_coarse_dtype(self, kernels, dtype):
         """torch rounds a number to bfloat16 before it multiplies a list of tensors by it."""
         tensor = torch.ones(2000, dtype=dtype)
-        kernels.scale_([tensor], [1], torch.tensor([0.00284025], dtype=torch.float64))
+        kernels.scale_(Batch.of([tensor]), torch.tensor([0.00284025], dtype=torch.float64))
         expected = torch.full((2000,), 0.00284025, dtype=torch.float64).to(dtype)
         assert torch.equal(tensor, expected)
 
@@ -134,7 +138,8 @@ def test_a_coefficient_that_float32_cannot_hold(request):
     """1e-42 is a float32 with 9 bits; two steps keep the product right."""
     for name in ("foreach", "reference"):
         tensor = torch.full((5,), 3e38)
-        choose(name).scale_([tensor], [1], torch.tensor([1.23456e-42], dtype=torch.float64))
+        kernels = choose(name).on(torch.device("cpu"))
+        kernels.scale_(Batch.of([tensor]), torch.tensor([1.23456e-42], dtype=torch.float64))
         torch.testing.assert_close(tensor, torch.full((5,), 3.70368e-4), rtol=1e-6, atol=0)
 
 
@@ -145,30 +150,39 @@ def test_clamp(kernels, dtype, limit):
     tensors = [*tensors_of(dtype), *(t.to(dtype) for t in extremes)]
     top = min(limit, torch.finfo(dtype).max)
     expected = [t.clamp(-top, top) for t in tensors]
-    assert bool(kernels.clamp_(tensors, limit))
+    before = [t.clone() for t in tensors]
+    clamped = kernels.clamp_(Batch.of(tensors), limit)
+    moved = [int(((a != b) & ~a.isnan()).sum()) for a, b in zip(before, expected, strict=True)]
+    assert int(clamped.changed) == sum(moved) > 0
+    for sums_RA, of in ((clamped.before_RA, before), (clamped.after_RA, expected)):
+        norms_R = truth(of, [1] * len(of), 2.0)
+        torch.testing.assert_close(sums_RA[:, 0].sqrt(), norms_R, rtol=2e-7, atol=0, equal_nan=True)
     for tensor, wanted in zip(tensors, expected, strict=True):
         torch.testing.assert_close(tensor, wanted, rtol=0, atol=0, equal_nan=True)
-    assert not bool(kernels.clamp_(tensors, max(limit, 0.25)))
+    assert int(kernels.clamp_(Batch.of(tensors), max(limit, 0.25)).changed) == 0
 
 
-def test_zero(kernels):
-    tensors = [torch.tensor([1.0, inf, float("nan")]), torch.ones(3, dtype=torch.bfloat16)]
-    kernels.zero_(tensors, torch.tensor(False))
-    assert tensors[1].sum() == 3
-    kernels.zero_(tensors, torch.tensor(True))
-    assert all(torch.equal(t, torch.zeros_like(t)) for t in tensors)
+@pytest.mark.parametrize("many", [False, True])
+def test_a_coefficient_of_zero_sets_zeros_whatever_was_there(kernels, many):
+    tensor = torch.tensor([[1.0, inf], [2.0, float("nan")], [3.0, inf]])
+    batch = Batch.of([tensor], [3] if many else None)
+    kernels.scale_(batch, torch.tensor([0.0, 0.5, 0.0] if many else [1.0], dtype=torch.float64))
+    assert tensor[1, 0] == (1.0 if many else 2.0)
+    assert tensor[0].tolist() == ([0.0, 0.0] if many else [1.0, inf])
+    kernels.scale_(Batch.of([tensor]), torch.zeros(1, dtype=torch.float64))
+    assert torch.equal(tensor, torch.zeros_like(tensor))
 
 
 def test_a_gathered_float64_tensor_is_not_written():
     """A single contiguous tensor is gathered without a copy."""
     tensors = [torch.full((10,), 3.0, dtype=torch.float64) for _ in range(20)]
-    foreach.power_sums(tensors, [1] * 20, 2.0)
-    foreach.abs_max(tensors, [1] * 20)
+    foreach.power_sums(Batch.of(tensors), 2.0)
+    foreach.abs_max(Batch.of(tensors))
     assert all(t.sum() == 30 for t in tensors)
 
 
 def test_more_small_tensors_than_are_gathered_at_once(monkeypatch):
     monkeypatch.setattr(foreach, "_GATHERED", 100)
     tensors = [torch.full((n,), float(n)) for n in range(60)]
-    sums = foreach.power_sums(tensors, [1] * 60, 2.0)[:, 0].tolist()
+    sums = foreach.power_sums(Batch.of(tensors), 2.0)[:, 0].tolist()
     assert sums == [float(n) ** 3 for n in range(60)]

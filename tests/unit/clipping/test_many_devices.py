@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradclip.clipping import reduction
-from gradclip.clipping.kernels import choose
+from gradclip.clipping.kernels import Batch, choose
 
 TENSORS = [
     torch.tensor([[3.0, 4.0], [6.0, 8.0]]),
@@ -15,23 +15,20 @@ TENSORS = [
     torch.tensor([2.0]),
 ]
 ROWS = [2, 1, 3, 1]
-PLACES = {
-    torch.device("cpu"): ([0, 3], [0, 1, 6]),
-    torch.device("cpu", 0): ([1, 2], [2, 3, 4, 5]),
-}
+PLACES = [torch.device("cpu"), torch.device("cpu", 0), torch.device("cpu", 0), torch.device("cpu")]
 
 
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0, inf])
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("backend", ["foreach", "reference"])
-def test_rows_come_home_in_their_order(monkeypatch, p, per_row, backend):
-    def measured():
+def test_rows_come_home_in_their_order(p, per_row, backend):
+    def measured(devices):
+        batch = Batch.of(TENSORS, ROWS)
+        batch.layout.devices = devices
         home = torch.device("cpu")
-        return reduction.measure(choose(backend), TENSORS, ROWS, p, per_row=per_row, home=home)
+        return reduction.measure(choose(backend), batch, p, per_row=per_row, home=home)
 
-    together = measured()
-    monkeypatch.setattr(reduction, "by_device", lambda tensors, rows: PLACES)
-    apart = measured()
+    together, apart = measured([torch.device("cpu")] * 4), measured(PLACES)
     torch.testing.assert_close(apart.norms_S, together.norms_S, rtol=1e-13, atol=0)
     torch.testing.assert_close(apart.witness_T, together.witness_T, rtol=1e-13, atol=0)
     if per_row:

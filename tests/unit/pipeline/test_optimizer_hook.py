@@ -178,7 +178,7 @@ class Reads:
         self.count = 0
 
     @property
-    def zeroed(self):
+    def withheld(self):
         self.count += 1
         return torch.tensor(False)
 

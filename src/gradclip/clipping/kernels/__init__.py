@@ -1,86 +1,199 @@
 """The operations on gradients that every backend has, and the choice between the backends.
 
-A backend is a file of this package with these functions, named in ``_BACKENDS``. Each gets
-tensors of one device, of any floating dtypes and shapes, and sees tensor i as a matrix of
-``(rows[i], -1)``: one row where a whole tensor has one coefficient, its leading dimension where
-each unit has its own. ``R`` is the number of all rows.
+A backend is a file of this package with these functions, named in ``_BACKENDS``. Each gets a
+batch of tensors of one device and one floating dtype, of any shapes, and sees tensor i as a
+matrix of ``(rows[i], -1)``: one row where a whole tensor has one coefficient, its leading
+dimension where each unit has its own. ``R`` is the number of all rows.
 """
 
-from collections.abc import Callable, Sequence
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, wraps
 from importlib import import_module
-from typing import Protocol, TypeAlias, cast
+from importlib.util import find_spec
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
+from gradclip.clipping.kernels.layout import Batch, Layout, LayoutCache, Place
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
 
+__all__ = ["Backends", "Batch", "Clamped", "Kernels", "Layout", "LayoutCache", "Place", "choose"]
+
 Scalar: TypeAlias = float | Tensor
+
+
+@dataclass(eq=False)
+class Clamped:
+    """What clamping found.
+
+    Args:
+        before_RA: ``power_sums`` for p = 2 of what was there.
+        after_RA: The same of what is left.
+        changed: How many elements were changed: 0-d int64.
+    """
+
+    before_RA: Tensor
+    after_RA: Tensor
+    changed: Tensor
 
 
 class Kernels(Protocol):
     """One backend: a module with these functions."""
 
-    power_sums: Callable[[Sequence[Tensor], Sequence[int], float], Tensor]
-    """``(tensors, rows, p)`` for p = 1, 2: the sums of ``|x|**p`` of each row, float64 (R, A).
+    power_sums: Callable[[Batch, float], Tensor]
+    """``(batch, p)`` for p = 1, 2: the sums of ``|x|**p`` of each row, float64 (R, A).
 
-    A is 1, or with float64 tensors 3: the sums of x, of x * 2^-600 and of x * 2^600, so that one
+    A is 1, or for float64 tensors 3: the sums of x, of x * 2^-600 and of x * 2^600, so that one
     of them is in range whatever x is. A NaN in a row makes its sums NaN, an infinity makes them
     infinite.
     """
 
-    abs_max: Callable[[Sequence[Tensor], Sequence[int]], Tensor]
-    """``(tensors, rows)``: the largest modulus of each row, float64 (R, 1); NaN if there is one."""
+    abs_max: Callable[[Batch], Tensor]
+    """``(batch)``: the largest modulus of each row, float64 (R, 1); NaN if there is one."""
 
-    scaled_power_sums: Callable[[Sequence[Tensor], Sequence[int], float, Tensor], Tensor]
-    """``(tensors, rows, p, scale_R)`` for any p: the sums of ``|x / scale|**p``, float64 (R, 1)."""
+    scaled_power_sums: Callable[[Batch, float, Tensor], Tensor]
+    """``(batch, p, scale_R)`` for any p: the sums of ``|x / scale|**p``, float64 (R, 1)."""
 
-    scale_: Callable[[Sequence[Tensor], Sequence[int], Scalar], None]
-    """``(tensors, rows, coefficients)``: multiply in place by float64 coefficients of shape (R,).
+    scale_: Callable[[Batch, Scalar], None]
+    """``(batch, coefficients)``: multiply in place by float64 coefficients of shape (R,).
 
     A shape of (1,), or a number, is one coefficient for all. A coefficient of 1 leaves bits as
-    they are, and where the host can see it for nothing, nothing is written; 0 sets zeros.
+    they are, and nothing is written where it is seen in time; 0 sets zeros, whatever was there.
     """
 
-    clamp_: Callable[[Sequence[Tensor], Scalar], Tensor]
-    """``(tensors, limit)``: clamp in place to [-limit, limit]; 0-d bool, whether any changed."""
+    clamp_: Callable[[Batch, Scalar], Clamped]
+    """``(batch, limit)``: clamp in place to [-limit, limit]; a NaN stays."""
 
-    zero_: Callable[[Sequence[Tensor], Tensor], None]
-    """``(tensors, where)``: set all to zero if the 0-d bool says so, whatever was there."""
+    coefficients: Callable[[Tensor, Scalar, Scalar, Tensor, float, float], Tensor]
+    """``(norms_S, thresholds, targets, counts, guard, otherwise)``: what to multiply scopes by.
+
+    ``target / norm * (1 - guard)`` for a norm above its threshold, else 1; ``otherwise``
+    everywhere if ``counts``, 0-d bool, is false. Thresholds and targets are float64 (S,) or
+    numbers. Nothing is read on the host.
+    """
 
 
-_BACKENDS = ("foreach", "reference")
+_BACKENDS = ("foreach", "triton", "reference")
 
 
-def choose(backend: str) -> Kernels:
-    """Return the backend of that name; "auto" is the fastest that runs everywhere here.
+class Backends:
+    """Which backend serves a device.
+
+    Args:
+        name: "auto", or that of a backend.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def on(self, device: torch.device) -> Kernels:
+        """Return the backend for tensors of that device.
+
+        Raises:
+            ArgumentValueError: GC010, where Triton was asked for and cannot run.
+        """
+        if self._name == "auto":
+            return _automatic() if device.type == "cuda" else _load("foreach")
+        if self._name == "triton" and device.type != "cuda" and not _interprets():
+            raise ArgumentValueError(
+                f"backend='triton' runs on CUDA devices, and a gradient is on {device}: use "
+                "backend='auto', which takes the fastest that each device has. No gradient was "
+                "changed."
+            )
+        return _load(self._name)
+
+
+def choose(backend: str) -> Backends:
+    """Return the choice of that name.
+
+    "auto" is, for each device, the fastest that is proven there: Triton on NVIDIA GPUs, torch's
+    multi-tensor functions elsewhere. The environment variable ``GRADCLIP_BACKEND`` takes the
+    place of "auto".
 
     Raises:
         ArgumentTypeError: GC011, if it is no string.
-        ArgumentValueError: GC010, for an unknown name.
+        ArgumentValueError: GC010, for an unknown name, or "triton" where it is not installed.
     """
     if not isinstance(backend, str):
         raise ArgumentTypeError(f"backend={backend!r}: expected a string")
-    name = "foreach" if backend == "auto" else backend
-    if name not in _BACKENDS:
+    said = f"backend={backend!r}"
+    if backend == "auto" and os.environ.get("GRADCLIP_BACKEND"):
+        backend = os.environ["GRADCLIP_BACKEND"]
+        said = f"GRADCLIP_BACKEND={backend!r}"
+    if backend not in ("auto", *_BACKENDS):
         raise ArgumentValueError(
-            f"backend={backend!r} is unknown: expected 'auto', {', '.join(map(repr, _BACKENDS))}"
+            f"{said} is unknown: expected 'auto', {', '.join(map(repr, _BACKENDS))}"
         )
+    if backend == "triton" and find_spec("triton") is None:
+        raise ArgumentValueError(
+            f"{said} needs Triton, which is not installed: pip install triton, or use 'auto'"
+        )
+    return Backends(backend)
+
+
+def _load(name: str) -> Kernels:
     return cast("Kernels", import_module(f"gradclip.clipping.kernels.{name}"))
 
 
-def by_device(
-    tensors: Sequence[Tensor], rows: Sequence[int]
-) -> dict[torch.device, tuple[list[int], list[int]]]:
-    """Return the indices of the tensors (at least one), and of their rows, on each device."""
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) == 1:
-        return {devices.pop(): (list(range(len(tensors))), list(range(sum(rows))))}
-    places: dict[torch.device, tuple[list[int], list[int]]] = {}
-    start = 0
-    for index, (tensor, n) in enumerate(zip(tensors, rows, strict=True)):
-        indices, row_indices = places.setdefault(tensor.device, ([], []))
-        indices.append(index)
-        row_indices.extend(range(start, start + n))
-        start += n
-    return places
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _automatic() -> Kernels:
+    """Return the backend for CUDA devices: Triton, and torch's functions where Triton fails."""
+    # ROCm calls itself CUDA too; there Triton is not proven.
+    if torch.version.hip is not None or find_spec("triton") is None:
+        return _load("foreach")
+    try:
+        return cast("Kernels", _WithFallback(_load("triton"), _load("foreach")))
+    except ImportError as error:
+        _warn(error)
+        return _load("foreach")
+
+
+class _WithFallback:
+    """Runs one backend, and from its first failure on another one.
+
+    A kernel that cannot be compiled fails before it is launched, and a batch has one dtype and
+    thus one launch: nothing was written then.
+    """
+
+    def __init__(self, first: Kernels, second: Kernels) -> None:
+        self._active = first
+        for name in Kernels.__annotations__:
+            setattr(self, name, self._guarded(name, second))
+
+    def _guarded(self, name: str, second: Kernels) -> Callable[..., Any]:
+        @wraps(getattr(second, name))
+        def run(*arguments: Any) -> Any:
+            if self._active is not second:
+                try:
+                    return getattr(self._active, name)(*arguments)
+                except _FATAL:
+                    raise
+                except Exception as error:  # noqa: BLE001 - compilers fail in many ways
+                    self._active = second
+                    _warn(error)
+            return getattr(second, name)(*arguments)
+
+        return run
+
+
+_FATAL = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+"""What no other backend would survive either."""
+
+
+def _warn(error: Exception) -> None:
+    reason = " ".join(str(error).split())[:300]
+    warnings.warn(
+        f"gradclip's Triton kernels do not run here ({type(error).__name__}: {reason}), so torch's "
+        "multi-tensor functions clip instead: the same numbers, at a lower speed. "
+        "GRADCLIP_BACKEND=foreach asks for that, and says nothing.",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -1,4 +1,4 @@
-"""Float64 sums over blocks: exact in range for every dtype, and no gradient-sized temporary."""
+"""Float64 arithmetic in torch: sums over blocks, exact in range, with no large temporary."""
 
 from collections.abc import Collection, Iterator
 
@@ -78,6 +78,20 @@ def abs_max(row: Tensor) -> Tensor:
         return _total([], row)
     low, high = torch.aminmax(row.to(home_of((row.device,))))
     return torch.maximum(low.double().abs(), high.double().abs())
+
+
+def coefficients(
+    norms_S: Tensor,
+    thresholds: float | Tensor,
+    targets: float | Tensor,
+    counts: Tensor,
+    guard: float,
+    otherwise: float,
+) -> Tensor:
+    """Return what each scope is multiplied by, float64 (S,); see ``Kernels.coefficients``."""
+    shrunk_S = (targets / norms_S).clamp(max=1.0) * (1 - guard)
+    counted_S = torch.where(norms_S > thresholds, shrunk_S, 1.0)
+    return torch.where(counts, counted_S, otherwise)
 
 
 def rows_of(tensor: Tensor, rows: int) -> Tensor:

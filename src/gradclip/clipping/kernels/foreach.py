@@ -7,7 +7,7 @@ float64. On an accelerator torch's multi-tensor norm accumulates in float64, and
 reads the host.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from math import inf, isfinite
 from typing import Any
 
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from gradclip.clipping.kernels import blocks
+from gradclip.clipping.kernels import Batch, Clamped, Layout, blocks
 
-_SMALL = 1024
-"""Tensors up to this many elements are gathered and converted to float64 together."""
-
-_EXACT = 8192
-"""A tensor up to this many elements is converted to float64, which then needs no second look."""
+_SMALL = 8192
+"""Rows up to this many elements are gathered and converted to float64 together."""
 
 _GATHERED = 1 << 15
-"""Elements of small tensors gathered at a time: they stay in a cache, and start no threads."""
+"""Elements gathered at a time: they stay in a cache, and start no threads."""
+
+_ALIKE = 4
+"""Rows of one shape that are worth a gathering of their own, which is cheaper for each."""
 
 _CONVERTED = 1 << 20
 """Elements of a large tensor converted at a time, so that no temporary grows with the model."""
@@ -41,82 +41,75 @@ _COARSE_COEFFICIENT = 2.0**-120
 
 _EUCLIDEAN = 2.0
 
+coefficients = blocks.coefficients
 
-def power_sums(tensors: Sequence[Tensor], rows: Sequence[int], p: float) -> Tensor:
+
+def power_sums(batch: Batch, p: float) -> Tensor:
     """Sum ``|x|**p`` over each row for p = 1, 2: (R, A); see ``Kernels.power_sums``."""
-    if _on_cpu(tensors):
-        sums_R = _by_rows(tensors, rows, _small_sums(p), lambda row: _large_sum(row, p))
+    if _on_cpu(batch):
+        sums_R = _by_rows(batch, p, lambda row: _large_sum(row, p))
     else:
-        sums_R = _on_device(tensors, rows, p, lambda row: blocks.power_sum(row, p)).pow(p)
-    if torch.float64 in {tensor.dtype for tensor in tensors}:
-        return _with_range(sums_R, tensors, rows, p)
+        sums_R = _norms_on_device(batch, p, lambda row: blocks.power_sum(row, p)).pow(p)
+    if batch.dtype is torch.float64:
+        return _with_range(sums_R, batch, p)
     return sums_R.unsqueeze(1)
 
 
-def abs_max(tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+def abs_max(batch: Batch) -> Tensor:
     """Find the largest modulus of each row: (R, 1)."""
-    if _on_cpu(tensors):
-        return _by_rows(tensors, rows, _small_maxima, lambda r: float(blocks.abs_max(r)))[:, None]
-    return _on_device(tensors, rows, inf, blocks.abs_max)[:, None]
+    if _on_cpu(batch):
+        return _by_rows(batch, inf, lambda row: float(blocks.abs_max(row))).unsqueeze(1)
+    return _norms_on_device(batch, inf, blocks.abs_max).unsqueeze(1)
 
 
-def scaled_power_sums(
-    tensors: Sequence[Tensor], rows: Sequence[int], p: float, scale_R: Tensor
-) -> Tensor:
+def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
     """Sum ``|x / scale|**p`` over each row: (R, 1)."""
-    pairs = zip(_each_row(tensors, rows), scale_R, strict=True)
+    pairs = zip(_rows(batch), scale_R, strict=True)
     return torch.stack([blocks.scaled_power_sum(row, p, scale) for row, scale in pairs])[:, None]
 
 
-def scale_(tensors: Sequence[Tensor], rows: Sequence[int], coefficients: float | Tensor) -> None:
+def scale_(batch: Batch, coefficients: float | Tensor) -> None:
     """Multiply each row by its coefficient, or all by the one that there is."""
-    if not _on_cpu(tensors):
-        _scale_on_device(tensors, rows, torch.as_tensor(coefficients).reshape(-1))
+    if not _on_cpu(batch):
+        _scale_on_device(batch, torch.as_tensor(coefficients).reshape(-1))
     elif not isinstance(coefficients, Tensor) or coefficients.numel() == 1:
-        _scale_together(list(tensors), float(coefficients))
+        _scale_together(list(batch.tensors), float(coefficients))
     else:
-        for tensor, factors in zip(tensors, coefficients.split(list(rows)), strict=True):
+        per_tensor = coefficients.split(batch.layout.rows)
+        for tensor, factors in zip(batch.tensors, per_tensor, strict=True):
             if len(factors) == 1:
                 _scale_together([tensor], float(factors))
             elif bool((factors != 1).any()):
-                tensor.mul_(factors.reshape(-1, *(1,) * (tensor.dim() - 1)))
+                _scale_rows(tensor, factors)
 
 
-def clamp_(tensors: Sequence[Tensor], limit: float | Tensor) -> Tensor:
-    """Clamp to [-limit, limit]; on the CPU only the tensors that exceed it are written.
-
-    On an accelerator, what is clamped in a tensor that holds a NaN too does not show in the answer.
-    """
-    tops = [_representable(limit, tensor.dtype) for tensor in tensors]
-    maxima = abs_max(tensors, [1] * len(tensors))
-    if not _on_cpu(tensors):
-        for tensor, top in zip(tensors, tops, strict=True):
-            tensor.clamp_(-top, top)
-        return (maxima[:, 0] > limit).any()
-    changed = False
-    for tensor, top, largest in zip(tensors, tops, maxima[:, 0].tolist(), strict=True):
-        if not largest <= top:
-            changed |= largest > top or bool((tensor.abs() > top).any())
-            tensor.clamp_(-top, top)
-    return torch.tensor(changed)
+def clamp_(batch: Batch, limit: float | Tensor) -> Clamped:
+    """Clamp to [-limit, limit]; on the CPU only the tensors that exceed it are written."""
+    before_RA = power_sums(batch, _EUCLIDEAN)
+    top = _representable(limit, batch.dtype)
+    exceeding: Iterable[Tensor] = batch.tensors
+    if _on_cpu(batch):
+        one_row_each = Batch.of(batch.tensors)
+        largest = abs_max(one_row_each)[:, 0].tolist()
+        exceeding = [t for t, m in zip(batch.tensors, largest, strict=True) if not m <= top]
+    changed = [_clamp_one(tensor, top) for tensor in exceeding]
+    if not changed:
+        return Clamped(before_RA, before_RA, torch.zeros((), dtype=torch.int64))
+    return Clamped(before_RA, power_sums(batch, _EUCLIDEAN), torch.stack(changed).sum())
 
 
-def zero_(tensors: Sequence[Tensor], where: Tensor) -> None:
-    """Set all elements to zero if the 0-d bool says so."""
-    if not _on_cpu(tensors):
-        for tensor in tensors:
-            tensor.masked_fill_(where, 0.0)
-    elif where:
-        torch._foreach_zero_(list(tensors))
+def _on_cpu(batch: Batch) -> bool:
+    return batch.device.type == "cpu"
 
 
-def _on_cpu(tensors: Sequence[Tensor]) -> bool:
-    return tensors[0].device.type == "cpu"
+def _rows(batch: Batch) -> list[Tensor]:
+    """Return every row of a batch, 1-d."""
+    pairs = zip(batch.tensors, batch.layout.rows, strict=True)
+    return [row for tensor, n in pairs for row in blocks.rows_of(tensor, n)]
 
 
-def _each_row(tensors: Sequence[Tensor], rows: Sequence[int]) -> Iterable[Tensor]:
-    for tensor, n in zip(tensors, rows, strict=True):
-        yield from blocks.rows_of(tensor, n)
+def _flat(row: Tensor) -> Tensor:
+    return row.view(-1) if row.is_contiguous() else blocks.rows_of(row, 1)[0]
 
 
 def _representable(limit: float | Tensor, dtype: torch.dtype) -> Any:
@@ -126,70 +119,88 @@ def _representable(limit: float | Tensor, dtype: torch.dtype) -> Any:
     return top if dtype is torch.float64 else float(torch.tensor(top, dtype=dtype))
 
 
+def _clamp_one(tensor: Tensor, top: Any) -> Tensor:
+    changed: Tensor = (tensor.abs() > top).sum()
+    tensor.clamp_(-top, top)
+    return changed
+
+
 # --- the CPU, where the host reads for nothing -------------------------------------------------
 
-_Small = Callable[[Tensor, Tensor], Tensor]
-_Large = Callable[[Tensor], float]
+
+class _Gathering:
+    """Which rows of a layout are summed together, and which each by itself.
+
+    Rows of one shape are one matrix when they are concatenated; few of a kind become a flat
+    tensor with the others, whose sums are by segment.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        sizes = layout.row_sizes
+        one_each = layout.one_row_each
+        alike: dict[object, list[int]] = {}
+        self.large: list[int] = []
+        for index, size in enumerate(sizes):
+            if size > _SMALL:
+                self.large.append(index)
+            else:
+                alike.setdefault(layout.shapes[index] if one_each else (size,), []).append(index)
+        self.matrices: list[list[int]] = []
+        rest: list[int] = []
+        for shape, indices in alike.items():
+            if len(indices) >= _ALIKE and shape:  # numbers cannot be concatenated
+                self.matrices += _cut(indices, sizes)
+            else:
+                rest += indices
+        self.segments = [
+            (cut, torch.tensor([sizes[index] for index in cut])) for cut in _cut(rest, sizes)
+        ]
+        order = [index for matrix in self.matrices for index in matrix]
+        order += [index for segment, _ in self.segments for index in segment] + self.large
+        # Where each row is found among the results of all of them.
+        self.places = torch.tensor(order).argsort() if order != sorted(order) else None
 
 
-def _by_rows(
-    tensors: Sequence[Tensor], rows: Sequence[int], small: _Small, large: _Large
-) -> Tensor:
-    """Reduce each row to a number: small rows of one dtype together, each large one by itself."""
-    if max(rows) > 1:
-        tensors = list(_each_row(tensors, rows))
-    sizes = [tensor.numel() for tensor in tensors]
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) == 1 and max(sizes) <= _SMALL and sum(sizes) <= _GATHERED:
-        return small(_flatten_dense_tensors(tensors), torch.tensor(sizes))
-    found = [0.0] * len(sizes)
-    gathered: dict[torch.dtype, list[int]] = {}
-    for index, size in enumerate(sizes):
-        if size > _SMALL:
-            found[index] = large(_flat(tensors[index]))
-        else:
-            gathered.setdefault(tensors[index].dtype, []).append(index)
-    results = torch.tensor(found, dtype=torch.float64)
-    for indices in gathered.values():
-        for batch in _batches(indices, sizes):
-            flat = _flatten_dense_tensors([tensors[index] for index in batch])
-            results[batch] = small(flat, torch.tensor([sizes[index] for index in batch]))
-    return results
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.view(-1) if tensor.is_contiguous() else blocks.rows_of(tensor, 1)[0]
-
-
-def _batches(indices: list[int], sizes: list[int]) -> Iterable[list[int]]:
-    """Cut indices so that no batch holds more elements than are gathered at a time."""
-    start, total = 0, 0
-    for position, index in enumerate(indices):
-        if total + sizes[index] > _GATHERED:
-            yield indices[start:position]
-            start, total = position, 0
+def _cut(indices: list[int], sizes: list[int]) -> list[list[int]]:
+    """Cut indices so that no piece holds more elements than are gathered at a time."""
+    pieces: list[list[int]] = []
+    total = 0
+    for index in indices:
         total += sizes[index]
-    yield indices[start:]
+        if not pieces or total > _GATHERED:
+            pieces.append([])
+            total = sizes[index]
+        pieces[-1].append(index)
+    return pieces
 
 
-def _small_sums(p: float) -> _Small:
-    def sums(values: Tensor, lengths: Tensor) -> Tensor:
-        doubles = values.to(torch.float64, copy=True)
-        powers = doubles.square_() if p == _EUCLIDEAN else doubles.abs_()
-        return torch.segment_reduce(powers, "sum", lengths=lengths, unsafe=True)
-
-    return sums
-
-
-def _small_maxima(values: Tensor, lengths: Tensor) -> Tensor:
-    moduli = values.to(torch.float64, copy=True).abs_()
-    return torch.segment_reduce(moduli, "max", lengths=lengths, unsafe=True, initial=0.0)
+def _by_rows(batch: Batch, p: float, large: Callable[[Tensor], float]) -> Tensor:
+    """Reduce each row to its sum for p = 1, 2, or its maximum for p = inf: float64 (R,)."""
+    gathering = batch.layout.plan(_Gathering)
+    rows = batch.tensors if batch.layout.one_row_each else _rows(batch)
+    results = []
+    for indices in gathering.matrices:
+        matrix = torch.cat([rows[i] for i in indices]).to(torch.float64).view(len(indices), -1)
+        if matrix.numel() == 0:
+            results.append(matrix.new_zeros(len(indices)))
+            continue
+        norms = torch.linalg.vector_norm(matrix, p, dim=1)
+        results.append(norms.square_() if p == _EUCLIDEAN else norms)
+    for indices, lengths in gathering.segments:
+        values = _flatten_dense_tensors([rows[i] for i in indices]).to(torch.float64, copy=True)
+        powers = values.square_() if p == _EUCLIDEAN else values.abs_()
+        kind = "max" if p == inf else "sum"
+        results.append(
+            torch.segment_reduce(powers, kind, lengths=lengths, unsafe=True, initial=0.0)
+        )
+    if gathering.large:
+        found = [large(_flat(rows[i])) for i in gathering.large]
+        results.append(torch.tensor(found, dtype=torch.float64))
+    together = results[0] if len(results) == 1 else torch.cat(results)
+    return together if gathering.places is None else together[gathering.places]
 
 
 def _large_sum(row: Tensor, p: float) -> float:
-    if row.numel() <= _EXACT and row.dtype is not torch.float64:
-        norm = float(torch.linalg.vector_norm(row.double(), p))
-        return norm * norm if p == _EUCLIDEAN else norm
     total = sum(_lane_sum(block, p) for block in _native_blocks(row, p))
     lost = _LOST_SQUARE.get(row.dtype, _LOST_FLOAT32_SQUARE) if p == _EUCLIDEAN else 0.0
     if isfinite(total) and total >= row.numel() * lost:
@@ -223,11 +234,11 @@ def _lane_sum(values: Tensor, p: float) -> float:
     return float(norms.square_().sum()) + float(tail.square().sum())
 
 
-def _with_range(sums_R: Tensor, tensors: Sequence[Tensor], rows: Sequence[int], p: float) -> Tensor:
+def _with_range(sums_R: Tensor, batch: Batch, p: float) -> Tensor:
     """Add the sums that keep float64's extremes in range: (R, 3)."""
     wide_RA = blocks.widened(sums_R.unsqueeze(1), p)
-    for index, row in enumerate(_each_row(tensors, rows)):
-        if row.dtype is torch.float64 and row.numel() and _may_leave_range(sums_R[index], row):
+    for index, row in enumerate(_rows(batch)):
+        if row.numel() and _may_leave_range(sums_R[index], row):
             for column, exponent in ((1, -blocks.SCALE_EXPONENT), (2, blocks.SCALE_EXPONENT)):
                 wide_RA[index, column] = blocks.power_sum(row, p, exponent)
     return wide_RA
@@ -244,39 +255,45 @@ def _scale_together(tensors: list[Tensor], coefficient: float) -> None:
     """Multiply by one coefficient; a tensor of it, since a number is rounded to bfloat16 first."""
     if coefficient == 1:
         return
-    if 0 < coefficient < _COARSE_COEFFICIENT:
+    if coefficient == 0:
+        torch._foreach_zero_(tensors)
+        return
+    if coefficient < _COARSE_COEFFICIENT:
         _scale_together(tensors, _COARSE_COEFFICIENT)
         coefficient /= _COARSE_COEFFICIENT
     torch._foreach_mul_(tensors, torch.tensor(coefficient, dtype=torch.float64))
 
 
+def _scale_rows(tensor: Tensor, factors: Tensor) -> None:
+    """Multiply the rows of one tensor; where a factor is 0, what was there does not matter."""
+    per_row = factors.reshape(-1, *(1,) * (tensor.dim() - 1)) if len(factors) > 1 else factors[0]
+    tensor.mul_(per_row).masked_fill_(per_row == 0, 0.0)
+
+
 # --- accelerators, where the host is never read ------------------------------------------------
 
 
-def _on_device(
-    tensors: Sequence[Tensor], rows: Sequence[int], p: float, by_blocks: Callable[[Tensor], Tensor]
-) -> Tensor:
+def _norms_on_device(batch: Batch, p: float, by_blocks: Callable[[Tensor], Tensor]) -> Tensor:
     """Return each row's p-norm, float64 (R,), for p = 1, 2, inf."""
-    if any(n != 1 for n in rows) or blocks.home_of((tensors[0].device,)) != tensors[0].device:
-        sums = torch.stack([by_blocks(row) for row in _each_row(tensors, rows)])
+    if not batch.layout.one_row_each or blocks.home_of((batch.device,)) != batch.device:
+        sums = torch.stack([by_blocks(row) for row in _rows(batch)])
         return sums if p == inf else sums.pow(1 / p)
-    zero = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
-    norms = [zero] * len(tensors)
-    filled = [index for index, tensor in enumerate(tensors) if tensor.numel()]
-    for dtype in {tensors[index].dtype for index in filled}:
-        where = [index for index in filled if tensors[index].dtype is dtype]
-        found = torch._foreach_norm([tensors[i] for i in where], p, dtype=torch.float64)  # noqa: SLF001
-        for index, norm in zip(where, found, strict=True):
+    filled = [index for index, size in enumerate(batch.layout.row_sizes) if size]
+    norms = [torch.zeros((), dtype=torch.float64, device=batch.device)] * len(batch.tensors)
+    if filled:
+        tensors = [batch.tensors[index] for index in filled]
+        found = torch._foreach_norm(tensors, p, dtype=torch.float64)  # noqa: SLF001
+        for index, norm in zip(filled, found, strict=True):
             norms[index] = norm
     return torch.stack(norms)
 
 
-def _scale_on_device(tensors: Sequence[Tensor], rows: Sequence[int], coefficients: Tensor) -> None:
+def _scale_on_device(batch: Batch, coefficients: Tensor) -> None:
     """Multiply in the precision of float32 at least: a bfloat16 coefficient would be coarse."""
-    per_tensor = (
-        [coefficients] * len(tensors) if len(coefficients) == 1 else coefficients.split(list(rows))
-    )
-    for tensor, factors in zip(tensors, per_tensor, strict=True):
-        precise = factors.to(torch.promote_types(tensor.dtype, torch.float32))
-        shape = (-1, *(1,) * (tensor.dim() - 1)) if len(factors) > 1 else ()
-        tensor.mul_(precise.reshape(shape))
+    precise = coefficients.to(torch.promote_types(batch.dtype, torch.float32))
+    if len(precise) == 1:
+        for tensor in batch.tensors:
+            tensor.mul_(precise[0]).masked_fill_(precise[0] == 0, 0.0)
+        return
+    for tensor, factors in zip(batch.tensors, precise.split(batch.layout.rows), strict=True):
+        _scale_rows(tensor, factors)

@@ -1,66 +1,55 @@
 """The oracle: every operation in float64, one row at a time, in the plainest way."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from gradclip.clipping.kernels import blocks
+from gradclip.clipping.kernels import Batch, Clamped, blocks
+
+coefficients = blocks.coefficients
 
 
-def _rows(tensors: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
-    return [
-        row for tensor, n in zip(tensors, rows, strict=True) for row in blocks.rows_of(tensor, n)
-    ]
+def _rows(batch: Batch) -> list[Tensor]:
+    pairs = zip(batch.tensors, batch.layout.rows, strict=True)
+    return [row for tensor, n in pairs for row in blocks.rows_of(tensor, n)]
 
 
-def power_sums(tensors: Sequence[Tensor], rows: Sequence[int], p: float) -> Tensor:
+def power_sums(batch: Batch, p: float) -> Tensor:
     """Sum ``|x|**p`` over each row, three times over for float64's range: (R, 3)."""
     exponents = (0, -blocks.SCALE_EXPONENT, blocks.SCALE_EXPONENT)
     return torch.stack(
-        [
-            torch.stack([blocks.power_sum(row, p, e) for e in exponents])
-            for row in _rows(tensors, rows)
-        ]
+        [torch.stack([blocks.power_sum(row, p, e) for e in exponents]) for row in _rows(batch)]
     )
 
 
-def abs_max(tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+def abs_max(batch: Batch) -> Tensor:
     """Find the largest modulus of each row: (R, 1)."""
-    return torch.stack([blocks.abs_max(row) for row in _rows(tensors, rows)]).unsqueeze(1)
+    return torch.stack([blocks.abs_max(row) for row in _rows(batch)]).unsqueeze(1)
 
 
-def scaled_power_sums(
-    tensors: Sequence[Tensor], rows: Sequence[int], p: float, scale_R: Tensor
-) -> Tensor:
+def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
     """Sum ``|x / scale|**p`` over each row: (R, 1)."""
-    pairs = zip(_rows(tensors, rows), scale_R, strict=True)
+    pairs = zip(_rows(batch), scale_R, strict=True)
     return torch.stack([blocks.scaled_power_sum(row, p, scale) for row, scale in pairs])[:, None]
 
 
-def scale_(tensors: Sequence[Tensor], rows: Sequence[int], coefficients: float | Tensor) -> None:
+def scale_(batch: Batch, coefficients: float | Tensor) -> None:
     """Multiply each row in float64 and round once to its dtype."""
+    rows = batch.layout.rows
     given = torch.as_tensor(coefficients, dtype=torch.float64)
-    per_row = given.expand(sum(rows)).split(list(rows))
-    for tensor, factors in zip(tensors, per_row, strict=True):
+    per_row = given.expand(sum(rows)).split(rows)
+    for tensor, factors in zip(batch.tensors, per_row, strict=True):
         if bool((factors == 1).all()):
             continue
         factor = factors.reshape(-1, *(1,) * (tensor.dim() - 1)) if tensor.dim() else factors[0]
         tensor.copy_(torch.where(factor == 0, 0.0, tensor.double() * factor))
 
 
-def clamp_(tensors: Sequence[Tensor], limit: float | Tensor) -> Tensor:
+def clamp_(batch: Batch, limit: float | Tensor) -> Clamped:
     """Clamp each element to [-limit, limit]."""
-    changed = torch.zeros((), dtype=torch.bool)
-    for tensor in tensors:
+    before_RA = power_sums(batch, 2.0)
+    changed = 0
+    for tensor in batch.tensors:
         top = float(torch.tensor(min(float(limit), torch.finfo(tensor.dtype).max)).to(tensor.dtype))
-        changed |= bool((tensor.abs() > top).any())
+        changed += int((tensor.abs() > top).sum())
         tensor.clamp_(-top, top)
-    return changed
-
-
-def zero_(tensors: Sequence[Tensor], where: Tensor) -> None:
-    """Set all elements to zero if asked to."""
-    if where:
-        for tensor in tensors:
-            tensor.zero_()
+    return Clamped(before_RA, power_sums(batch, 2.0), torch.tensor(changed))

@@ -67,7 +67,7 @@ def _step(arg: PipelineHookArgs, optimizer: "torch.optim.Optimizer") -> bool:
     result = arg.clip_result
     scaler = None if arg.accelerator is None else arg.accelerator.scaler
     if scaler is None:
-        skipped = result is not None and bool(result.zeroed)
+        skipped = result is not None and bool(result.withheld)
         if not skipped:
             stepping(arg.accelerator, optimizer).step()
         return not skipped

@@ -1,0 +1,244 @@
+"""A list of tensors as the kernels get it, and what of it stays from step to step."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, chain, repeat
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from gradclip.clipping.kernels.tables import Table
+
+_Guards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # noqa: SLF001
+"""Compares types, devices, sizes and strides of thousands of tensors in one call."""
+
+_Plan = TypeVar("_Plan")
+
+
+@dataclass(eq=False)
+class Layout:
+    """Devices, dtypes and shapes of some tensors, and what was worked out from them.
+
+    It holds no tensor: it outlives the step, and keeps no gradient alive.
+
+    Args:
+        shapes: One per tensor.
+        dtypes: One per tensor.
+        devices: One per tensor.
+        dense: Whether each is strided, without a pending sign.
+        contiguous: Whether each is, for all its rows.
+        packed: Whether each fills the memory from its first element to its last, in any order of
+            dimensions, and no element twice.
+        rows: Rows of each tensor: 1, or its leading dimension.
+    """
+
+    shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
+    devices: list[torch.device]
+    dense: list[bool]
+    contiguous: list[bool]
+    packed: list[bool]
+    rows: list[int]
+    _plans: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], rows: Sequence[int] | None = None) -> "Layout":
+        """Describe tensors.
+
+        Args:
+            tensors: Of any kind.
+            rows: Rows of each; 1 where they are not given.
+        """
+        return cls(
+            shapes=[tensor.shape for tensor in tensors],
+            dtypes=[tensor.dtype for tensor in tensors],
+            devices=[tensor.device for tensor in tensors],
+            dense=[t.layout is torch.strided and not t.is_neg() for t in tensors],
+            contiguous=[t.layout is torch.strided and t.is_contiguous() for t in tensors],
+            packed=list(map(_is_packed, tensors)),
+            rows=[1] * len(tensors) if rows is None else list(rows),
+        )
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def plan(self, kind: Callable[["Layout"], _Plan]) -> _Plan:
+        """Return what ``kind`` makes of this layout: made once, and kept with it."""
+        if kind not in self._plans:
+            self._plans[kind] = kind(self)
+        plan: _Plan = self._plans[kind]
+        return plan
+
+    @cached_property
+    def one_row_each(self) -> bool:
+        """Whether every tensor is one row."""
+        return all(n == 1 for n in self.rows)
+
+    @cached_property
+    def row_sizes(self) -> list[int]:
+        """Elements of each row, one tensor after the other: (R,)."""
+        each = zip(self.shapes, self.rows, strict=True)
+        return list(chain.from_iterable(repeat(s.numel() // max(n, 1), n) for s, n in each))
+
+    @cached_property
+    def places(self) -> list["Place"]:
+        """The parts that kernels see: each of one device and one dtype."""
+        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for index, kind in enumerate(zip(self.devices, self.dtypes, strict=True)):
+            kinds.setdefault(kind, []).append(index)
+        if len(kinds) <= 1:
+            return [Place(self, None, None) for _ in kinds]
+        return [
+            Place(
+                self._part(chosen),
+                chosen,
+                Table(torch.tensor(self._rows_of(chosen))),
+            )
+            for chosen in kinds.values()
+        ]
+
+    @cached_property
+    def row_order(self) -> Table:
+        """Where each row is, (R,), among the rows of all places one after the other."""
+        rows = [row for place in self.places for row in self._rows_of(place.indices or [])]
+        return Table(torch.tensor(rows).argsort())
+
+    def _rows_of(self, indices: list[int]) -> list[int]:
+        ends = list(accumulate(self.rows))
+        return [row for i in indices for row in range(ends[i] - self.rows[i], ends[i])]
+
+    def _part(self, chosen: list[int]) -> "Layout":
+        return Layout(
+            shapes=[self.shapes[i] for i in chosen],
+            dtypes=[self.dtypes[i] for i in chosen],
+            devices=[self.devices[i] for i in chosen],
+            dense=[self.dense[i] for i in chosen],
+            contiguous=[self.contiguous[i] for i in chosen],
+            packed=[self.packed[i] for i in chosen],
+            rows=[self.rows[i] for i in chosen],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """The tensors of a layout that are on one device and of one dtype.
+
+    Args:
+        layout: Of these alone.
+        indices: Which they are; None for all.
+        rows: Which rows are theirs, (R',); None for all.
+    """
+
+    layout: Layout
+    indices: list[int] | None
+    rows: Table | None
+
+
+@dataclass(eq=False)
+class Batch:
+    """Tensors at one step, with their layout."""
+
+    tensors: Sequence[Tensor]
+    layout: Layout
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], rows: Sequence[int] | None = None) -> "Batch":
+        """Describe tensors that will not come again."""
+        return cls(tensors, Layout.of(tensors, rows))
+
+    @cached_property
+    def addresses(self) -> list[int]:
+        """Of the first element of each tensor."""
+        return list(map(Tensor.data_ptr, self.tensors))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all, for a batch that a kernel gets."""
+        return self.layout.devices[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of all, for a batch that a kernel gets."""
+        return self.layout.dtypes[0]
+
+    def parts(self) -> Iterator[tuple["Batch", Table | None]]:
+        """Yield the part on each device and of each dtype, and which rows it has; None for all."""
+        for place in self.layout.places:
+            if place.indices is None:
+                yield self, None
+            else:
+                chosen = [self.tensors[index] for index in place.indices]
+                yield Batch(chosen, place.layout), place.rows
+
+
+class LayoutCache:
+    """Recognises tensors like those of the last calls, so that nothing is worked out twice.
+
+    Args:
+        by_unit: Whether each index of a leading dimension is a row of its own.
+        capacity: Layouts that are kept.
+    """
+
+    def __init__(self, *, by_unit: bool = False, capacity: int = 4) -> None:
+        self._by_unit = by_unit
+        self._capacity = capacity
+        self._known: tuple[tuple[Any, Layout], ...] = ()
+
+    def find(self, tensors: Sequence[Tensor]) -> Layout | None:
+        """Return the layout of earlier tensors of the same types, devices, shapes and strides."""
+        for position, (facts, layout) in enumerate(self._known):
+            if len(layout) == len(tensors) and _hold(facts, tensors):
+                if position:
+                    self._keep(facts, layout)
+                return layout
+        return None
+
+    def add(self, tensors: Sequence[Tensor]) -> Layout:
+        """Describe tensors that were not found, and recognise them from now on."""
+        shapes = [tensor.shape for tensor in tensors]
+        rows = [s[0] if self._by_unit and len(s) > 1 else 1 for s in shapes]
+        layout = Layout.of(tensors, rows)
+        self._keep(_facts(tensors), layout)
+        return layout
+
+    def batch(self, tensors: Sequence[Tensor]) -> Batch:
+        """Return tensors with their layout, found or made."""
+        return Batch(tensors, self.find(tensors) or self.add(tensors))
+
+    def _keep(self, facts: object, layout: Layout) -> None:
+        others = [known for known in self._known if known[1] is not layout]
+        self._known = ((facts, layout), *others[: self._capacity - 1])
+
+
+def _is_packed(tensor: Tensor) -> bool:
+    if tensor.layout is not torch.strided:
+        return False
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _facts(tensors: Sequence[Tensor]) -> Any:
+    if _Guards is None:
+        return list(map(_fact, tensors))
+    return _Guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+
+
+def _hold(facts: Any, tensors: Sequence[Tensor]) -> bool:
+    if isinstance(facts, list):
+        return facts == list(map(_fact, tensors))
+    return bool(facts.check(*tensors))
+
+
+def _fact(tensor: Tensor) -> tuple[object, ...]:
+    strides = tensor.stride() if tensor.layout is torch.strided else None
+    signs = tensor.is_conj(), tensor.is_neg()
+    return type(tensor), tensor.dtype, tensor.device, tensor.layout, tensor.shape, strides, signs

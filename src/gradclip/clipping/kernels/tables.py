@@ -1,0 +1,94 @@
+"""Small tables of integers on a device, brought there without making the host wait.
+
+A copy from pinned memory is queued behind what the device is doing, and torch's allocator keeps
+that memory until the copy was made. A captured CUDA graph copies again at each replay, so what it
+copies from is never given back.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradclip.errors import CaptureError
+
+_CAPTURED: list[Tensor] = []
+"""Pinned memory that captured graphs read at each replay."""
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether work on a device goes into a CUDA graph just now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Table:
+    """Integers that depend on shapes alone: copied to each device that asks, once.
+
+    Args:
+        values: int64, on the CPU.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._copies = {values.device: values}
+        self._values = values
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the table on a device.
+
+        Raises:
+            CaptureError: GC022, if it is not there yet and a CUDA graph is being captured: what
+                is copied then is there in replays only.
+        """
+        if device not in self._copies:
+            if is_capturing(device):
+                raise CaptureError(
+                    "clip() has not seen gradients of these shapes before this CUDA graph is "
+                    "captured, and its tables have to be on the device by then. Run the step two "
+                    "or three times before the capture, as torch.cuda.graph asks anyway."
+                )
+            host = self._values.pin_memory() if device.type == "cuda" else self._values
+            self._copies[device] = host.to(device, non_blocking=True)
+        return self._copies[device]
+
+
+class Addresses:
+    """Addresses that are copied to a device only when they moved.
+
+    Args:
+        device: Where they are needed.
+        count: How many there are.
+    """
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self._device = device
+        self._count = count
+        self._last: Sequence[int] | None = None
+        self._there: Tensor | None = None
+        # Pinned memory cannot always be had during a capture.
+        self._spare: Tensor | None = self._pinned()
+
+    def of(self, addresses: Sequence[int]) -> Tensor:
+        """Return the addresses, int64, on the device."""
+        if is_capturing(self._device):
+            return self._captured(addresses)
+        if self._spare is None:
+            self._spare = self._pinned()
+        if self._there is None or addresses != self._last:
+            self._there = self._copy(self._pinned(), addresses)
+            self._last = addresses
+        return self._there
+
+    def _captured(self, addresses: Sequence[int]) -> Tensor:
+        """Give a graph a table of its own, which later steps do not touch."""
+        host = self._pinned() if self._spare is None else self._spare
+        self._spare = None
+        _CAPTURED.append(host)
+        return self._copy(host, addresses)
+
+    def _copy(self, host: Tensor, addresses: Sequence[int]) -> Tensor:
+        host.copy_(torch.tensor(addresses, dtype=torch.int64))
+        return host.to(self._device, non_blocking=True)
+
+    def _pinned(self) -> Tensor:
+        pinned = self._device.type == "cuda"
+        return torch.empty(self._count, dtype=torch.int64, pin_memory=pinned)
