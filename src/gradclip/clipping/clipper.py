@@ -120,10 +120,7 @@ clipped=True, skipped=False, nonfinite=0)
         self._order = orders.pop() if self._one_order else _EUCLIDEAN
         self._states: dict[str, dict[str, Tensor]] = {}
         self._recent: deque[Tensor] = deque(maxlen=32)
-        self._known = {
-            pattern: LayoutCache(by_unit=policy is not None and policy.scope == "unit")
-            for pattern, policy in self._policies.items()
-        }
+        self._known: dict[str, LayoutCache] = {}
         self._check_disjoint = DisjointCheck()
         self._warned = False
         self.step = 0
@@ -202,8 +199,10 @@ clipped=True, skipped=False, nonfinite=0)
         return groups
 
     def _collect_group(self, parameters: ParameterGroup, policy: Policy) -> _Group:
-        known = self._known[parameters.pattern]
-        gradients = collect(parameters.names, parameters.parameters, known)
+        pattern = parameters.pattern
+        if pattern not in self._known:
+            self._known[pattern] = self._layouts(policy)
+        gradients = collect(parameters, self._known[pattern])
         if policy.element_limit is not None:
             for name, tensor in zip(gradients.names, gradients.tensors, strict=True):
                 if tensor.is_complex():
@@ -212,6 +211,10 @@ clipped=True, skipped=False, nonfinite=0)
                         "order to clamp by: use NormClip for it. No gradient was changed."
                     )
         return _Group(parameters.pattern, policy, gradients)
+
+    def _layouts(self, policy: Policy) -> LayoutCache:
+        """Return where the layouts of a group's gradients are remembered."""
+        return LayoutCache(by_unit=policy.scope == "unit")
 
     def _warn_if_none(self, groups: list[_Group]) -> None:
         if self._warned or any(group.gradients.tensors for group in groups):

@@ -2,19 +2,20 @@
 
 from collections.abc import Iterable
 from numbers import Real
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from gradclip.clipping import apply
 from gradclip.clipping.clipper import GradientClipper
-from gradclip.clipping.gradients import Gradients, check_supported, collect
+from gradclip.clipping.gradients import Gradients, as_gradients, collect
 from gradclip.clipping.kernels import LayoutCache, choose
 from gradclip.clipping.kernels.blocks import home_of
 from gradclip.clipping.nonfinite import nonfinite_report
 from gradclip.clipping.overlap import DisjointCheck
-from gradclip.clipping.parameters import Parameters, as_sequence, as_source
-from gradclip.clipping.policies import Decision, NormClip, ValueClip
+from gradclip.clipping.parameters import ListedParameters, Parameters, as_sequence, as_source
+from gradclip.clipping.policies import Decision, NormClip, Policy, ValueClip
 from gradclip.clipping.reduction import measure
 from gradclip.clipping.response import Response
 from gradclip.clipping.result import reported
@@ -23,6 +24,13 @@ from gradclip.errors import ArgumentTypeError, ArgumentValueError, NonFiniteGrad
 
 _KNOWN = LayoutCache(capacity=16)
 """The layouts of gradients that these functions have seen; they have no object to keep them in."""
+
+
+class _Once(GradientClipper):
+    """A clipper for one call, which profits from what earlier calls worked out."""
+
+    def _layouts(self, policy: Policy) -> LayoutCache:  # noqa: ARG002 - whole tensors in any case
+        return _KNOWN
 
 
 def clip_grad_norm_(
@@ -64,10 +72,8 @@ def clip_grad_norm_(
     """
     _check_foreach(foreach)
     policy = NormClip(max_norm=as_ceiling(max_norm, "max_norm"), norm_type=as_norm_order(norm_type))
-    if _check_flag(error_if_nonfinite):
-        clipper = GradientClipper(parameters, policy, nonfinite="raise")
-    else:
-        clipper = GradientClipper(parameters, policy, nonfinite="propagate")
+    raises = _check_flag(error_if_nonfinite)
+    clipper = _Once(parameters, policy, nonfinite="raise" if raises else "propagate")
     return clipper.clip().norm_pre
 
 
@@ -88,7 +94,7 @@ def clip_grad_value_(
     """
     _check_foreach(foreach)
     policy = ValueClip(clip_value=as_ceiling(clip_value, "clip_value"))
-    GradientClipper(parameters, policy, nonfinite="propagate").clip()
+    _Once(parameters, policy, nonfinite="propagate").clip()
 
 
 @torch.no_grad()
@@ -155,7 +161,7 @@ def clip_grads_with_norm_(
     _check_foreach(foreach)
     ceiling = as_ceiling(max_norm, "max_norm")
     group = Parameters(as_source(parameters), None).groups()["*"]
-    gradients = collect(group.names, group.parameters, _KNOWN)
+    gradients = collect(group, _KNOWN)
     DisjointCheck()([gradients])
     norm_S = _as_norm(total_norm, home_of(gradients.devices))
     limit_S = torch.full_like(norm_S, ceiling)
@@ -174,17 +180,16 @@ def clip_grads_with_norm_(
 
 
 def _given(tensors: object) -> Gradients:
-    listed: dict[int, tuple[str, Tensor]] = {}
-    for number, tensor in enumerate(as_sequence(tensors)):
+    listed = as_sequence(tensors)
+    for number, tensor in enumerate(listed):
         if not isinstance(tensor, Tensor):
             raise ArgumentTypeError(
                 f"tensors[{number}] is a {type(tensor).__name__}: expected a tensor"
             )
-        check_supported(f"tensors[{number}]", tensor)
-        listed.setdefault(id(tensor), (f"tensors[{number}]", tensor))
-    given = [tensor for _, tensor in listed.values()]
-    layout = _KNOWN.find(given) or _KNOWN.add(given)
-    return Gradients([name for name, _ in listed.values()], given, [], _KNOWN, layout)
+    given = cast("list[Tensor]", list(listed))
+    source = ListedParameters(given, [f"tensors[{number}]" for number in range(len(given))])
+    group = Parameters(source, None).groups()["*"]
+    return as_gradients(group, None, group.parameters, _KNOWN)
 
 
 def _as_norm(total_norm: object, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.kernels.layout import Batch, Layout, LayoutCache
+from gradclip.clipping.parameters import ParameterGroup
 from gradclip.errors import UnsupportedGradientError
 
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -21,22 +22,28 @@ class Gradients:
     """The gradients of one group at one call.
 
     Args:
-        names: One per gradient.
+        group: The parameters that they may belong to.
+        present: Which of those have a gradient; None for all.
         tensors: The gradients, dense or sparse, real or complex.
-        parameters: The parameters that they belong to, if any.
         known: Recognises tensors like those of earlier calls.
         layout: That of the tensors.
     """
 
-    names: list[str]
+    group: ParameterGroup
+    present: list[bool] | None
     tensors: list[Tensor]
-    parameters: list[Tensor]
     known: LayoutCache
     layout: Layout
 
     def __post_init__(self) -> None:
         self._kinds = self.layout.plan(_Kinds)
         self._plain = Batch(self.tensors, self.layout) if self._kinds.plain else None
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What the gradients are called."""
+        names = self.group.names
+        return names if self.present is None else list(compress(names, self.present))
 
     @property
     def devices(self) -> set[torch.device]:
@@ -72,9 +79,10 @@ class Gradients:
 
         Entries of one place are rounded together then, and not each at its own size.
         """
-        for index, (parameter, coalesced) in enumerate(
-            zip(self.parameters, self._coalesced, strict=True)
-        ):
+        owners = self.group.parameters
+        if self.present is not None:
+            owners = list(compress(owners, self.present))
+        for index, (parameter, coalesced) in enumerate(zip(owners, self._coalesced, strict=True)):
             if coalesced is not self.tensors[index]:
                 parameter.grad = self.tensors[index] = coalesced
 
@@ -107,27 +115,39 @@ class _Kinds:
         """Dense, real and without a pending sign: each gradient is its own view."""
 
 
-def collect(names: list[str], parameters: list[Tensor], known: LayoutCache) -> Gradients:
+def collect(group: ParameterGroup, known: LayoutCache) -> Gradients:
     """Collect the gradients that exist, and check each, or that nothing changed since.
 
     Raises:
         UnsupportedGradientError: GC020, for an integer, float8 or meta gradient, or one whose
             layout has no values to measure.
     """
-    found = [parameter.grad for parameter in parameters]
+    found = [parameter.grad for parameter in group.parameters]
     tensors = [gradient for gradient in found if gradient is not None]
+    present = None
     if len(tensors) < len(found):
         present = [gradient is not None for gradient in found]
-        names, parameters = list(compress(names, present)), list(compress(parameters, present))
+    return as_gradients(group, present, tensors, known)
+
+
+def as_gradients(
+    group: ParameterGroup, present: list[bool] | None, tensors: list[Tensor], known: LayoutCache
+) -> Gradients:
+    """Check each gradient, unless gradients of these kinds were checked before.
+
+    Raises:
+        UnsupportedGradientError: GC020.
+    """
     layout = known.find(tensors)
     if layout is None:
+        names = group.names if present is None else list(compress(group.names, present))
         for name, gradient in zip(names, tensors, strict=True):
-            check_supported(name, gradient)
+            _check_supported(name, gradient)
         layout = known.add(tensors)
-    return Gradients(names, tensors, parameters, known, layout)
+    return Gradients(group, present, tensors, known, layout)
 
 
-def check_supported(name: str, gradient: Tensor) -> None:
+def _check_supported(name: str, gradient: Tensor) -> None:
     """Refuse a gradient that has no norm, or whose norm is not on this process.
 
     Raises:

@@ -1,11 +1,12 @@
 """Which tensors: where parameters come from, what they are called, which policy they follow."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from operator import is_
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+_PAIR = 2
 
 Names: TypeAlias = list[str | None]
 
@@ -31,17 +34,23 @@ class ParameterSource(Protocol):
 
 @dataclass(frozen=True)
 class ListedParameters:
-    """Parameters that were listed once: tensors, or (name, tensor) pairs."""
+    """Parameters that were listed once.
 
-    listed: tuple[tuple[str | None, Tensor], ...]
+    Args:
+        listed: Tensors.
+        labels: What they are called, if anything.
+    """
+
+    listed: list[Tensor]
+    labels: Names | None = None
 
     def tensors(self) -> list[Tensor]:
         """Return what was listed."""
-        return [tensor for _, tensor in self.listed]
+        return self.listed
 
     def names(self) -> Names:
         """Return the names that were listed."""
-        return [name for name, _ in self.listed]
+        return [None] * len(self.listed) if self.labels is None else self.labels
 
 
 @dataclass(frozen=True)
@@ -117,25 +126,27 @@ def as_source(params: object) -> ParameterSource:
         return ModuleParameters(params)
     if hasattr(params, "param_groups"):
         return OptimizerParameters(params)  # type: ignore[arg-type]
-    return ListedParameters(tuple(_listed(params)))
+    return _listed(as_sequence(params))
 
 
-def _listed(params: object) -> Iterator[tuple[str | None, Tensor]]:
-    for number, item in enumerate(as_sequence(params)):
-        if isinstance(item, Tensor):
-            yield None, item
-        elif (
-            isinstance(item, tuple)
-            and len(item) == 2  # noqa: PLR2004 - a pair
-            and isinstance(item[0], str)
-            and isinstance(item[1], Tensor)
-        ):
-            yield clean_name(item[0]), item[1]
-        else:
+def _listed(items: Sequence[object]) -> ListedParameters:
+    if set(map(type, items)) <= {Tensor, nn.Parameter}:
+        return ListedParameters(cast("list[Tensor]", list(items)))
+    tensors: list[Tensor] = []
+    names: Names = []
+    for number, item in enumerate(items):
+        name: str | None = None
+        tensor = item
+        if isinstance(item, tuple) and len(item) == _PAIR and isinstance(item[0], str):
+            name, tensor = item
+        if not isinstance(tensor, Tensor):
             raise ArgumentTypeError(
                 f"parameters[{number}] is a {type(item).__name__}: expected a tensor or a "
                 f"(name, tensor) pair, seen {_short(item)}"
             )
+        tensors.append(tensor)
+        names.append(None if name is None else clean_name(name))
+    return ListedParameters(tensors, names)
 
 
 def as_sequence(tensors: object) -> Sequence[object]:
@@ -165,13 +176,30 @@ def _short(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-@dataclass
+@dataclass(eq=False)
 class ParameterGroup:
-    """The parameters that one policy bounds together."""
+    """The parameters that one policy bounds together.
+
+    Args:
+        pattern: What their names match.
+        parameters: Each once.
+        numbers: Which of the source's they are.
+        source: Where they were found.
+    """
 
     pattern: str
-    parameters: list[Tensor] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
+    parameters: list[Tensor]
+    numbers: list[int]
+    source: ParameterSource
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What they are called: needed for messages and results only."""
+        known = self.source.names()
+        return [
+            f"parameters[{number}]" if (name := known[number]) is None else name
+            for number in self.numbers
+        ]
 
 
 class Parameters:
@@ -199,40 +227,44 @@ class Parameters:
                 matches.
         """
         current = self._source.tensors()
-        unchanged = len(current) == len(self._seen) and all(map(is_, current, self._seen))
+        unchanged = current is self._seen or (
+            len(current) == len(self._seen) and all(map(is_, current, self._seen))
+        )
         if not unchanged or not self._groups:
             self._groups = self._sort(current)
             self._seen = current
         return self._groups
 
     def _sort(self, parameters: list[Tensor]) -> dict[str, ParameterGroup]:
-        groups = {pattern: ParameterGroup(pattern) for pattern in self._patterns or ("*",)}
-        taken: set[int] = set()
-        names = self._source.names()
-        for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
-            if id(parameter) in taken:
-                continue
-            taken.add(id(parameter))
-            group = groups[self._pattern_of(name, number, parameter)]
-            group.parameters.append(parameter)
-            group.names.append(name if name is not None else f"parameters[{number}]")
-        return groups
+        backwards = range(len(parameters) - 1, -1, -1)
+        first = dict(zip(map(id, reversed(parameters)), backwards, strict=True))
+        numbers = sorted(first.values())
+        chosen: dict[str, list[int]] = {pattern: [] for pattern in self._patterns or ("*",)}
+        if self._patterns is None:
+            chosen["*"] = numbers
+        else:
+            names = self._source.names()
+            for number in numbers:
+                pattern = self._pattern_of(names[number], number, parameters[number])
+                chosen[pattern].append(number)
+        return {
+            pattern: ParameterGroup(pattern, [parameters[n] for n in some], some, self._source)
+            for pattern, some in chosen.items()
+        }
 
     def _pattern_of(self, name: str | None, number: int, parameter: Tensor) -> str:
-        if self._patterns is None:
-            return "*"
         if name is None:
             raise ArgumentValueError(
                 f"policy is a mapping of name patterns, and parameters[{number}], of shape "
                 f"{tuple(parameter.shape)}, has no name. Pass an nn.Module, (name, tensor) pairs "
                 "(model.named_parameters()), or an optimizer made from them."
             )
-        for pattern in self._patterns:
+        for pattern in self._patterns or ():
             if fnmatchcase(name, pattern):
                 return pattern
         raise ArgumentValueError(
             f"no pattern of policy matches the parameter {name!r}; patterns: "
-            f"{', '.join(map(repr, self._patterns))}. It would silently go unclipped: add "
+            f"{', '.join(map(repr, self._patterns or ()))}. It would silently go unclipped: add "
             '"*": NormClip(...) to bound the rest, or "*": None to leave it alone.'
         )
 

@@ -7,8 +7,9 @@ float64. On an accelerator torch's multi-tensor norm accumulates in float64, and
 reads the host.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import inf, isfinite
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -145,20 +146,29 @@ class _Gathering:
                 self.large.append(index)
             else:
                 alike.setdefault(layout.shapes[index] if one_each else (size,), []).append(index)
-        self.matrices: list[list[int]] = []
+        matrices: list[list[int]] = []
         rest: list[int] = []
         for shape, indices in alike.items():
             if len(indices) >= _ALIKE and shape:  # numbers cannot be concatenated
-                self.matrices += _cut(indices, sizes)
+                matrices += _cut(indices, sizes)
             else:
                 rest += indices
+        segments = _cut(rest, sizes)
+        self.matrices = [(_taker(indices), len(indices)) for indices in matrices]
         self.segments = [
-            (cut, torch.tensor([sizes[index] for index in cut])) for cut in _cut(rest, sizes)
+            (_taker(indices), torch.tensor([sizes[index] for index in indices]))
+            for indices in segments
         ]
-        order = [index for matrix in self.matrices for index in matrix]
-        order += [index for segment, _ in self.segments for index in segment] + self.large
+        order = [index for indices in (*matrices, *segments, self.large) for index in indices]
         # Where each row is found among the results of all of them.
         self.places = torch.tensor(order).argsort() if order != sorted(order) else None
+
+
+def _taker(indices: list[int]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
+    """Return what takes the elements of a sequence at some indices."""
+    if len(indices) == 1:
+        return lambda rows: (rows[indices[0]],)
+    return itemgetter(*indices)
 
 
 def _cut(indices: list[int], sizes: list[int]) -> list[list[int]]:
@@ -179,15 +189,15 @@ def _by_rows(batch: Batch, p: float, large: Callable[[Tensor], float]) -> Tensor
     gathering = batch.layout.plan(_Gathering)
     rows = batch.tensors if batch.layout.one_row_each else _rows(batch)
     results = []
-    for indices in gathering.matrices:
-        matrix = torch.cat([rows[i] for i in indices]).to(torch.float64).view(len(indices), -1)
+    for take, count in gathering.matrices:
+        matrix = torch.cat(take(rows)).to(torch.float64).view(count, -1)
         if matrix.numel() == 0:
-            results.append(matrix.new_zeros(len(indices)))
+            results.append(matrix.new_zeros(count))
             continue
         norms = torch.linalg.vector_norm(matrix, p, dim=1)
         results.append(norms.square_() if p == _EUCLIDEAN else norms)
-    for indices, lengths in gathering.segments:
-        values = _flatten_dense_tensors([rows[i] for i in indices]).to(torch.float64, copy=True)
+    for take, lengths in gathering.segments:
+        values = _flatten_dense_tensors(take(rows)).to(torch.float64, copy=True)
         powers = values.square_() if p == _EUCLIDEAN else values.abs_()
         kind = "max" if p == inf else "sum"
         results.append(
