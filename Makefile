@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test test-gpu check format bench clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -16,6 +16,11 @@ demo: $(VENV)/.demo  ## train a small model without and with clipping, under a m
 # One thread each: two processes with threads of their own on two cores wait for each other.
 test: $(VENV)/.dev  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# On the machine's own python, whose torch knows the GPU; compute-sanitizer comes with CUDA.
+test-gpu:  ## on a GPU: the kernels, no host waits, CUDA graphs; with SANITIZER=compute-sanitizer, checked
+	PYTHONPATH=src $(SANITIZER) $(PYTHON) -m pytest -p no:cacheprovider -o addopts= tests/gpu \
+		tests/unit/clipping/test_triton.py tests/unit/clipping/test_triton_compiles.py
 
 check: $(VENV)/.dev  ## format, lint, types, layers: what a commit must pass
 	$(BIN)/ruff format --check

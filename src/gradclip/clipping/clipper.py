@@ -21,6 +21,7 @@ from gradclip.clipping.arguments import (
 from gradclip.clipping.gradients import Gradients, collect
 from gradclip.clipping.kernels import Clamped, LayoutCache, choose
 from gradclip.clipping.kernels.blocks import home_of
+from gradclip.clipping.kernels.tables import is_capturing
 from gradclip.clipping.nonfinite import (
     SkipCounter,
     nonfinite_error,
@@ -34,6 +35,7 @@ from gradclip.clipping.reduction import Measured, clamp_everywhere, combine, fro
 from gradclip.clipping.response import Flag, Response
 from gradclip.clipping.result import ClipResult
 from gradclip.clipping.state import STATE_VERSION, read_state
+from gradclip.clipping.tracing import untraced
 from gradclip.errors import UnsupportedGradientError
 
 ParametersLike: TypeAlias = (
@@ -128,6 +130,7 @@ clipped=True, skipped=False, nonfinite=0)
         self.last: ClipResult | None = None
         """The result of the last call."""
 
+    @untraced
     def clip(
         self, grad_scale: float | Tensor | None = None, *, overflow_expected: bool = False
     ) -> ClipResult:
@@ -181,6 +184,8 @@ clipped=True, skipped=False, nonfinite=0)
         ]
         self.step += 1
         self.last = self._summarise(groups, results, totals)
+        if is_capturing(home):
+            self.last.compute()
         if counts is not False:
             self._recent.append(self.last.measured_S)
         return self.last
@@ -262,7 +267,7 @@ clipped=True, skipped=False, nonfinite=0)
         zeroed then. Where the verdict has to come first, it is two passes.
         """
         waits = self._nonfinite == "raise" or self._clamps_together
-        return home.type != "cpu" and not waits and group.policy.order == _EUCLIDEAN
+        return _host_waits_for(home) and not waits and group.policy.order == _EUCLIDEAN
 
     @property
     def _clamps_together(self) -> bool:
@@ -341,16 +346,16 @@ clipped=True, skipped=False, nonfinite=0)
     ) -> ClipResult:
         policy, counts = group.policy, response.counts
         skips = policy.writes and self._nonfinite == "skip"
-        thresholds_S, clamped, left_S = response.decision.thresholds_S, None, None
+        thresholds, clamped, left_S = response.decision.thresholds, None, None
         if policy.element_limit is not None:
-            thresholds_S = torch.full_like(norms.norms_S, policy.element_limit)
+            thresholds = policy.element_limit
             clamped, left_S = self._clamp_counted(group, norms, counts, scale)
         if policy.writes:
             apply.scale(self._backends, group.gradients, response)
         skipped: Flag = not counts if isinstance(counts, bool) else ~counts
         return ClipResult(
             measured_S=norms.norms_S,
-            thresholds_S=thresholds_S,
+            thresholds=thresholds,
             response=response,
             withheld=skipped if skips else False,
             witness_T=norms.witness_T,
@@ -397,7 +402,7 @@ clipped=True, skipped=False, nonfinite=0)
         ]
         return ClipResult(
             measured_S=torch.cat([total.norms_S for total in totals]),
-            thresholds_S=torch.cat([r.thresholds_S for r in results]),
+            thresholds=torch.cat([r.thresholds_S for r in results]),
             response=torch.cat([r.coefficients_S for r in results]),
             withheld=torch.stack([r.skipped for r in results]).any(),
             witness_T=torch.cat([r.witness_T for r in results]),
@@ -438,17 +443,23 @@ clipped=True, skipped=False, nonfinite=0)
 
 
 def _callers_level() -> int:
-    """Return the stack level, as ``warnings`` counts it, of the first caller outside gradclip."""
+    """Return the stack level, as ``warnings`` counts it, of the first caller outside the engine."""
+    inner = ("gradclip.", "torch.")
     level, frame = 1, sys._getframe(1)  # noqa: SLF001 - a public name for it comes with Python 3.12
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith("gradclip."):
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(inner):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def _host_waits_for(device: torch.device) -> bool:
+    """Return whether reading a number from a device would make the host wait."""
+    return device.type != "cpu"
 
 
 def _is_finite(policy: Policy, norms_S: Tensor) -> Flag:
     """Return whether nothing was found that the policy cannot bound; a clamp bounds infinities."""
     clamps = policy.element_limit is not None
-    if norms_S.device.type == "cpu":
+    if not _host_waits_for(norms_S.device):
         return not any(isnan(norm) if clamps else not norm < inf for norm in norms_S.tolist())
     return (~norms_S.isnan() if clamps else norms_S < inf).all()
 

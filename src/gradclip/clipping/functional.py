@@ -19,6 +19,7 @@ from gradclip.clipping.policies import Decision, NormClip, Policy, ValueClip
 from gradclip.clipping.reduction import measure
 from gradclip.clipping.response import Response
 from gradclip.clipping.result import reported
+from gradclip.clipping.tracing import untraced
 from gradclip.config import as_ceiling, as_norm_order
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, NonFiniteGradientError
 
@@ -33,6 +34,7 @@ class _Once(GradientClipper):
         return _KNOWN
 
 
+@untraced
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
@@ -77,6 +79,7 @@ def clip_grad_norm_(
     return clipper.clip().norm_pre
 
 
+@untraced
 def clip_grad_value_(
     parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None
 ) -> None:
@@ -97,6 +100,7 @@ def clip_grad_value_(
     _Once(parameters, policy, nonfinite="propagate").clip()
 
 
+@untraced
 @torch.no_grad()
 def get_total_norm(
     tensors: Tensor | Iterable[Tensor],
@@ -138,6 +142,7 @@ def get_total_norm(
     return reported(measured.norms_S[0], gradients.dtype)
 
 
+@untraced
 @torch.no_grad()
 def clip_grads_with_norm_(
     parameters: Tensor | Iterable[Tensor],
@@ -164,14 +169,13 @@ def clip_grads_with_norm_(
     gradients = collect(group, _KNOWN)
     DisjointCheck()([gradients])
     norm_S = _as_norm(total_norm, home_of(gradients.devices))
-    limit_S = torch.full_like(norm_S, ceiling)
     finite = norm_S.isfinite()
     counts = bool(finite) if finite.device.type == "cpu" else finite
     backends = choose("auto")
     response = Response(
         backends.on(norm_S.device),
         norm_S,
-        Decision(limit_S, limit_S),
+        Decision(ceiling, ceiling),
         counts,
         guard=gradients.guard,
         otherwise=1.0,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.gradients import Gradients
+from gradclip.clipping.kernels.tables import is_capturing
 from gradclip.clipping.response import Flag
 from gradclip.errors import NonFiniteGradientError, TooManySkipsError
 
@@ -21,7 +22,8 @@ class SkipCounter:
     """Counts skipped steps in a row, and raises when there are too many.
 
     On the CPU the flag is read at once. On an accelerator it is copied while the device goes on,
-    and the flag of step t is looked at in step t + 4, so that no step waits.
+    and the flag of step t is looked at in step t + 4, so that no step waits. Steps inside a
+    CUDA graph are not counted.
 
     Args:
         limit: Skips in a row that are tolerated.
@@ -44,6 +46,8 @@ class SkipCounter:
         """
         if isinstance(skipped, bool):
             return self._count(skipped, expected)
+        if is_capturing(skipped.device):
+            return False  # replays of a CUDA graph have no host to count them
         copy = torch.empty((), dtype=torch.bool, pin_memory=True)
         copy.copy_(skipped, non_blocking=True)
         event = torch.Event(skipped.device.type)

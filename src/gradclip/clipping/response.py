@@ -48,9 +48,9 @@ class Response:
         if self.norms_S.numel() != 1:
             return None
         norm = float(self.norms_S)
-        if not norm > float(self.decision.thresholds_S):
+        if not norm > float(self.decision.thresholds):
             return 1.0
-        return min(float(self.decision.targets_S) / norm, 1.0) * (1 - self.guard)
+        return min(float(self.decision.targets) / norm, 1.0) * (1 - self.guard)
 
     @cached_property
     def coefficients_S(self) -> Tensor:
@@ -60,8 +60,8 @@ class Response:
         counts = self.counts
         return self.kernels.coefficients(
             self.norms_S,
-            self.decision.thresholds_S,
-            self.decision.targets_S,
+            self.decision.thresholds,
+            self.decision.targets,
             torch.tensor(counts) if isinstance(counts, bool) else counts,
             self.guard,
             self.otherwise,
@@ -75,9 +75,9 @@ class Response:
         """
         if self.number is None:
             yield self.coefficients_S
-        elif self.counts and self.number < _SUBNORMAL and float(self.decision.targets_S) > 0:
+        elif self.counts and self.number < _SUBNORMAL and float(self.decision.targets) > 0:
             yield _STEP
             norm = float(self.norms_S) * _STEP
-            yield float(self.decision.targets_S) / norm * (1 - self.guard)
+            yield float(self.decision.targets) / norm * (1 - self.guard)
         elif self.number != 1:
             yield self.number

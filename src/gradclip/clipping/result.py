@@ -31,12 +31,13 @@ class ClipStats:
 class ClipResult:
     """What one call to ``GradientClipper.clip`` measured and did.
 
-    Its tensors are on the device of the gradients and fresh at each call; reading one on the
-    host (``float``, ``bool``, ``repr``) waits for the device, ``to_host`` does it once for all.
+    Its tensors are on the device of the gradients and fresh at each call (inside a captured CUDA
+    graph, at each replay); reading one on the host (``float``, ``bool``, ``repr``) waits for the
+    device, ``to_host`` does it once for all.
 
     Args:
         measured_S: Norm of each scope before clipping, float64 (S,).
-        thresholds_S: Norm above which each scope is clipped, float64 (S,).
+        thresholds: Norm above which each scope is clipped: float64 (S,), or one number for all.
         response: What each scope was multiplied by: 0 where it was zeroed.
         withheld: Whether the update should not happen.
         witness_T: A number for each tensor, not finite just where the tensor was not: (T,).
@@ -49,7 +50,7 @@ class ClipResult:
     """
 
     measured_S: Tensor
-    thresholds_S: Tensor
+    thresholds: float | Tensor
     response: Response | Tensor
     withheld: Flag
     witness_T: Tensor
@@ -69,6 +70,13 @@ class ClipResult:
     def coefficients_S(self) -> Tensor:
         """What each scope was multiplied by, float64 (S,); 0 where it was zeroed."""
         return self.response if isinstance(self.response, Tensor) else self.response.coefficients_S
+
+    @cached_property
+    def thresholds_S(self) -> Tensor:
+        """Norm above which each scope is clipped, float64 (S,)."""
+        if isinstance(self.thresholds, Tensor):
+            return self.thresholds
+        return torch.full_like(self.measured_S, self.thresholds)
 
     @cached_property
     def remaining_S(self) -> Tensor:
@@ -127,6 +135,12 @@ class ClipResult:
         return ClipStats(
             **{**vars(stats[0]), "groups": dict(zip(self.groups, stats[1:], strict=True))}
         )
+
+    def compute(self) -> None:
+        """Compute every tensor now: inside a captured CUDA graph, so that replays refresh them."""
+        for result in (self, *self.groups.values()):
+            for name in (*_SCALARS, "norms_S"):
+                getattr(result, name)
 
     def __repr__(self) -> str:
         stats = self.to_host()

@@ -94,6 +94,14 @@ def coefficients(
     return torch.where(counts, counted_S, otherwise)
 
 
+def representable(limit: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """Return a limit as a dtype has it: 0.3 is 0.3008 in bfloat16."""
+    if isinstance(limit, Tensor):
+        return limit.clamp(max=torch.finfo(dtype).max).to(dtype)
+    top = min(limit, torch.finfo(dtype).max)
+    return top if dtype is torch.float64 else float(torch.tensor(top, dtype=dtype))
+
+
 def rows_of(tensor: Tensor, rows: int) -> Tensor:
     """Return a tensor as a matrix of ``(rows, -1)``: a view wherever its memory allows one.
 

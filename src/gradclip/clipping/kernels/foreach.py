@@ -87,7 +87,7 @@ def scale_(batch: Batch, coefficients: float | Tensor) -> None:
 def clamp_(batch: Batch, limit: float | Tensor) -> Clamped:
     """Clamp to [-limit, limit]; on the CPU only the tensors that exceed it are written."""
     before_RA = power_sums(batch, _EUCLIDEAN)
-    top = _representable(limit, batch.dtype)
+    top = blocks.representable(limit, batch.dtype)
     exceeding: Iterable[Tensor] = batch.tensors
     if _on_cpu(batch):
         one_row_each = Batch.of(batch.tensors)
@@ -111,13 +111,6 @@ def _rows(batch: Batch) -> list[Tensor]:
 
 def _flat(row: Tensor) -> Tensor:
     return row.view(-1) if row.is_contiguous() else blocks.rows_of(row, 1)[0]
-
-
-def _representable(limit: float | Tensor, dtype: torch.dtype) -> Any:
-    if isinstance(limit, Tensor):
-        return limit.clamp(max=torch.finfo(dtype).max).to(dtype)
-    top = min(limit, torch.finfo(dtype).max)
-    return top if dtype is torch.float64 else float(torch.tensor(top, dtype=dtype))
 
 
 def _clamp_one(tensor: Tensor, top: Any) -> Tensor:

@@ -28,9 +28,9 @@ class Layout:
         dtypes: One per tensor.
         devices: One per tensor.
         dense: Whether each is strided, without a pending sign.
-        contiguous: Whether each is, for all its rows.
         packed: Whether each fills the memory from its first element to its last, in any order of
             dimensions, and no element twice.
+        flat: Whether each row of a tensor is one stretch of memory behind the last.
         rows: Rows of each tensor: 1, or its leading dimension.
     """
 
@@ -38,8 +38,8 @@ class Layout:
     dtypes: list[torch.dtype]
     devices: list[torch.device]
     dense: list[bool]
-    contiguous: list[bool]
     packed: list[bool]
+    flat: list[bool]
     rows: list[int]
     _plans: dict[Any, Any] = field(default_factory=dict)
 
@@ -51,14 +51,19 @@ class Layout:
             tensors: Of any kind.
             rows: Rows of each; 1 where they are not given.
         """
+        counts = [1] * len(tensors) if rows is None else list(rows)
+        packed = list(map(_is_packed, tensors))
         return cls(
             shapes=[tensor.shape for tensor in tensors],
             dtypes=[tensor.dtype for tensor in tensors],
             devices=[tensor.device for tensor in tensors],
             dense=[t.layout is torch.strided and not t.is_neg() for t in tensors],
-            contiguous=[t.layout is torch.strided and t.is_contiguous() for t in tensors],
-            packed=list(map(_is_packed, tensors)),
-            rows=[1] * len(tensors) if rows is None else list(rows),
+            packed=packed,
+            flat=[
+                fills and (n == 1 or tensor.is_contiguous())
+                for tensor, n, fills in zip(tensors, counts, packed, strict=True)
+            ],
+            rows=counts,
         )
 
     def __len__(self) -> int:
@@ -84,9 +89,9 @@ class Layout:
 
     @cached_property
     def places(self) -> list["Place"]:
-        """The parts that kernels see: each of one device and one dtype."""
-        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for index, kind in enumerate(zip(self.devices, self.dtypes, strict=True)):
+        """The parts that kernels see: each of one device, one dtype, and flat or not."""
+        kinds: dict[tuple[object, ...], list[int]] = {}
+        for index, kind in enumerate(zip(self.devices, self.dtypes, self.flat, strict=True)):
             kinds.setdefault(kind, []).append(index)
         if len(kinds) <= 1:
             return [Place(self, None, None) for _ in kinds]
@@ -115,8 +120,8 @@ class Layout:
             dtypes=[self.dtypes[i] for i in chosen],
             devices=[self.devices[i] for i in chosen],
             dense=[self.dense[i] for i in chosen],
-            contiguous=[self.contiguous[i] for i in chosen],
             packed=[self.packed[i] for i in chosen],
+            flat=[self.flat[i] for i in chosen],
             rows=[self.rows[i] for i in chosen],
         )
 

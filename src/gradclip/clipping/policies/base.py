@@ -16,13 +16,13 @@ class Decision:
     """What a policy answers: a scope above its threshold is scaled down to its target.
 
     Args:
-        thresholds_S: Norm above which a scope is scaled, float64 (S,).
-        targets_S: Norm that such a scope gets, float64 (S,).
+        thresholds: Norm above which a scope is scaled: float64 (S,), or one number for all.
+        targets: Norm that such a scope gets: float64 (S,), or one number for all.
         state: The policy's history after this step.
     """
 
-    thresholds_S: Tensor
-    targets_S: Tensor
+    thresholds: float | Tensor
+    targets: float | Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
 
 

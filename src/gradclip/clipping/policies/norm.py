@@ -3,7 +3,6 @@
 from math import inf
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -44,5 +43,4 @@ class NormClip(Policy):
 
     def decide(self, norms_S: Tensor, counts: Tensor, state: dict[str, Tensor]) -> Decision:  # noqa: ARG002 - no history
         """Bring every norm above ``max_norm`` down to it."""
-        ceiling_S = torch.full_like(norms_S, self.max_norm)
-        return Decision(ceiling_S, ceiling_S)
+        return Decision(self.max_norm, self.max_norm)

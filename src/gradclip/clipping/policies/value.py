@@ -3,7 +3,6 @@
 from math import inf
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -39,5 +38,4 @@ class ValueClip(Policy):
 
     def decide(self, norms_S: Tensor, counts: Tensor, state: dict[str, Tensor]) -> Decision:  # noqa: ARG002 - no norm decides
         """Scale nothing: elements are clamped to ``element_limit``, whatever the norm is."""
-        unlimited_S = torch.full_like(norms_S, inf)
-        return Decision(unlimited_S, unlimited_S)
+        return Decision(inf, inf)

@@ -1,0 +1,272 @@
+"""The backend for NVIDIA GPUs: multi-tensor kernels that read every gradient once.
+
+A table, which depends on shapes alone, cuts the rows of all tensors into chunks; one launch
+covers all of them, whatever their number, and finds each tensor through a second table, of
+addresses. Sums are float32 over the blocks of a chunk and float64 from there on; a chunk whose
+sum says that float32 may have lost something is counted again in float64, by its own program.
+Nothing is read by the host, and no temporary grows faster than one number per chunk.
+
+The order of every sum follows from shapes: aligned and unaligned memory are read differently and
+added alike, so that ranks agree bit by bit.
+"""
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gradclip.clipping.kernels import Batch, Clamped, Layout, foreach
+from gradclip.clipping.kernels import triton_programs as programs
+from gradclip.clipping.kernels.blocks import representable
+from gradclip.clipping.kernels.tables import Addresses, Table
+
+CHUNK = 1 << 14
+"""Elements of one program."""
+
+BLOCK = 1 << 12
+"""Elements that a program holds at a time."""
+
+_CLAMPED = 1 << 11
+"""Elements at a time where each has float64 sums, which take more registers."""
+
+_RECOUNT = 1 << 10
+"""Elements at a time where a chunk is counted in float64."""
+
+_PROGRAMS = 1 << 13
+"""Programs of a pass that may have nothing to do, which each of them sees for itself."""
+
+_FOLD = 1 << 10
+"""Sums of chunks that are added at a time."""
+
+_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+
+_TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+def power_sums(batch: Batch, p: float) -> Tensor:
+    """Sum ``|x|**p`` over each row for p = 1, 2: (R, A); see ``Kernels.power_sums``."""
+    if not batch.layout.flat[0]:
+        return foreach.power_sums(batch, p)
+    return _reduced(batch, int(p))
+
+
+def abs_max(batch: Batch) -> Tensor:
+    """Find the largest modulus of each row: (R, 1)."""
+    if not batch.layout.flat[0]:
+        return foreach.abs_max(batch)
+    return _reduced(batch, programs.MAXIMUM.value)
+
+
+def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
+    """Sum ``|x / scale|**p`` over each row, in float64: (R, 1)."""
+    if not batch.layout.flat[0]:
+        return foreach.scaled_power_sums(batch, p, scale_R)
+    plan = batch.layout.plan(_Plan)
+    sums_C = _empty(batch, plan.chunks)
+    with _running_on(batch.device):
+        programs.scaled_power_sums[(plan.chunks,)](
+            plan.addresses_of(batch),
+            plan.table.on(batch.device),
+            scale_R.contiguous(),
+            _bits(p),
+            sums_C,
+            DTYPE=_TYPES[batch.dtype],
+            BLOCK=_RECOUNT,
+            **_OPTIONS,
+        )
+        return _folded(batch, plan, sums_C, columns=1, largest=False)
+
+
+def scale_(batch: Batch, coefficients: float | Tensor) -> None:
+    """Multiply each row by its coefficient, or all by the one that there is."""
+    if not batch.layout.flat[0]:
+        foreach.scale_(batch, coefficients)
+        return
+    plan = batch.layout.plan(_Plan)
+    if not isinstance(coefficients, Tensor):
+        coefficients = torch.full((1,), coefficients, dtype=torch.float64, device=batch.device)
+    with _running_on(batch.device):
+        programs.scale[(min(plan.chunks, _PROGRAMS),)](
+            plan.addresses_of(batch),
+            plan.table.on(batch.device),
+            coefficients.contiguous(),
+            plan.chunks,
+            PER_ROW=coefficients.numel() > 1,
+            DTYPE=_TYPES[batch.dtype],
+            BLOCK=BLOCK,
+            **_OPTIONS,
+        )
+
+
+def clamp_(batch: Batch, limit: float | Tensor) -> Clamped:
+    """Clamp each element to [-limit, limit], in the pass that sums squares before and after."""
+    if not batch.layout.flat[0]:
+        return foreach.clamp_(batch, limit)
+    plan = batch.layout.plan(_Plan)
+    columns = _columns(batch)
+    before_CA, after_CA = _empty(batch, plan.chunks, columns), _empty(batch, plan.chunks, columns)
+    changed_C = torch.empty(plan.chunks, dtype=torch.int64, device=batch.device)
+    top = representable(limit, batch.dtype)
+    if not isinstance(top, Tensor):
+        top = torch.full((1,), top, dtype=torch.float64, device=batch.device)
+    with _running_on(batch.device):
+        programs.clamp[(plan.chunks,)](
+            plan.addresses_of(batch),
+            plan.table.on(batch.device),
+            top.to(torch.float64),
+            before_CA,
+            after_CA,
+            changed_C,
+            DTYPE=_TYPES[batch.dtype],
+            KIND=_wide(batch.dtype),
+            BLOCK=min(BLOCK, _CLAMPED),
+            **_OPTIONS,
+        )
+        return Clamped(
+            _folded(batch, plan, before_CA, columns=columns, largest=False),
+            _folded(batch, plan, after_CA, columns=columns, largest=False),
+            changed_C.sum(),
+        )
+
+
+def coefficients(
+    norms_S: Tensor,
+    thresholds: float | Tensor,
+    targets: float | Tensor,
+    counts: Tensor,
+    guard: float,
+    otherwise: float,
+) -> Tensor:
+    """Return what each scope is multiplied by, float64 (S,), in one launch."""
+    threshold_bits = target_bits = 0
+    if isinstance(thresholds, Tensor) or isinstance(targets, Tensor):
+        given = [
+            torch.as_tensor(v, dtype=torch.float64, device=norms_S.device).expand(len(norms_S))
+            for v in (thresholds, targets)
+        ]
+    else:
+        given = []
+        threshold_bits, target_bits = _bits(thresholds), _bits(targets)
+    found_S = torch.empty_like(norms_S)
+    with _running_on(norms_S.device):
+        programs.coefficients[(triton.cdiv(len(norms_S), _FOLD),)](
+            norms_S.contiguous(),
+            *(each.contiguous() for each in given or (norms_S, norms_S)),
+            threshold_bits,
+            target_bits,
+            counts,
+            _bits(1 - guard),
+            _bits(otherwise),
+            found_S,
+            len(norms_S),
+            NUMBERS=not given,
+            BLOCK=_FOLD,
+            **_OPTIONS,
+        )
+    return found_S
+
+
+def _reduced(batch: Batch, power: int) -> Tensor:
+    plan = batch.layout.plan(_Plan)
+    columns = 1 if power == programs.MAXIMUM.value else _columns(batch)
+    found_CA = _empty(batch, plan.chunks, columns)
+    with _running_on(batch.device):
+        programs.power_sums[(plan.chunks,)](
+            plan.addresses_of(batch),
+            plan.table.on(batch.device),
+            found_CA,
+            POWER=power,
+            DTYPE=_TYPES[batch.dtype],
+            KIND=_wide(batch.dtype),
+            BLOCK=BLOCK,
+            RECOUNT=_RECOUNT,
+            **_OPTIONS,
+        )
+        return _folded(
+            batch, plan, found_CA, columns=columns, largest=power == programs.MAXIMUM.value
+        )
+
+
+def _folded(
+    batch: Batch, plan: "_Plan", found_CA: Tensor, *, columns: int, largest: bool
+) -> Tensor:
+    """Bring what was found in chunks together by rows: (R, A)."""
+    folded_RA = _empty(batch, plan.rows, columns)
+    programs.fold[(plan.rows, columns)](
+        found_CA,
+        plan.firsts.on(batch.device),
+        folded_RA,
+        COLUMNS=columns,
+        LARGEST=largest,
+        BLOCK=_FOLD,
+        **_OPTIONS,
+    )
+    return folded_RA
+
+
+def _empty(batch: Batch, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64, device=batch.device)
+
+
+def _columns(batch: Batch) -> int:
+    return 3 if batch.dtype is torch.float64 else 1
+
+
+def _wide(dtype: torch.dtype) -> tl.dtype:
+    """Return what elements are computed in."""
+    return tl.float64 if dtype is torch.float64 else tl.float32
+
+
+def _bits(number: float) -> int:
+    """Return the bits of a float64: Triton would round a number to float32."""
+    bits: int = struct.unpack("q", struct.pack("d", number))[0]
+    return bits
+
+
+@contextmanager
+def _running_on(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        yield
+    else:
+        with torch.cuda.device(device):
+            yield
+
+
+class _Plan:
+    """The chunks of a layout, and where its tensors were found last."""
+
+    def __init__(self, layout: Layout) -> None:
+        sizes_R = torch.tensor(layout.row_sizes, dtype=torch.int64)
+        rows_T = torch.tensor(layout.rows, dtype=torch.int64)
+        tensor_R = torch.arange(len(layout)).repeat_interleave(rows_T)
+        first_row_T = rows_T.cumsum(0) - rows_T
+        start_R = (torch.arange(len(sizes_R)) - first_row_T[tensor_R]) * sizes_R
+        chunks_R = (sizes_R + CHUNK - 1) // CHUNK
+        row_C = torch.arange(len(sizes_R)).repeat_interleave(chunks_R)
+        last_R = chunks_R.cumsum(0)
+        offset_C = (torch.arange(len(row_C)) - (last_R - chunks_R)[row_C]) * CHUNK
+        count_C = (sizes_R[row_C] - offset_C).clamp(max=CHUNK)
+        self.rows = len(sizes_R)
+        self.chunks = len(row_C)
+        self.table = Table(
+            torch.stack([tensor_R[row_C], start_R[row_C] + offset_C, count_C, row_C], dim=1)
+        )
+        """For each chunk: tensor, first element, elements, row; int64 (C, 4)."""
+        self.firsts = Table(torch.cat([last_R.new_zeros(1), last_R]))
+        """The first chunk of each row, and their number: int64 (R + 1,)."""
+        self._addresses: Addresses | None = None
+
+    def addresses_of(self, batch: Batch) -> Tensor:
+        """Return where the tensors of a batch are: int64 (T,), on their device."""
+        if self._addresses is None:
+            self._addresses = Addresses(batch.device, len(batch.tensors))
+        return self._addresses.of(batch.addresses)

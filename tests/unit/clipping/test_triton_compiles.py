@@ -1,0 +1,41 @@
+"""The Triton kernels compile for an H100, on any machine, into what makes them fast and right."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def facts():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("triton_compiled.py")
+    run = subprocess.run(
+        [sys.executable, "-W", "error", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout)
+
+
+def test_aligned_memory_is_read_and_written_sixteen_bytes_at_a_time(facts):
+    assert all(kernel["wide_loads"] for kernel in facts.values())
+    assert facts["scale bfloat16"]["wide_stores"]
+    assert facts["clamp float32"]["wide_stores"]
+
+
+def test_aligned_and_unaligned_sums_lie_alike_in_registers(facts):
+    """Sums of one layout are added in one order: no conversion between two."""
+    assert not any(kernel["conversions"] for kernel in facts.values())
+
+
+def test_nothing_spills(facts):
+    assert not any(kernel["spills"] for kernel in facts.values())
