@@ -27,7 +27,7 @@ _GATHERED = 1 << 15
 _ALIKE = 4
 """Rows of one shape that are worth a gathering of their own, which is cheaper for each."""
 
-_CONVERTED = 1 << 20
+_CONVERTED = 1 << 21
 """Elements of a large tensor converted at a time, so that no temporary grows with the model."""
 
 _LANES = 128
@@ -229,12 +229,18 @@ def _native_blocks(row: Tensor, p: float) -> Iterable[Tensor]:
 
 def _lane_sum(values: Tensor, p: float) -> float:
     """Sum squares, or moduli that were taken already, by rows of 128 and those in float64."""
-    body = values[: len(values) - len(values) % _LANES].view(-1, _LANES)
-    tail = values[body.numel() :].double()
-    if p != _EUCLIDEAN:
-        return float(body.sum(1).double().sum() + tail.sum())
-    norms = torch.linalg.vector_norm(body, dim=1).double()
-    return float(norms.square_().sum()) + float(tail.square().sum())
+    rest = len(values) % _LANES
+    lanes = values[: len(values) - rest].view(-1, _LANES)
+    if p == _EUCLIDEAN:
+        in_lanes = torch.linalg.vector_norm(lanes, dim=1)
+        norm = float(torch.linalg.vector_norm(in_lanes, dtype=torch.float64))
+        total = norm * norm
+    else:
+        total = float(lanes.sum(1).sum(dtype=torch.float64))
+    if not rest:
+        return total
+    tail = values[-rest:].double()
+    return total + float((tail.square() if p == _EUCLIDEAN else tail).sum())
 
 
 def _with_range(sums_R: Tensor, batch: Batch, p: float) -> Tensor:
