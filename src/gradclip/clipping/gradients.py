@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -123,6 +124,9 @@ def collect(group: ParameterGroup, known: LayoutCache) -> Gradients:
             layout has no values to measure.
     """
     found = [parameter.grad for parameter in group.parameters]
+    layout = known.find(cast("list[Tensor]", found))  # what holds a None fits none
+    if layout is not None:
+        return Gradients(group, None, cast("list[Tensor]", found), known, layout)
     tensors = [gradient for gradient in found if gradient is not None]
     present = None
     if len(tensors) < len(found):

@@ -38,9 +38,11 @@ class Response:
     guard: float
     otherwise: float
 
-    @cached_property
-    def number(self) -> float | None:
+    def __post_init__(self) -> None:
+        self.number = self._number()
         """The one coefficient, where there is one and the host can see it for nothing."""
+
+    def _number(self) -> float | None:
         if not isinstance(self.counts, bool):
             return None
         if not self.counts:

@@ -38,6 +38,7 @@ def test_any_change_is_seen(known, changed):
     assert known.find([torch.ones(2), torch.ones(3, 4)]) is found
     assert known.find([torch.ones(2), changed]) is None
     assert known.find([torch.ones(2)]) is None
+    assert known.find([torch.ones(2), None]) is None
 
 
 def test_the_layouts_used_last_are_kept(known):

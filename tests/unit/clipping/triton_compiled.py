@@ -10,6 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gradclip.clipping.kernels import triton as backend
+from gradclip.clipping.kernels import triton_launch
 from gradclip.clipping.kernels import triton_programs as programs
 
 TABLES = {"addresses": "*i64", "table": "*i64"}
@@ -51,7 +52,9 @@ def compiled(kernel, pointers, constants):
             if kind.startswith("*")
         },
     )
-    return compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=backend._OPTIONS).asm
+    return compile_kernel(
+        source, target=GPUTarget("cuda", 90, 32), options=triton_launch._OPTIONS
+    ).asm
 
 
 def main():

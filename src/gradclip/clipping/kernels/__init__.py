@@ -135,6 +135,7 @@ def choose(backend: str) -> Backends:
     return Backends(backend)
 
 
+@cache
 def _load(name: str) -> Kernels:
     return cast("Kernels", import_module(f"gradclip.clipping.kernels.{name}"))
 

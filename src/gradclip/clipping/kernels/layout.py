@@ -239,8 +239,12 @@ def _facts(tensors: Sequence[Tensor]) -> Any:
 
 def _hold(facts: Any, tensors: Sequence[Tensor]) -> bool:
     if isinstance(facts, list):
-        return facts == list(map(_fact, tensors))
+        return all(map(_matches, facts, tensors))
     return bool(facts.check(*tensors))
+
+
+def _matches(fact: tuple[object, ...], tensor: Tensor | None) -> bool:
+    return tensor is not None and fact == _fact(tensor)
 
 
 def _fact(tensor: Tensor) -> tuple[object, ...]:

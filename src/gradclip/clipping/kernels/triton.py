@@ -11,8 +11,7 @@ added alike, so that ranks agree bit by bit.
 """
 
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
 
 import torch
 import triton
@@ -23,6 +22,7 @@ from gradclip.clipping.kernels import Batch, Clamped, Layout, foreach
 from gradclip.clipping.kernels import triton_programs as programs
 from gradclip.clipping.kernels.blocks import representable
 from gradclip.clipping.kernels.tables import Addresses, Table
+from gradclip.clipping.kernels.triton_launch import Launcher, current
 
 CHUNK = 1 << 14
 """Elements of one program."""
@@ -42,14 +42,15 @@ _PROGRAMS = 1 << 13
 _FOLD = 1 << 10
 """Sums of chunks that are added at a time."""
 
-_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
-
 _TYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+
+_LAUNCHERS: defaultdict[torch.device, Launcher] = defaultdict(Launcher)
+"""For what belongs to no plan."""
 
 
 def power_sums(batch: Batch, p: float) -> Tensor:
@@ -72,8 +73,10 @@ def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
         return foreach.scaled_power_sums(batch, p, scale_R)
     plan = batch.layout.plan(_Plan)
     sums_C = _empty(batch, plan.chunks)
-    with _running_on(batch.device):
-        programs.scaled_power_sums[(plan.chunks,)](
+    with current(batch.device):
+        plan.launch(
+            programs.scaled_power_sums,
+            (plan.chunks,),
             plan.addresses_of(batch),
             plan.table.on(batch.device),
             scale_R.contiguous(),
@@ -81,7 +84,6 @@ def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
             sums_C,
             DTYPE=_TYPES[batch.dtype],
             BLOCK=_RECOUNT,
-            **_OPTIONS,
         )
         return _folded(batch, plan, sums_C, columns=1, largest=False)
 
@@ -94,8 +96,10 @@ def scale_(batch: Batch, coefficients: float | Tensor) -> None:
     plan = batch.layout.plan(_Plan)
     if not isinstance(coefficients, Tensor):
         coefficients = torch.full((1,), coefficients, dtype=torch.float64, device=batch.device)
-    with _running_on(batch.device):
-        programs.scale[(min(plan.chunks, _PROGRAMS),)](
+    with current(batch.device):
+        plan.launch(
+            programs.scale,
+            (min(plan.chunks, _PROGRAMS),),
             plan.addresses_of(batch),
             plan.table.on(batch.device),
             coefficients.contiguous(),
@@ -103,7 +107,6 @@ def scale_(batch: Batch, coefficients: float | Tensor) -> None:
             PER_ROW=coefficients.numel() > 1,
             DTYPE=_TYPES[batch.dtype],
             BLOCK=BLOCK,
-            **_OPTIONS,
         )
 
 
@@ -118,8 +121,10 @@ def clamp_(batch: Batch, limit: float | Tensor) -> Clamped:
     top = representable(limit, batch.dtype)
     if not isinstance(top, Tensor):
         top = torch.full((1,), top, dtype=torch.float64, device=batch.device)
-    with _running_on(batch.device):
-        programs.clamp[(plan.chunks,)](
+    with current(batch.device):
+        plan.launch(
+            programs.clamp,
+            (plan.chunks,),
             plan.addresses_of(batch),
             plan.table.on(batch.device),
             top.to(torch.float64),
@@ -129,7 +134,6 @@ def clamp_(batch: Batch, limit: float | Tensor) -> Clamped:
             DTYPE=_TYPES[batch.dtype],
             KIND=_wide(batch.dtype),
             BLOCK=min(BLOCK, _CLAMPED),
-            **_OPTIONS,
         )
         return Clamped(
             _folded(batch, plan, before_CA, columns=columns, largest=False),
@@ -157,8 +161,10 @@ def coefficients(
         given = []
         threshold_bits, target_bits = _bits(thresholds), _bits(targets)
     found_S = torch.empty_like(norms_S)
-    with _running_on(norms_S.device):
-        programs.coefficients[(triton.cdiv(len(norms_S), _FOLD),)](
+    with current(norms_S.device):
+        _LAUNCHERS[norms_S.device](
+            programs.coefficients,
+            (triton.cdiv(len(norms_S), _FOLD),),
             norms_S.contiguous(),
             *(each.contiguous() for each in given or (norms_S, norms_S)),
             threshold_bits,
@@ -170,7 +176,6 @@ def coefficients(
             len(norms_S),
             NUMBERS=not given,
             BLOCK=_FOLD,
-            **_OPTIONS,
         )
     return found_S
 
@@ -179,8 +184,10 @@ def _reduced(batch: Batch, power: int) -> Tensor:
     plan = batch.layout.plan(_Plan)
     columns = 1 if power == programs.MAXIMUM.value else _columns(batch)
     found_CA = _empty(batch, plan.chunks, columns)
-    with _running_on(batch.device):
-        programs.power_sums[(plan.chunks,)](
+    with current(batch.device):
+        plan.launch(
+            programs.power_sums,
+            (plan.chunks,),
             plan.addresses_of(batch),
             plan.table.on(batch.device),
             found_CA,
@@ -189,7 +196,6 @@ def _reduced(batch: Batch, power: int) -> Tensor:
             KIND=_wide(batch.dtype),
             BLOCK=BLOCK,
             RECOUNT=_RECOUNT,
-            **_OPTIONS,
         )
         return _folded(
             batch, plan, found_CA, columns=columns, largest=power == programs.MAXIMUM.value
@@ -201,14 +207,15 @@ def _folded(
 ) -> Tensor:
     """Bring what was found in chunks together by rows: (R, A)."""
     folded_RA = _empty(batch, plan.rows, columns)
-    programs.fold[(plan.rows, columns)](
+    plan.launch(
+        programs.fold,
+        (plan.rows, columns),
         found_CA,
         plan.firsts.on(batch.device),
         folded_RA,
         COLUMNS=columns,
         LARGEST=largest,
         BLOCK=_FOLD,
-        **_OPTIONS,
     )
     return folded_RA
 
@@ -230,15 +237,6 @@ def _bits(number: float) -> int:
     """Return the bits of a float64: Triton would round a number to float32."""
     bits: int = struct.unpack("q", struct.pack("d", number))[0]
     return bits
-
-
-@contextmanager
-def _running_on(device: torch.device) -> Iterator[None]:
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        yield
-    else:
-        with torch.cuda.device(device):
-            yield
 
 
 class _Plan:
@@ -263,6 +261,7 @@ class _Plan:
         """For each chunk: tensor, first element, elements, row; int64 (C, 4)."""
         self.firsts = Table(torch.cat([last_R.new_zeros(1), last_R]))
         """The first chunk of each row, and their number: int64 (R + 1,)."""
+        self.launch = Launcher()
         self._addresses: Addresses | None = None
 
     def addresses_of(self, batch: Batch) -> Tensor:

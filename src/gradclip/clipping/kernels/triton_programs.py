@@ -69,12 +69,12 @@ def power_sums(
         tl.store(found + chunk, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scales", "power_bits"])
 def scaled_power_sums(
     addresses,
     table,
     scales,
-    power_bits,
+    power_bits: tl.int64,
     found,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -121,16 +121,21 @@ def fold(
         tl.store(folded + row * COLUMNS + column, tl.sum(sums))
 
 
-@triton.jit(do_not_specialize=["threshold_bits", "target_bits", "room_bits", "otherwise_bits"])
+@triton.jit(
+    do_not_specialize=[
+        "norms", "thresholds", "targets", "threshold_bits", "target_bits", "counts", "room_bits",
+        "otherwise_bits", "found", "scopes",
+    ]
+)  # fmt: skip
 def coefficients(
     norms,
     thresholds,
     targets,
-    threshold_bits,
-    target_bits,
+    threshold_bits: tl.int64,
+    target_bits: tl.int64,
     counts,
-    room_bits,
-    otherwise_bits,
+    room_bits: tl.int64,
+    otherwise_bits: tl.int64,
     found,
     scopes,
     NUMBERS: tl.constexpr,
@@ -152,7 +157,7 @@ def coefficients(
     tl.store(found + scope, found_here, mask=scope < scopes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["coefficients"])
 def scale(
     addresses,
     table,
@@ -177,7 +182,7 @@ def scale(
                 multiply(pointer, count, coefficient, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit"])
 def clamp(
     addresses,
     table,
