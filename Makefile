@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu check format bench clean
+.PHONY: help demo test test-gpu check format bench bench-gpu clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,10 +32,17 @@ format: $(VENV)/.dev  ## put the code into its format
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(VENV)/.bench  ## measure on the CPU, and write benchmarks/results/*.csv
+bench: $(VENV)/.bench  ## measure on the CPU: benchmarks/results/*.csv, and the tables and the plot of the docs
 	$(BIN)/python benchmarks/hook_overhead.py
-	$(BIN)/python benchmarks/cpu_norm.py
+	$(BIN)/python benchmarks/clip.py
+	$(BIN)/python benchmarks/training_step.py 2>/dev/null
 	$(BIN)/python benchmarks/pipeline_overhead.py 2>/dev/null
+	$(BIN)/python benchmarks/report.py
+
+bench-gpu:  ## measure on a CUDA device, with the machine's own python and its torch
+	PYTHONPATH=src $(PYTHON) benchmarks/clip.py --device cuda
+	PYTHONPATH=src $(PYTHON) benchmarks/training_step.py --device cuda 2>/dev/null
+	PYTHONPATH=src $(PYTHON) benchmarks/report.py
 
 clean:  ## remove the environment and what the tools left
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -48,6 +48,8 @@ ParametersLike: TypeAlias = (
 )
 
 _EUCLIDEAN = 2.0
+_ROUNDED = 1 + 2.0**-20
+"""More than what a norm can be too small by."""
 _FLAGS = (torch.tensor(False), torch.tensor(True))
 
 
@@ -87,7 +89,8 @@ class GradientClipper:
             nothing, also where gradients are only measured (reads one number per step);
             "propagate" reports the non-finite norm and changes nothing.
         max_consecutive_skips: Skipped steps in a row that are tolerated.
-        backend: "auto", "foreach", or "reference" (float64, slow, for comparison).
+        backend: "auto" (the fastest of each device), "foreach", "triton" (CUDA), or "reference"
+            (float64, slow, for comparison).
 
     Raises:
         ArgumentTypeError: GC011, for an argument of the wrong kind.
@@ -164,7 +167,7 @@ clipped=True, skipped=False, nonfinite=0)
 
         for group in groups:
             if self._clamps_at_once(group, home):
-                self._clamp(group, scale, home)
+                self._clamp(group, scale, home, before=True)
         measured = [self._measure(group, group.policy.order, scale, home) for group in groups]
         totals = [
             norms
@@ -253,8 +256,10 @@ clipped=True, skipped=False, nonfinite=0)
     ) -> Measured:
         """Measure a group, or what clamping left of it; clamping in one pass has done it."""
         batch, clamped = group.gradients.measured(order), group.clamped
+        sums_RA = None
         if clamped is not None and order == _EUCLIDEAN:
             sums_RA = clamped.after_RA if left else clamped.before_RA
+        if sums_RA is not None:
             measured = from_sums(sums_RA, batch, order, per_row=group.per_row)
         else:
             measured = measure(self._backends, batch, order, per_row=group.per_row, home=home)
@@ -280,6 +285,8 @@ clipped=True, skipped=False, nonfinite=0)
         scale: float | Tensor | None,
         home: torch.device,
         times: Tensor | None = None,
+        *,
+        before: bool = False,
     ) -> None:
         limit: float | Tensor | None = group.policy.element_limit
         if limit is None or not (group.policy.writes and group.gradients.tensors):
@@ -287,7 +294,7 @@ clipped=True, skipped=False, nonfinite=0)
         for factor in (scale, times):
             limit = limit if factor is None else limit * factor
         batch = group.gradients.measured(_EUCLIDEAN)
-        group.clamped = clamp_everywhere(self._backends, batch, limit, home)
+        group.clamped = clamp_everywhere(self._backends, batch, limit, home, before=before)
         if group.gradients.has_sparse and int(group.clamped.changed):
             group.gradients.adopt_coalesced()
 
@@ -371,6 +378,8 @@ clipped=True, skipped=False, nonfinite=0)
     ) -> tuple[Flag, Tensor]:
         """Clamp a group unless that was done; return whether anything changed, and what is left."""
         home = norms.norms_S.device
+        if not _host_waits_for(home) and _is_within(group.policy, norms.norms_S):
+            return False, norms.norms_S
         if group.clamped is None and not (
             counts is False and (self._nonfinite == "skip" or self._clamps_together)
         ):
@@ -462,6 +471,12 @@ def _is_finite(policy: Policy, norms_S: Tensor) -> Flag:
     if not _host_waits_for(norms_S.device):
         return not any(isnan(norm) if clamps else not norm < inf for norm in norms_S.tolist())
     return (~norms_S.isnan() if clamps else norms_S < inf).all()
+
+
+def _is_within(policy: Policy, norms_S: Tensor) -> bool:
+    """Return whether norms show that no element exceeds its limit: none is larger than a norm."""
+    limit = policy.element_limit
+    return limit is not None and all(n * _ROUNDED <= limit for n in norms_S.tolist())
 
 
 def _all(flags: list[Flag]) -> Flag:

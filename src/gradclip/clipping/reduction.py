@@ -1,6 +1,6 @@
 """From sums per row to norms per scope: the only numbers that a policy sees."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -82,22 +82,26 @@ def from_sums(sums_RA: Tensor, batch: Batch, norm_type: float, *, per_row: bool)
 
 
 def clamp_everywhere(
-    backends: Backends, batch: Batch, limit: float | Tensor, home: torch.device
+    backends: Backends, batch: Batch, limit: float | Tensor, home: torch.device, *, before: bool
 ) -> Clamped:
-    """Clamp every element to [-limit, limit], wherever it is, and sum squares on the way."""
+    """Clamp every element to [-limit, limit], wherever it is.
+
+    Args:
+        backends: The choice of backend.
+        batch: Real tensors, of any devices, dtypes and shapes.
+        limit: A number, or 0-d float64.
+        home: Device of the results.
+        before: Whether the squares of what was there are summed on the way.
+    """
     found: list[Clamped] = []
-
-    def clamp_part(kernels: Kernels, part: Batch, _: object) -> Tensor:
+    for part, _ in batch.parts():
         there = limit.to(part.device) if isinstance(limit, Tensor) else limit
-        found.append(kernels.clamp_(part, there))
-        return found[-1].before_RA
-
-    before_RA = _everywhere(clamp_part, backends, batch, home, _EUCLIDEAN)
-    afters = iter(found)
-    after_RA = _everywhere(lambda *_: next(afters).after_RA, backends, batch, home, _EUCLIDEAN)
+        found.append(backends.on(part.device).clamp_(part, there, before))
     changed = [clamped.changed.to(home) for clamped in found]
     return Clamped(
-        before_RA, after_RA, changed[0] if len(changed) == 1 else torch.stack(changed).sum()
+        _together([clamped.before_RA for clamped in found], batch, home),
+        _together([clamped.after_RA for clamped in found], batch, home),
+        changed[0] if len(changed) == 1 else torch.stack(changed).sum(),
     )
 
 
@@ -167,11 +171,23 @@ def _everywhere(
     found: list[Tensor] = []
     for part, rows in batch.parts():
         bring = partial(_bring, part.device, rows)
-        found.append(operation(backends.on(part.device), part, bring).to(home))
-    if len(found) == 1:
-        return found[0]
-    columns = max(some.shape[1] for some in found)
-    table = torch.cat([some if some.shape[1] == columns else widened(some, p) for some in found])
+        found.append(operation(backends.on(part.device), part, bring))
+    together = _together(found, batch, home, p)
+    assert together is not None
+    return together
+
+
+def _together(
+    found: Sequence[Tensor | None], batch: Batch, home: torch.device, p: float = _EUCLIDEAN
+) -> Tensor | None:
+    """Bring what was found of each part home, its rows in order: (R, A); None if one has none."""
+    there = [some.to(home) for some in found if some is not None]
+    if len(there) < len(found):
+        return None
+    if len(there) == 1:
+        return there[0]
+    columns = max(some.shape[1] for some in there)
+    table = torch.cat([some if some.shape[1] == columns else widened(some, p) for some in there])
     return table[batch.layout.row_order.on(home)]
 
 

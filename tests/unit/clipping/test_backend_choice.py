@@ -8,7 +8,7 @@ import torch
 from gradclip import GradientClipper
 from gradclip.clipping import kernels
 from gradclip.clipping.kernels import Batch, choose, foreach, reference
-from gradclip.errors import ArgumentTypeError, ArgumentValueError
+from gradclip.errors import ArgumentTypeError, ArgumentValueError, CaptureError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -94,9 +94,10 @@ def test_a_kernel_that_does_not_compile_falls_back_with_one_warning():
     assert broken.calls == 1
 
 
-def test_what_no_backend_survives_is_raised():
-    both = kernels._WithFallback(Broken(torch.OutOfMemoryError("no memory")), foreach)
-    with pytest.raises(torch.OutOfMemoryError):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, CaptureError])
+def test_what_no_backend_survives_is_raised(error):
+    both = kernels._WithFallback(Broken(error("no memory")), foreach)
+    with pytest.raises(error):
         both.power_sums(Batch.of([torch.ones(2)]), 2.0)
 
 

@@ -151,7 +151,7 @@ def test_clamp(kernels, dtype, limit):
     top = min(limit, torch.finfo(dtype).max)
     expected = [t.clamp(-top, top) for t in tensors]
     before = [t.clone() for t in tensors]
-    clamped = kernels.clamp_(Batch.of(tensors), limit)
+    clamped = kernels.clamp_(Batch.of(tensors), limit, before=True)
     moved = [int(((a != b) & ~a.isnan()).sum()) for a, b in zip(before, expected, strict=True)]
     assert int(clamped.changed) == sum(moved) > 0
     for sums_RA, of in ((clamped.before_RA, before), (clamped.after_RA, expected)):

@@ -15,6 +15,7 @@ from gradclip import (
     clip_grad_value_,
     get_total_norm,
 )
+from gradclip.clipping.kernels import foreach
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 C64, C128 = torch.complex64, torch.complex128
@@ -497,3 +498,15 @@ def test_get_total_norm_is_true_for_every_dtype():
             truth = oracle.norm(grads, float(p))
             value = get_total_norm(grads, p)
             assert oracle.relative(value, truth) <= oracle.accuracy(grads), (dtype, p)
+
+
+def test_one_element_a_bit_above_its_limit_is_clamped_and_none_below_is_looked_at(monkeypatch):
+    weight = torch.nn.Parameter(torch.zeros(9000))
+    clipper = GradientClipper([weight], ValueClip(clip_value=1.0), backend="foreach")
+    weight.grad = torch.zeros(9000)
+    weight.grad[8] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+    assert bool(clipper.clip().clipped)
+    assert weight.grad[8] == 1.0
+    monkeypatch.setattr(foreach, "clamp_", lambda *given: pytest.fail("looked again"))
+    weight.grad[8] = 0.99
+    assert not bool(clipper.clip().clipped)

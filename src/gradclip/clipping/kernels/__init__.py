@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.kernels.layout import Batch, Layout, LayoutCache, Place
-from gradclip.errors import ArgumentTypeError, ArgumentValueError
+from gradclip.errors import ArgumentTypeError, ArgumentValueError, GradClipError
 
 __all__ = ["Backends", "Batch", "Clamped", "Kernels", "Layout", "LayoutCache", "Place", "choose"]
 
@@ -31,13 +31,13 @@ class Clamped:
     """What clamping found.
 
     Args:
-        before_RA: ``power_sums`` for p = 2 of what was there.
-        after_RA: The same of what is left.
+        before_RA: ``power_sums`` for p = 2 of what was there; None if that was not asked for.
+        after_RA: The same of what is left; None if nothing changed, and before was not asked for.
         changed: How many elements were changed: 0-d int64.
     """
 
-    before_RA: Tensor
-    after_RA: Tensor
+    before_RA: Tensor | None
+    after_RA: Tensor | None
     changed: Tensor
 
 
@@ -65,8 +65,12 @@ class Kernels(Protocol):
     they are, and nothing is written where it is seen in time; 0 sets zeros, whatever was there.
     """
 
-    clamp_: Callable[[Batch, Scalar], Clamped]
-    """``(batch, limit)``: clamp in place to [-limit, limit]; a NaN stays."""
+    clamp_: Callable[[Batch, Scalar, bool], Clamped]
+    """``(batch, limit, before)``: clamp in place to [-limit, limit]; a NaN stays.
+
+    ``before`` asks for the sums of what was there; where the host waits for nothing, it is
+    cheaper without.
+    """
 
     coefficients: Callable[[Tensor, Scalar, Scalar, Tensor, float, float], Tensor]
     """``(norms_S, thresholds, targets, counts, guard, otherwise)``: what to multiply scopes by.
@@ -185,8 +189,12 @@ class _WithFallback:
         return run
 
 
-_FATAL = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
-"""What no other backend would survive either."""
+_FATAL = (
+    GradClipError,
+    torch.OutOfMemoryError,
+    getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
+)
+"""What is meant for the caller, and what no other backend would survive either."""
 
 
 def _warn(error: Exception) -> None:

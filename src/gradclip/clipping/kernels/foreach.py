@@ -84,9 +84,9 @@ def scale_(batch: Batch, coefficients: float | Tensor) -> None:
                 _scale_rows(tensor, factors)
 
 
-def clamp_(batch: Batch, limit: float | Tensor) -> Clamped:
+def clamp_(batch: Batch, limit: float | Tensor, before: bool = True) -> Clamped:
     """Clamp to [-limit, limit]; on the CPU only the tensors that exceed it are written."""
-    before_RA = power_sums(batch, _EUCLIDEAN)
+    before_RA = power_sums(batch, _EUCLIDEAN) if before else None
     top = blocks.representable(limit, batch.dtype)
     exceeding: Iterable[Tensor] = batch.tensors
     if _on_cpu(batch):

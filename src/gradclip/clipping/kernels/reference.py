@@ -44,9 +44,9 @@ def scale_(batch: Batch, coefficients: float | Tensor) -> None:
         tensor.copy_(torch.where(factor == 0, 0.0, tensor.double() * factor))
 
 
-def clamp_(batch: Batch, limit: float | Tensor) -> Clamped:
+def clamp_(batch: Batch, limit: float | Tensor, before: bool = True) -> Clamped:
     """Clamp each element to [-limit, limit]."""
-    before_RA = power_sums(batch, 2.0)
+    before_RA = power_sums(batch, 2.0) if before else None
     changed = 0
     for tensor in batch.tensors:
         top = float(torch.tensor(min(float(limit), torch.finfo(tensor.dtype).max)).to(tensor.dtype))

@@ -21,16 +21,21 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def _stream(device: torch.device) -> int:
+    """Return which stream work on a device goes to: what is queued on another is not waited for."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 class Table:
-    """Integers that depend on shapes alone: copied to each device that asks, once.
+    """Integers that depend on shapes alone: copied once for each stream that asks.
 
     Args:
         values: int64, on the CPU.
     """
 
     def __init__(self, values: Tensor) -> None:
-        self._copies = {values.device: values}
         self._values = values
+        self._copies: dict[tuple[torch.device, int], Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
         """Return the table on a device.
@@ -39,16 +44,25 @@ class Table:
             CaptureError: GC022, if it is not there yet and a CUDA graph is being captured: what
                 is copied then is there in replays only.
         """
-        if device not in self._copies:
-            if is_capturing(device):
-                raise CaptureError(
-                    "clip() has not seen gradients of these shapes before this CUDA graph is "
-                    "captured, and its tables have to be on the device by then. Run the step two "
-                    "or three times before the capture, as torch.cuda.graph asks anyway."
-                )
+        if device == self._values.device:
+            return self._values
+        if is_capturing(device):
+            return self._before_capture(device)
+        key = device, _stream(device)
+        if key not in self._copies:
             host = self._values.pin_memory() if device.type == "cuda" else self._values
-            self._copies[device] = host.to(device, non_blocking=True)
-        return self._copies[device]
+            self._copies[key] = host.to(device, non_blocking=True)
+        return self._copies[key]
+
+    def _before_capture(self, device: torch.device) -> Tensor:
+        for (there, _), copy in self._copies.items():
+            if there == device:
+                return copy
+        raise CaptureError(
+            "clip() has not seen gradients of these shapes before this CUDA graph is captured, and "
+            "its tables have to be on the device by then. Run the step two or three times before "
+            "the capture, as torch.cuda.graph asks anyway."
+        )
 
 
 class Addresses:
@@ -62,8 +76,7 @@ class Addresses:
     def __init__(self, device: torch.device, count: int) -> None:
         self._device = device
         self._count = count
-        self._last: Sequence[int] | None = None
-        self._there: Tensor | None = None
+        self._there: dict[int, tuple[Sequence[int], Tensor]] = {}
         # Pinned memory cannot always be had during a capture.
         self._spare: Tensor | None = self._pinned()
 
@@ -73,10 +86,12 @@ class Addresses:
             return self._captured(addresses)
         if self._spare is None:
             self._spare = self._pinned()
-        if self._there is None or addresses != self._last:
-            self._there = self._copy(self._pinned(), addresses)
-            self._last = addresses
-        return self._there
+        stream = _stream(self._device)
+        last, there = self._there.get(stream, (None, None))
+        if there is None or addresses != last:
+            there = self._copy(self._pinned(), addresses)
+            self._there[stream] = addresses, there
+        return there
 
     def _captured(self, addresses: Sequence[int]) -> Tensor:
         """Give a graph a table of its own, which later steps do not touch."""

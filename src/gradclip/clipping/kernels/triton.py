@@ -110,10 +110,10 @@ def scale_(batch: Batch, coefficients: float | Tensor) -> None:
         )
 
 
-def clamp_(batch: Batch, limit: float | Tensor) -> Clamped:
+def clamp_(batch: Batch, limit: float | Tensor, before: bool = True) -> Clamped:
     """Clamp each element to [-limit, limit], in the pass that sums squares before and after."""
     if not batch.layout.flat[0]:
-        return foreach.clamp_(batch, limit)
+        return foreach.clamp_(batch, limit, before)
     plan = batch.layout.plan(_Plan)
     columns = _columns(batch)
     before_CA, after_CA = _empty(batch, plan.chunks, columns), _empty(batch, plan.chunks, columns)

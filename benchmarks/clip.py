@@ -1,0 +1,206 @@
+"""Time and accuracy of clipping against ``torch.nn.utils``, for the shapes of real models.
+
+    python benchmarks/clip.py [--device cuda] [--rounds 15] [--only "GPT-2"]
+
+Writes ``benchmarks/results/clip_cpu.csv`` or ``clip_cuda.csv``: a line for each model, what is done
+to its gradients, and who does it. "read" is the floor of what does not write: on a CPU one pass of
+a 2-norm over all gradients in one piece of memory, on a GPU half the time of copying as many
+bytes. Errors are those of the returned norm, relative to a float64 sum.
+"""
+
+import argparse
+import gc
+from collections.abc import Callable, Iterator
+from math import inf
+
+import torch
+from accelerate import Accelerator
+from models import Case, cases
+from timing import RESULTS, Function, finish, machine, paired, replayed, write
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+
+import gradclip
+
+LIMIT = 1.0
+SPIKE = 1.1 * LIMIT
+FEW = 400
+"""Tensors up to which compiling torch's function takes minutes at most."""
+
+Row = dict[str, object]
+
+
+class Gradients:
+    """Random gradients of a model, with a norm of a fifth of the limit."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        block = torch.randn(1 << 22, generator=generator, device=device)
+        block *= 0.2 * LIMIT / case.elements**0.5
+        self.parameters: list[Tensor] = []
+        offset = 0
+        for shape in case.shapes:
+            # The weights themselves are not needed, and would take as much memory again.
+            weight = torch.zeros((), dtype=case.dtype, device=device).expand(shape)
+            parameter = torch.nn.Parameter(weight)
+            gradient = torch.empty(shape, dtype=case.dtype, device=device)
+            flat, done = gradient.view(-1), 0
+            while done < len(flat):
+                piece = block[offset : offset + len(flat) - done]
+                flat[done : done + len(piece)] = piece
+                done, offset = done + len(piece), (offset + len(piece)) % len(block)
+            parameter.grad = gradient
+            self.parameters.append(parameter)
+        self.first = self.gradients()[0].view(-1)[:1]
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    def spike(self) -> None:
+        """Make the next call clip."""
+        self.first.fill_(SPIKE)
+
+    def move(self) -> None:
+        """Put the gradients elsewhere, as ``zero_grad(set_to_none=True)`` does."""
+        for parameter in self.parameters:
+            parameter.grad = parameter.grad.clone() if parameter.grad is not None else None
+        self.first = self.gradients()[0].view(-1)[:1]
+
+    def norm(self) -> float:
+        total = 0.0
+        for gradient in self.gradients():
+            total += sum(float(p.double().square().sum()) for p in gradient.view(-1).split(1 << 24))
+        return total**0.5
+
+
+def contenders(case: Case, what: str, parameters: list[Tensor], device: str) -> dict[str, Function]:
+    """Return who does it, by name."""
+    limit = LIMIT if what == "clips" else 1e6
+    if what == "value":
+        policy: object = gradclip.ValueClip(clip_value=1e6)
+        return {
+            "torch": lambda: clip_grad_value_(parameters, 1e6),
+            "function": lambda: gradclip.clip_grad_value_(parameters, 1e6),
+            "object": gradclip.GradientClipper(parameters, policy).clip,
+        }
+    p = inf if what == "inf-norm" else 2.0
+    policy = gradclip.NormClip(max_norm=limit, norm_type=p)
+    found: dict[str, Function] = {
+        "torch": lambda: clip_grad_norm_(parameters, limit, p),
+        "function": lambda: gradclip.clip_grad_norm_(parameters, limit, p),
+        "object": gradclip.GradientClipper(parameters, policy).clip,
+    }
+    if what == "within":
+        accelerator = Accelerator(cpu=device == "cpu")
+        found["torch, tensor by tensor"] = lambda: clip_grad_norm_(parameters, limit, foreach=False)
+        found["accelerate"] = lambda: accelerator.clip_grad_norm_(parameters, limit)
+        if len(case.shapes) <= FEW:
+            compiled = torch.compile(clip_grad_norm_)
+            found["torch, compiled"] = lambda: compiled(parameters, limit)
+    return found
+
+
+def floor(case: Case, device: str) -> Function:
+    """Return a function that takes as long as reading the gradients once, or twice that."""
+    memory = torch.empty(case.nbytes // 4, device=device).normal_()
+    if device == "cuda":
+        target = torch.empty_like(memory)
+        return lambda: target.copy_(memory)
+    lanes = memory[: len(memory) // 128 * 128].view(-1, 128)
+    return lambda: torch.linalg.vector_norm(lanes, dim=1)
+
+
+def measure(case: Case, device: str, rounds: int) -> Iterator[Row]:
+    """Yield the lines of one model."""
+    rounds = max(3, min(rounds, int(rounds * 2e9 / case.nbytes)))
+    gradients = Gradients(case, device)
+    about: Row = {
+        "model": case.name,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "tensors": len(case.shapes),
+        "elements": case.elements,
+    }
+    if device == "cuda" or case.nbytes < 8e9:
+        reading = floor(case, device)
+        times = paired({"read": reading}, rounds, device=device)
+        if device == "cuda":
+            times = {"read": replayed({"read": reading}, rounds)["read"] / 2}
+        yield {**about, "what": "read", "who": "floor", "ms": times["read"]}
+        del reading
+    truth = gradients.norm()
+    for what in ("within", "clips", "inf-norm", "value"):
+        functions = contenders(case, what, gradients.parameters, device)
+        prepare: Callable[[], object] = gradients.spike if what == "clips" else lambda: None
+        columns = {"ms": paired(functions, rounds, prepare=prepare, device=device)}
+        if device == "cuda":
+            columns |= on_cuda(functions, gradients, prepare, rounds)
+        errors = norm_errors(gradients, truth) if what == "within" else {}
+        for who in functions:
+            numbers = {name: times[who] for name, times in columns.items() if who in times}
+            yield {**about, "what": what, "who": who, **numbers, "error": errors.get(who, "")}
+        del functions
+        gc.collect()
+
+
+def on_cuda(
+    functions: dict[str, Function], gradients: Gradients, prepare: Function, rounds: int
+) -> dict[str, dict[str, float]]:
+    """Return what is measured on a GPU only: device time, and host time in two situations."""
+
+    def elsewhere() -> None:
+        gradients.move()
+        prepare()
+
+    def returned(before: Function) -> dict[str, float]:
+        return paired(functions, rounds, prepare=before, device="cuda", until_returned=True)
+
+    # Compiled functions have graphs of their own, and accelerate's is torch's.
+    captured = {k: f for k, f in functions.items() if k in {"torch", "function", "object"}}
+    return {
+        "host_ms": returned(prepare),
+        "host_moved_ms": returned(elsewhere),
+        "device_ms": replayed(captured, rounds, prepare=prepare),
+    }
+
+
+def norm_errors(gradients: Gradients, truth: float) -> dict[str, float]:
+    theirs = float(clip_grad_norm_(gradients.parameters, 1e6))
+    ours = float(gradclip.clip_grad_norm_(gradients.parameters, 1e6))
+    return {"torch": abs(theirs / truth - 1), "object": abs(ours / truth - 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default="", help="models whose name has this")
+    arguments = parser.parse_args()
+    device = arguments.device
+    rows: list[Row] = []
+    for case in cases():
+        if arguments.only not in case.name:
+            continue
+        if not fits(case, device):
+            print(f"{case.name}: not enough memory here, left out")
+            continue
+        for row in measure(case, device, arguments.rounds):
+            rows.append({**row, "machine": machine(device)})
+            print({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+        finish(device)
+        torch.compiler.reset()
+        gc.collect()
+        if not arguments.only:
+            write(RESULTS / f"clip_{device}.csv", rows)
+
+
+def fits(case: Case, device: str) -> bool:
+    """Return whether there is memory for the gradients and for what measures the floor."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] > 3.2 * case.nbytes
+    with open("/proc/meminfo") as file:  # noqa: PTH123
+        available = next(int(line.split()[1]) * 1024 for line in file if "MemAvailable" in line)
+    return available > case.nbytes * (2.2 if case.nbytes < 8e9 else 1.1)
+
+
+if __name__ == "__main__":
+    main()
