@@ -14,7 +14,7 @@ def scale(backends: Backends, gradients: Gradients, response: Response) -> None:
     for factor in response.factors():
         if gradients.has_sparse:
             gradients.adopt_coalesced()
-        for part, rows in gradients.written.parts():
+        for part, rows in gradients.written.parts:
             kernels = backends.on(part.device)
             if not isinstance(factor, Tensor):
                 kernels.scale_(part, factor)

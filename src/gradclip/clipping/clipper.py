@@ -32,7 +32,7 @@ from gradclip.clipping.overlap import DisjointCheck
 from gradclip.clipping.parameters import ParameterGroup, Parameters, ParameterSource, as_source
 from gradclip.clipping.policies import Policy, PolicyLike, as_policies
 from gradclip.clipping.reduction import Measured, clamp_everywhere, combine, from_sums, measure
-from gradclip.clipping.response import Flag, Response
+from gradclip.clipping.response import Flag, Response, as_flag, host_waits_for
 from gradclip.clipping.result import ClipResult
 from gradclip.clipping.state import STATE_VERSION, read_state
 from gradclip.clipping.tracing import untraced
@@ -50,7 +50,6 @@ ParametersLike: TypeAlias = (
 _EUCLIDEAN = 2.0
 _ROUNDED = 1 + 2.0**-20
 """More than what a norm can be too small by."""
-_FLAGS = (torch.tensor(False), torch.tensor(True))
 
 
 @dataclass(eq=False)
@@ -164,6 +163,10 @@ clipped=True, skipped=False, nonfinite=0)
     def _clip(self, scale: float | Tensor | None, *, overflow_expected: bool) -> ClipResult:
         groups = self._collect()
         home = self._home(groups)
+        for device in {device for group in groups for device in group.gradients.devices}:
+            self._backends.on(device)  # refuses what it cannot serve, before anything is written
+        if isinstance(scale, Tensor):
+            scale = scale.to(home)
 
         for group in groups:
             if self._clamps_at_once(group, home):
@@ -178,7 +181,7 @@ clipped=True, skipped=False, nonfinite=0)
         counts = self._judge(groups, measured, overflow_expected=overflow_expected)
 
         responses = [
-            self._decide(group, norms, counts, home)
+            self._decide(group, norms, counts)
             for group, norms in zip(groups, measured, strict=True)
         ]
         results = [
@@ -272,7 +275,7 @@ clipped=True, skipped=False, nonfinite=0)
         zeroed then. Where the verdict has to come first, it is two passes.
         """
         waits = self._nonfinite == "raise" or self._clamps_together
-        return _host_waits_for(home) and not waits and group.policy.order == _EUCLIDEAN
+        return host_waits_for(home) and not waits and group.policy.order == _EUCLIDEAN
 
     @property
     def _clamps_together(self) -> bool:
@@ -284,15 +287,17 @@ clipped=True, skipped=False, nonfinite=0)
         group: _Group,
         scale: float | Tensor | None,
         home: torch.device,
-        times: Tensor | None = None,
         *,
+        only_if: Flag | None = None,
         before: bool = False,
     ) -> None:
         limit: float | Tensor | None = group.policy.element_limit
         if limit is None or not (group.policy.writes and group.gradients.tensors):
             return
-        for factor in (scale, times):
-            limit = limit if factor is None else limit * factor
+        limit = limit if scale is None else limit * scale
+        if isinstance(only_if, Tensor):
+            limits = torch.full((), inf, dtype=torch.float64, device=home)
+            limit = torch.where(only_if, limit, limits)
         batch = group.gradients.measured(_EUCLIDEAN)
         group.clamped = clamp_everywhere(self._backends, batch, limit, home, before=before)
         if group.gradients.has_sparse and int(group.clamped.changed):
@@ -324,17 +329,16 @@ clipped=True, skipped=False, nonfinite=0)
             ceiling=groups[0].policy.ceiling,
         )
 
-    def _decide(self, group: _Group, norms: Measured, counts: Flag, home: torch.device) -> Response:
+    def _decide(self, group: _Group, norms: Measured, counts: Flag) -> Response:
         policy, norms_S = group.policy, norms.norms_S
         state = self._states.get(group.pattern)
         if state is None:
             state = policy.initial_state(len(norms_S), norms_S.device)
-        flag = _FLAGS[counts] if isinstance(counts, bool) else counts
-        decision = policy.decide(norms_S, flag, state)
+        decision = policy.decide(norms_S, as_flag(counts, norms_S.device), state)
         self._states[group.pattern] = decision.state
         zeroes = self._nonfinite == "skip" or (policy.ceiling == 0 and not self._by_pattern)
         return Response(
-            self._backends.on(home),
+            self._backends,
             norms_S,
             decision,
             counts,
@@ -378,15 +382,13 @@ clipped=True, skipped=False, nonfinite=0)
     ) -> tuple[Flag, Tensor]:
         """Clamp a group unless that was done; return whether anything changed, and what is left."""
         home = norms.norms_S.device
-        if not _host_waits_for(home) and _is_within(group.policy, norms.norms_S):
+        if not host_waits_for(home) and _is_within(group.policy, norms.norms_S):
             return False, norms.norms_S
         if group.clamped is None and not (
             counts is False and (self._nonfinite == "skip" or self._clamps_together)
         ):
-            limits = None
-            if self._clamps_together and isinstance(counts, Tensor):
-                limits = torch.where(counts, 1.0, inf).to(torch.float64)
-            self._clamp(group, scale, home, limits)
+            together = self._clamps_together and isinstance(counts, Tensor)
+            self._clamp(group, scale, home, only_if=counts if together else None)
         if group.clamped is None:
             return False, norms.norms_S
         changed = group.clamped.changed > 0
@@ -460,15 +462,10 @@ def _callers_level() -> int:
     return level
 
 
-def _host_waits_for(device: torch.device) -> bool:
-    """Return whether reading a number from a device would make the host wait."""
-    return device.type != "cpu"
-
-
 def _is_finite(policy: Policy, norms_S: Tensor) -> Flag:
     """Return whether nothing was found that the policy cannot bound; a clamp bounds infinities."""
     clamps = policy.element_limit is not None
-    if not _host_waits_for(norms_S.device):
+    if not host_waits_for(norms_S.device):
         return not any(isnan(norm) if clamps else not norm < inf for norm in norms_S.tolist())
     return (~norms_S.isnan() if clamps else norms_S < inf).all()
 

@@ -23,7 +23,7 @@ from gradclip.clipping.tracing import untraced
 from gradclip.config import as_ceiling, as_norm_order
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, NonFiniteGradientError
 
-_KNOWN = LayoutCache(capacity=16)
+_KNOWN = LayoutCache(capacity=32)
 """The layouts of gradients that these functions have seen; they have no object to keep them in."""
 
 
@@ -173,7 +173,7 @@ def clip_grads_with_norm_(
     counts = bool(finite) if finite.device.type == "cpu" else finite
     backends = choose("auto")
     response = Response(
-        backends.on(norm_S.device),
+        backends,
         norm_S,
         Decision(ceiling, ceiling),
         counts,

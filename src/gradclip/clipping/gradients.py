@@ -158,9 +158,12 @@ def _check_supported(name: str, gradient: Tensor) -> None:
         UnsupportedGradientError: GC020, naming it.
     """
     if gradient.dtype in _SUPPORTED and type(gradient) is Tensor and gradient.layout in _LAYOUTS:
-        if not gradient.is_meta:
+        if gradient.is_meta:
+            reason = "device meta: it has no values"
+        elif gradient.is_inference() and not torch.is_inference_mode_enabled():
+            reason = "made in torch.inference_mode(), outside of which it may not be changed"
+        else:
             return
-        reason = "device meta: it has no values"
     elif gradient.dtype not in _SUPPORTED:
         reason = f"dtype {gradient.dtype}: its norm is not defined, or does not survive scaling"
     elif hasattr(gradient, "_local_tensor"):

@@ -1,7 +1,7 @@
 """Gradients that share bytes: found before anything is written, and refused."""
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import compress, islice
 from operator import add, le
 
 import torch
@@ -41,8 +41,12 @@ def _lie_apart(batches: Sequence[Batch]) -> bool:
     """Return whether it is plain to see that no byte is shared: no gaps, one behind another."""
     if not all(batch.layout.plan(_Bytes).packed for batch in batches):
         return False
-    starts = [start for batch in batches for start in batch.addresses]
-    lengths = [length for batch in batches for length in batch.layout.plan(_Bytes).lengths]
+    starts: list[int] = []
+    lengths: list[int] = []
+    for batch in batches:
+        taken = batch.layout.plan(_Bytes).lengths
+        starts += compress(batch.addresses, taken)
+        lengths += filter(None, taken)
     ends = dict(zip(starts, map(add, starts, lengths), strict=True))
     starts.sort()
     return len(ends) == len(starts) and all(

@@ -94,7 +94,7 @@ def clamp_everywhere(
         before: Whether the squares of what was there are summed on the way.
     """
     found: list[Clamped] = []
-    for part, _ in batch.parts():
+    for part, _ in batch.parts:
         there = limit.to(part.device) if isinstance(limit, Tensor) else limit
         found.append(backends.on(part.device).clamp_(part, there, before))
     changed = [clamped.changed.to(home) for clamped in found]
@@ -169,7 +169,7 @@ def _everywhere(
 ) -> Tensor:
     """Run an operation on each part of a batch, and bring its rows home in order: (R, A)."""
     found: list[Tensor] = []
-    for part, rows in batch.parts():
+    for part, rows in batch.parts:
         bring = partial(_bring, part.device, rows)
         found.append(operation(backends.on(part.device), part, bring))
     together = _together(found, batch, home, p)

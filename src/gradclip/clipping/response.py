@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from gradclip.clipping.kernels import Kernels
+from gradclip.clipping.kernels import Backends
 from gradclip.clipping.policies.base import Decision
 
 Flag: TypeAlias = bool | Tensor
@@ -18,12 +19,24 @@ _SUBNORMAL = 2.0**-1000
 _STEP = 2.0**-600
 
 
+def host_waits_for(device: torch.device) -> bool:
+    """Return whether reading a number from a device would make the host wait."""
+    return device.type != "cpu"
+
+
+def as_flag(flag: Flag, device: torch.device) -> Tensor:
+    """Return a flag as 0-d bool tensor; filled on the device, since a copy would be waited for."""
+    if isinstance(flag, bool):
+        return torch.full((), flag, dtype=torch.bool, device=device)
+    return flag
+
+
 @dataclass(eq=False)
 class Response:
     """What the scopes of a group are multiplied by.
 
     Args:
-        kernels: Of the device that the norms are on.
+        backends: The choice of backend.
         norms_S: Norm of each scope, float64 (S,).
         decision: Thresholds and targets.
         counts: Whether this step is made.
@@ -31,7 +44,7 @@ class Response:
         otherwise: The coefficient of a step that is not made: 0 to set zeros, 1 to change nothing.
     """
 
-    kernels: Kernels
+    backends: Backends
     norms_S: Tensor
     decision: Decision
     counts: Flag
@@ -47,7 +60,9 @@ class Response:
             return None
         if not self.counts:
             return self.otherwise
-        if self.norms_S.numel() != 1:
+        if not isinstance(self.decision.thresholds, Tensor) and self.decision.thresholds == inf:
+            return 1.0
+        if self.norms_S.numel() != 1 or host_waits_for(self.norms_S.device):
             return None
         norm = float(self.norms_S)
         if not norm > float(self.decision.thresholds):
@@ -59,12 +74,12 @@ class Response:
         """What each scope is multiplied by, float64 (S,)."""
         if self.number is not None:
             return torch.full_like(self.norms_S, self.number)
-        counts = self.counts
-        return self.kernels.coefficients(
+        home = self.norms_S.device
+        return self.backends.on(home).coefficients(
             self.norms_S,
             self.decision.thresholds,
             self.decision.targets,
-            torch.tensor(counts) if isinstance(counts, bool) else counts,
+            as_flag(self.counts, home),
             self.guard,
             self.otherwise,
         )

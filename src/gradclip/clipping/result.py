@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.reduction import combine
-from gradclip.clipping.response import Flag, Response
+from gradclip.clipping.response import Flag, Response, as_flag
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ class ClipResult:
         """The threshold of the scope with the smallest coefficient: 0-d."""
         if len(self.thresholds_S) <= 1:
             return self._report(self._smallest(self.thresholds_S))
-        return self._report(self.thresholds_S[self.coefficients_S.argmin()])
+        smallest = self.coefficients_S.argmin(0, keepdim=True)
+        return self._report(self.thresholds_S.gather(0, smallest)[0])
 
     @cached_property
     def norms_S(self) -> Tensor:
@@ -151,7 +152,7 @@ class ClipResult:
         )
 
     def _flag(self, flag: Flag) -> Tensor:
-        return torch.tensor(flag) if isinstance(flag, bool) else flag
+        return as_flag(flag, self.measured_S.device)
 
     def _report(self, value: Tensor) -> Tensor:
         return reported(value, self.dtype)

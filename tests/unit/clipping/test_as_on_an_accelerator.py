@@ -3,14 +3,18 @@
 A CPU runs it when it is told not to look; the answers must be those of the path that looks.
 """
 
+import subprocess
+import sys
 from contextlib import contextmanager
 from math import inf, nan
+from pathlib import Path
 
 import pytest
 import torch
 
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
 from gradclip.clipping import clipper as clipper_module
+from gradclip.clipping import response
 from gradclip.clipping.kernels import foreach
 from gradclip.clipping.nonfinite import SkipCounter
 
@@ -36,9 +40,18 @@ POLICIES = {
 def unseen():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(foreach, "_on_cpu", lambda batch: False)
-        patch.setattr(clipper_module, "_host_waits_for", lambda device: True)
+        patch.setattr(clipper_module, "host_waits_for", lambda device: True)
+        patch.setattr(response, "host_waits_for", lambda device: True)
         patch.setattr(SkipCounter, "record", lambda self, skipped, *, expected: False)
         yield
+
+
+def test_nothing_is_read_and_no_devices_are_mixed():
+    """A device without memory raises where the host reads, or a tensor of another device comes."""
+    script = Path(__file__).with_name("fake_device.py")
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout == ""
 
 
 def clipped(gradients, policy, nonfinite, dtype, grad_scale, backend="foreach"):

@@ -1,6 +1,8 @@
 """What is recognised from one step to the next, and what is looked at anew."""
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -71,7 +73,7 @@ def test_the_parts_are_of_one_device_one_dtype_and_flat_or_not():
     batch = Batch.of(tensors, [2, 1, 1, 2, 1])
     parts = [
         ([tensors.index(t) for t in part.tensors], rows.on(torch.device("cpu")).tolist())
-        for part, rows in _identified(batch.parts())
+        for part, rows in _identified(batch.parts)
     ]
     # By rows a transposed matrix is not flat; as one row it is.
     assert parts == [([0], [0, 1]), ([1, 4], [2, 6]), ([2, 3], [3, 4, 5])]
@@ -124,6 +126,34 @@ def test_gradients_that_come_to_overlap_are_found_at_that_step():
     weights[1].data = torch.zeros(2)
     weights[0].grad, weights[1].grad = shared[:4], shared[4:]
     clipper.clip()
+
+
+def test_several_small_channels_last_gradients():
+    weights = [torch.nn.Parameter(torch.zeros(8, 3, 3, 3)) for _ in range(5)]
+    for weight in weights:
+        weight.grad = torch.randn(8, 3, 3, 3).to(memory_format=torch.channels_last)
+    truth = torch.stack([weight.grad.double().norm() for weight in weights]).norm()
+    result = GradientClipper(weights, 1.0).clip()
+    assert float(result.norm_pre) == pytest.approx(float(truth), rel=1e-6)
+
+
+def test_inference_tensors_are_refused_before_one_is_changed():
+    weights = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    with torch.inference_mode():
+        weights[1].grad = torch.ones(3)
+    weights[0].grad = torch.ones(3)
+    clipper = GradientClipper(weights, 1.0)
+    with pytest.raises(UnsupportedGradientError, match="inference_mode"):
+        clipper.clip()
+    assert weights[0].grad.tolist() == [1.0] * 3
+
+
+def test_a_result_can_be_copied_and_pickled():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    result = GradientClipper([weight], 1.0).clip()
+    for copied in (copy.deepcopy(result), pickle.loads(pickle.dumps(result))):
+        assert copied.to_host() == result.to_host()
 
 
 def test_channels_last_gradients_are_found_apart_without_looking_at_bytes(monkeypatch):

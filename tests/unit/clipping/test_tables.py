@@ -57,6 +57,17 @@ def test_a_captured_graph_has_addresses_of_its_own(capturing, monkeypatch):
     assert captured is not outside
     assert (captured.tolist(), again.tolist()) == ([1, 2], [3, 4])
     assert len(tables._CAPTURED) == 2
+    asked = [5, 6]
+    assert addresses.of(asked) is addresses.of(asked)  # measuring and scaling in one call
+
+
+def test_a_captured_graph_keeps_the_tables_that_it_reads(capturing, monkeypatch):
+    monkeypatch.setattr(tables, "_CAPTURED", [])
+    table = Table(torch.arange(3))
+    there = table.on(META)
+    capturing()
+    table.on(META)
+    assert any(kept is there for kept in tables._CAPTURED)
 
 
 def test_what_a_captured_call_reports_is_computed_in_the_capture(capturing):

@@ -5,6 +5,7 @@ Chunks are small, so that a few hundred elements have many of them.
 
 import os
 from math import inf, isnan, nan
+from threading import Thread
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import oracle
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip, clip_grad_norm_
 from gradclip.clipping import reduction
 from gradclip.clipping.kernels import Batch, choose
+from gradclip.clipping.kernels.tables import Addresses
 
 triton = pytest.importorskip("gradclip.clipping.kernels.triton")
 
@@ -296,6 +298,33 @@ def test_a_nan_ends_as_with_the_other_backends(policy, nonfinite):
     assert said == wanted
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_autograd_learns_of_what_was_written():
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0], device=DEVICE))
+    (gradient,) = torch.autograd.grad((weight**3).sum(), weight, create_graph=True)
+    weight.grad = gradient
+    later = (gradient * gradient).sum()
+    GradientClipper([weight], 1.0, backend="triton").clip()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(later, weight)
+
+
+def test_threads_with_models_of_one_shape_do_not_meet(monkeypatch):
+    """The functions share what they know of shapes, but not where the gradients are."""
+    addresses = Addresses(torch.device("cpu"), 1)
+    wrong = []
+
+    def ask(mine):
+        for _ in range(3000):
+            wrong.extend(set(addresses.of([mine]).tolist()) - {mine})
+
+    threads = [Thread(target=ask, args=(number,)) for number in range(1, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_gradients_that_come_go_and_move_are_planned_anew():

@@ -62,6 +62,8 @@ def main():
     for name, case in CASES.items():
         asm = compiled(*case)
         facts[name] = {
+            "narrow_loads": len(re.findall(r"ld\.global\S*\.b(?:16|32) ", asm["ptx"])),
+            "narrow_stores": len(re.findall(r"st\.global\S*\.b(?:16|32) ", asm["ptx"])),
             "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", asm["ptx"])),
             "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32", asm["ptx"])),
             "conversions": asm["ttgir"].count("ttg.convert_layout"),

@@ -96,8 +96,8 @@ def coefficients(
 
 def representable(limit: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     """Return a limit as a dtype has it: 0.3 is 0.3008 in bfloat16."""
-    if isinstance(limit, Tensor):
-        return limit.clamp(max=torch.finfo(dtype).max).to(dtype)
+    if isinstance(limit, Tensor):  # an infinite one changes nothing, infinities neither
+        return torch.where(limit.isinf(), limit, limit.clamp(max=torch.finfo(dtype).max)).to(dtype)
     top = min(limit, torch.finfo(dtype).max)
     return top if dtype is torch.float64 else float(torch.tensor(top, dtype=dtype))
 

@@ -65,6 +65,8 @@ def abs_max(batch: Batch) -> Tensor:
 
 def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
     """Sum ``|x / scale|**p`` over each row: (R, 1)."""
+    if not batch.layout.row_sizes:
+        return torch.zeros(0, 1, dtype=torch.float64, device=scale_R.device)
     pairs = zip(_rows(batch), scale_R, strict=True)
     return torch.stack([blocks.scaled_power_sum(row, p, scale) for row, scale in pairs])[:, None]
 
@@ -183,7 +185,8 @@ def _by_rows(batch: Batch, p: float, large: Callable[[Tensor], float]) -> Tensor
     rows = batch.tensors if batch.layout.one_row_each else _rows(batch)
     results = []
     for take, count in gathering.matrices:
-        matrix = torch.cat(take(rows)).to(torch.float64).view(count, -1)
+        together = torch.cat(take(rows))
+        matrix = together.to(torch.float64, memory_format=torch.contiguous_format).view(count, -1)
         if matrix.numel() == 0:
             results.append(matrix.new_zeros(count))
             continue
@@ -199,6 +202,8 @@ def _by_rows(batch: Batch, p: float, large: Callable[[Tensor], float]) -> Tensor
     if gathering.large:
         found = [large(_flat(rows[i])) for i in gathering.large]
         results.append(torch.tensor(found, dtype=torch.float64))
+    if not results:
+        return torch.zeros(0, dtype=torch.float64)
     together = results[0] if len(results) == 1 else torch.cat(results)
     return together if gathering.places is None else together[gathering.places]
 
@@ -275,6 +280,8 @@ def _scale_together(tensors: list[Tensor], coefficient: float) -> None:
 
 def _scale_rows(tensor: Tensor, factors: Tensor) -> None:
     """Multiply the rows of one tensor; where a factor is 0, what was there does not matter."""
+    if not len(factors):
+        return
     per_row = factors.reshape(-1, *(1,) * (tensor.dim() - 1)) if len(factors) > 1 else factors[0]
     tensor.mul_(per_row).masked_fill_(per_row == 0, 0.0)
 
@@ -285,6 +292,8 @@ def _scale_rows(tensor: Tensor, factors: Tensor) -> None:
 def _norms_on_device(batch: Batch, p: float, by_blocks: Callable[[Tensor], Tensor]) -> Tensor:
     """Return each row's p-norm, float64 (R,), for p = 1, 2, inf."""
     if not batch.layout.one_row_each or blocks.home_of((batch.device,)) != batch.device:
+        if not batch.layout.row_sizes:
+            return torch.zeros(0, dtype=torch.float64, device=blocks.home_of((batch.device,)))
         sums = torch.stack([by_blocks(row) for row in _rows(batch)])
         return sums if p == inf else sums.pow(1 / p)
     filled = [index for index, size in enumerate(batch.layout.row_sizes) if size]

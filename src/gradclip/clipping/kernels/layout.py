@@ -1,6 +1,6 @@
 """A list of tensors as the kernels get it, and what of it stays from step to step."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, chain, repeat
@@ -168,14 +168,15 @@ class Batch:
         """The dtype of all, for a batch that a kernel gets."""
         return self.layout.dtypes[0]
 
-    def parts(self) -> Iterator[tuple["Batch", Table | None]]:
-        """Yield the part on each device and of each dtype, and which rows it has; None for all."""
-        for place in self.layout.places:
-            if place.indices is None:
-                yield self, None
-            else:
-                chosen = [self.tensors[index] for index in place.indices]
-                yield Batch(chosen, place.layout), place.rows
+    @cached_property
+    def parts(self) -> list[tuple["Batch", Table | None]]:
+        """The part on each device and of each dtype, and which rows it has; None for all."""
+        return [
+            (self, None)
+            if place.indices is None
+            else (Batch([self.tensors[index] for index in place.indices], place.layout), place.rows)
+            for place in self.layout.places
+        ]
 
 
 class LayoutCache:

@@ -15,6 +15,8 @@ def _rows(batch: Batch) -> list[Tensor]:
 
 def power_sums(batch: Batch, p: float) -> Tensor:
     """Sum ``|x|**p`` over each row, three times over for float64's range: (R, 3)."""
+    if not batch.layout.row_sizes:
+        return torch.zeros(0, 3, dtype=torch.float64)
     exponents = (0, -blocks.SCALE_EXPONENT, blocks.SCALE_EXPONENT)
     return torch.stack(
         [torch.stack([blocks.power_sum(row, p, e) for e in exponents]) for row in _rows(batch)]
@@ -23,11 +25,15 @@ def power_sums(batch: Batch, p: float) -> Tensor:
 
 def abs_max(batch: Batch) -> Tensor:
     """Find the largest modulus of each row: (R, 1)."""
+    if not batch.layout.row_sizes:
+        return torch.zeros(0, 1, dtype=torch.float64)
     return torch.stack([blocks.abs_max(row) for row in _rows(batch)]).unsqueeze(1)
 
 
 def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
     """Sum ``|x / scale|**p`` over each row: (R, 1)."""
+    if not batch.layout.row_sizes:
+        return torch.zeros(0, 1, dtype=torch.float64)
     pairs = zip(_rows(batch), scale_R, strict=True)
     return torch.stack([blocks.scaled_power_sum(row, p, scale) for row, scale in pairs])[:, None]
 
@@ -49,7 +55,7 @@ def clamp_(batch: Batch, limit: float | Tensor, before: bool = True) -> Clamped:
     before_RA = power_sums(batch, 2.0) if before else None
     changed = 0
     for tensor in batch.tensors:
-        top = float(torch.tensor(min(float(limit), torch.finfo(tensor.dtype).max)).to(tensor.dtype))
+        top = float(blocks.representable(float(limit), tensor.dtype))
         changed += int((tensor.abs() > top).sum())
         tensor.clamp_(-top, top)
     return Clamped(before_RA, power_sums(batch, 2.0), torch.tensor(changed))

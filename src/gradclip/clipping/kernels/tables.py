@@ -13,7 +13,7 @@ from torch import Tensor
 from gradclip.errors import CaptureError
 
 _CAPTURED: list[Tensor] = []
-"""Pinned memory that captured graphs read at each replay."""
+"""Memory that captured graphs read at each replay, and that nobody may be given therefore."""
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -57,6 +57,7 @@ class Table:
     def _before_capture(self, device: torch.device) -> Tensor:
         for (there, _), copy in self._copies.items():
             if there == device:
+                _CAPTURED.append(copy)
                 return copy
         raise CaptureError(
             "clip() has not seen gradients of these shapes before this CUDA graph is captured, and "
@@ -77,6 +78,7 @@ class Addresses:
         self._device = device
         self._count = count
         self._there: dict[int, tuple[Sequence[int], Tensor]] = {}
+        self._capture: tuple[Sequence[int] | None, Tensor | None] = (None, None)
         # Pinned memory cannot always be had during a capture.
         self._spare: Tensor | None = self._pinned()
 
@@ -94,11 +96,15 @@ class Addresses:
         return there
 
     def _captured(self, addresses: Sequence[int]) -> Tensor:
-        """Give a graph a table of its own, which later steps do not touch."""
-        host = self._pinned() if self._spare is None else self._spare
-        self._spare = None
-        _CAPTURED.append(host)
-        return self._copy(host, addresses)
+        """Give a graph a table of its own, which later steps do not touch: one for each call."""
+        called, there = self._capture
+        if there is None or addresses is not called:
+            host = self._pinned() if self._spare is None else self._spare
+            self._spare = None
+            _CAPTURED.append(host)
+            there = self._copy(host, addresses)
+            self._capture = addresses, there
+        return there
 
     def _copy(self, host: Tensor, addresses: Sequence[int]) -> Tensor:
         host.copy_(torch.tensor(addresses, dtype=torch.int64))

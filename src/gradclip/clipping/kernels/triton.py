@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from gradclip.clipping.kernels import Batch, Clamped, Layout, foreach
 from gradclip.clipping.kernels import triton_programs as programs
@@ -94,6 +95,7 @@ def scale_(batch: Batch, coefficients: float | Tensor) -> None:
         foreach.scale_(batch, coefficients)
         return
     plan = batch.layout.plan(_Plan)
+    increment_version(batch.tensors)  # autograd sees no write of its own
     if not isinstance(coefficients, Tensor):
         coefficients = torch.full((1,), coefficients, dtype=torch.float64, device=batch.device)
     with current(batch.device):
@@ -115,6 +117,7 @@ def clamp_(batch: Batch, limit: float | Tensor, before: bool = True) -> Clamped:
     if not batch.layout.flat[0]:
         return foreach.clamp_(batch, limit, before)
     plan = batch.layout.plan(_Plan)
+    increment_version(batch.tensors)
     columns = _columns(batch)
     before_CA, after_CA = _empty(batch, plan.chunks, columns), _empty(batch, plan.chunks, columns)
     changed_C = torch.empty(plan.chunks, dtype=torch.int64, device=batch.device)
@@ -154,8 +157,8 @@ def coefficients(
     threshold_bits = target_bits = 0
     if isinstance(thresholds, Tensor) or isinstance(targets, Tensor):
         given = [
-            torch.as_tensor(v, dtype=torch.float64, device=norms_S.device).expand(len(norms_S))
-            for v in (thresholds, targets)
+            each if isinstance(each, Tensor) else torch.full_like(norms_S, each)
+            for each in (thresholds, targets)
         ]
     else:
         given = []

@@ -36,7 +36,7 @@ def power_sums(
     address, count, _ = look_up(addresses, table, chunk, DTYPE)
     pointer = address.to(tl.pointer_type(DTYPE))
     if address % 16 == 0:
-        sums, peaks = accumulate(tl.multiple_of(pointer, 16), count, POWER, KIND, BLOCK)
+        sums, peaks = accumulate(aligned(address, DTYPE), count, POWER, KIND, BLOCK)
     else:
         sums, peaks = accumulate(pointer, count, POWER, KIND, BLOCK)
     # From here on one path, so that alignment does not show in the order of additions.
@@ -175,11 +175,10 @@ def scale(
         coefficient = tl.load(coefficients + (tl.load(entry + 3) if PER_ROW else 0))
         if coefficient != 1:
             address, count, _ = look_up(addresses, table, chunk, DTYPE)
-            pointer = address.to(tl.pointer_type(DTYPE))
             if address % 16 == 0:
-                multiply(tl.multiple_of(pointer, 16), count, coefficient, BLOCK)
+                multiply(aligned(address, DTYPE), count, coefficient, BLOCK)
             else:
-                multiply(pointer, count, coefficient, BLOCK)
+                multiply(address.to(tl.pointer_type(DTYPE)), count, coefficient, BLOCK)
 
 
 @triton.jit(do_not_specialize=["limit"])
@@ -200,7 +199,7 @@ def clamp(
     pointer = address.to(tl.pointer_type(DTYPE))
     top = tl.load(limit).to(KIND)
     if address % 16 == 0:
-        lanes = limit_to(tl.multiple_of(pointer, 16), count, top, KIND, BLOCK)
+        lanes = limit_to(aligned(address, DTYPE), count, top, KIND, BLOCK)
     else:
         lanes = limit_to(pointer, count, top, KIND, BLOCK)
     tl.store(changed + chunk, tl.sum(lanes[0].to(tl.int64)))
@@ -223,6 +222,15 @@ def look_up(addresses, table, chunk, DTYPE: tl.constexpr):
     base = tl.load(addresses + tl.load(entry))
     address = base + tl.load(entry + 1) * (DTYPE.primitive_bitwidth // 8)
     return address, tl.load(entry + 2).to(tl.int32), tl.load(entry + 3)
+
+
+@triton.jit
+def aligned(address, DTYPE: tl.constexpr):
+    """Return an address that is a multiple of 16 as a pointer which the compiler knows to be one.
+
+    What ``multiple_of`` says holds of a value wherever it is used, so this is a value of its own.
+    """
+    return tl.multiple_of((address // 16 * 16).to(tl.pointer_type(DTYPE)), 16)
 
 
 @triton.jit

@@ -1,0 +1,108 @@
+"""Clips on a device that has no memory, where reading a number or mixing devices raises.
+
+Prints what raised, a line each. It runs in a process of its own: it registers a device, and makes
+``torch.cat`` and ``torch.stack`` as strict as they are on a GPU.
+"""
+
+import itertools
+import sys
+import warnings
+from math import inf
+from typing import ClassVar, Literal
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import backend_registration
+
+from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
+from gradclip.clipping import Policy, nonfinite, overlap
+from gradclip.clipping.kernels.tables import Table
+from gradclip.clipping.policies import Decision
+
+DEVICE = "npy:0"
+
+
+class RowClip(Policy):
+    scope: ClassVar[Literal["unit"]] = "unit"
+    clip_mode: Literal["row"] = "row"
+
+    def decide(self, norms_S, counts, state):
+        return Decision(1.0, torch.full_like(norms_S, 1.0))
+
+
+class RowObserver(RowClip):
+    clip_mode: Literal["row_observer"] = "row_observer"
+    writes: ClassVar[bool] = False
+
+
+POLICIES = {
+    "norm": 1.0,
+    "zero": 0.0,
+    "inf": inf,
+    "observe": ObserveClip(),
+    "value": ValueClip(clip_value=0.1),
+    "value inf": ValueClip(clip_value=inf),
+    "p = 3": NormClip(max_norm=1.0, norm_type=3.0),
+    "p = inf": NormClip(max_norm=1.0, norm_type=inf),
+    "norm and observer": {"a": 1.0, "b": ObserveClip()},
+    "value and observer": {"a": ValueClip(clip_value=1.0), "b": ObserveClip()},
+    "norm and value": {"a": 1.0, "b": ValueClip(clip_value=0.1)},
+    "two observers": {"a": ObserveClip(), "b": ObserveClip()},
+    "two orders": {"a": 1.0, "b": NormClip(max_norm=1.0, norm_type=1.0)},
+    "rows": RowClip(),
+    "observed rows": RowObserver(),
+    "rows and norm": {"a": RowClip(), "b": 1.0},
+}
+
+
+def strict(function):
+    def checked(tensors, *args, **kwargs):
+        tensors = list(tensors)
+        if len({t.device for t in tensors}) > 1:
+            raise RuntimeError(f"{function.__name__} of several devices")
+        return function(tensors, *args, **kwargs)
+
+    return checked
+
+
+def clip(policy, mode, missing, dtypes, grad_scale):
+    pairs = []
+    for name, dtype in zip("ab", dtypes, strict=True):
+        parameter = torch.nn.Parameter(torch.zeros(3, 4, device=DEVICE, dtype=dtype))
+        if name not in missing:
+            parameter.grad = torch.ones(3, 4, device=DEVICE, dtype=dtype)
+        pairs.append((name, parameter))
+    result = GradientClipper(pairs, policy, nonfinite=mode).clip(grad_scale)
+    result.compute()
+    torch.cat([each._packed() for each in (result, *result.groups.values())])
+
+
+def main():
+    backend_registration._setup_privateuseone_for_python_backend("npy")
+    torch.cat, torch.stack = strict(torch.cat), strict(torch.stack)
+    # A table's copy has no values here either.
+    Table.on = lambda self, device: torch.zeros(
+        self._values.shape, dtype=torch.int64, device=device
+    )
+    # Addresses are asked for, and there are none; the count of skips is read late, on purpose.
+    overlap.DisjointCheck.__call__ = lambda self, gradients: None
+    nonfinite.SkipCounter.record = lambda self, skipped, *, expected: False
+    warnings.simplefilter("ignore")
+    mixed = (torch.float32, torch.float64)
+    for (name, policy), mode, missing, dtypes, scale in itertools.product(
+        POLICIES.items(),
+        ("skip", "propagate"),
+        ("", "a", "ab"),
+        (mixed[:1] * 2, mixed),
+        (None, 4.0),
+    ):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            try:
+                clip(policy, mode, missing, dtypes, scale)
+            except Exception as error:  # noqa: BLE001 - whatever it is
+                said = str(error)[:150]
+                sys.stdout.write(f"{name} {mode} {missing} {dtypes} {scale} {error!r:.20} {said}\n")
+
+
+if __name__ == "__main__":
+    main()
