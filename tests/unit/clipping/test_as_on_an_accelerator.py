@@ -23,6 +23,7 @@ GRADIENTS = {
     "beyond": [[3.0, 4.0], [-12.0, 0.5]],
     "nan": [[nan, 4.0], [1.0, 2.0]],
     "infinite": [[1.0, 4.0], [inf, 2.0]],
+    "both": [[inf, 2.0], [nan, 1.0]],
 }
 POLICIES = {
     "norm": 1.0,
@@ -32,6 +33,8 @@ POLICIES = {
     "value": ValueClip(clip_value=0.25),
     "observe": ObserveClip(),
     "patterns": {"a": 1.0, "b": ValueClip(clip_value=0.25)},
+    "value first": {"a": ValueClip(clip_value=5.0), "b": 1.0},
+    "to zero": {"a": ValueClip(clip_value=0.0), "b": 1.0},
     "orders": {"a": NormClip(max_norm=1.0, norm_type=1.0), "b": NormClip(max_norm=0.5)},
 }
 

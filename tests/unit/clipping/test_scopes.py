@@ -10,6 +10,8 @@ from gradclip.clipping import Policy
 from gradclip.clipping.policies import Decision
 from gradclip.config import Ceiling
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
 
 class TensorClip(Policy):
     """Each tensor by itself."""
@@ -58,7 +60,7 @@ def parameter(gradient):
     return tensor
 
 
-@pytest.mark.parametrize("backend", ["foreach", "reference"])
+@pytest.mark.parametrize("backend", ["foreach", "reference", "triton"])
 def test_each_tensor_has_its_own_coefficient(backend):
     a, b = parameter(torch.tensor([3.0, 4.0])), parameter(torch.tensor([0.3, 0.4]))
     result = GradientClipper([a, b], TensorClip(max_norm=1.0), backend=backend).clip()
@@ -71,7 +73,7 @@ def test_each_tensor_has_its_own_coefficient(backend):
     assert float(result.coefficient) == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("backend", ["foreach", "reference"])
+@pytest.mark.parametrize("backend", ["foreach", "reference", "triton"])
 def test_each_row_has_its_own_coefficient(backend):
     matrix = parameter(torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]]))
     vector = parameter(torch.tensor([6.0, 8.0]))
@@ -110,3 +112,16 @@ def test_history_sees_finite_steps_only_and_survives_a_restart():
     second = GradientClipper([weight], RunningMean())
     second.load_state_dict(first.state_dict())
     assert start + run(second, weight, norms[4:]) == whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", ["foreach", "reference", "triton"])
+def test_a_matrix_without_rows_is_no_obstacle(backend, dtype):
+    shapes = [(5, 4), (0, 4), (5, 4)]
+    weights = [parameter(torch.full(shape, 2.0)) for shape in shapes]
+    weights[1] = parameter(torch.zeros(0, 4, dtype=dtype))
+    result = GradientClipper(weights, RowClip(max_norm=1.0), backend=backend).clip()
+    assert len(result.norms_S) == 10
+    for weight in (weights[0], weights[2]):
+        torch.testing.assert_close(weight.grad, torch.full((5, 4), 0.5))
+    assert weights[1].grad.shape == (0, 4)

@@ -99,7 +99,7 @@ class Layout:
             Place(
                 self._part(chosen),
                 chosen,
-                Table(torch.tensor(self._rows_of(chosen))),
+                Table(torch.tensor(self._rows_of(chosen), dtype=torch.int64)),
             )
             for chosen in kinds.values()
         ]
@@ -108,7 +108,7 @@ class Layout:
     def row_order(self) -> Table:
         """Where each row is, (R,), among the rows of all places one after the other."""
         rows = [row for place in self.places for row in self._rows_of(place.indices or [])]
-        return Table(torch.tensor(rows).argsort())
+        return Table(torch.tensor(rows, dtype=torch.int64).argsort())
 
     def _rows_of(self, indices: list[int]) -> list[int]:
         ends = list(accumulate(self.rows))
