@@ -19,6 +19,9 @@ _SUBNORMAL = 2.0**-1000
 _STEP = 2.0**-600
 
 
+_FLAGS = torch.tensor(False), torch.tensor(True)
+
+
 def host_waits_for(device: torch.device) -> bool:
     """Return whether reading a number from a device would make the host wait."""
     return device.type != "cpu"
@@ -27,7 +30,11 @@ def host_waits_for(device: torch.device) -> bool:
 def as_flag(flag: Flag, device: torch.device) -> Tensor:
     """Return a flag as 0-d bool tensor; filled on the device, since a copy would be waited for."""
     if isinstance(flag, bool):
-        return torch.full((), flag, dtype=torch.bool, device=device)
+        return (
+            _FLAGS[flag]
+            if device.type == "cpu"
+            else torch.full((), flag, dtype=torch.bool, device=device)
+        )
     return flag
 
 

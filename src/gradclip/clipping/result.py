@@ -152,7 +152,7 @@ class ClipResult:
         )
 
     def _flag(self, flag: Flag) -> Tensor:
-        return as_flag(flag, self.measured_S.device)
+        return as_flag(flag, self.measured_S.device).clone() if isinstance(flag, bool) else flag
 
     def _report(self, value: Tensor) -> Tensor:
         return reported(value, self.dtype)

@@ -186,3 +186,17 @@ def test_more_small_tensors_than_are_gathered_at_once(monkeypatch):
     tensors = [torch.full((n,), float(n)) for n in range(60)]
     sums = foreach.power_sums(Batch.of(tensors), 2.0)[:, 0].tolist()
     assert sums == [float(n) ** 3 for n in range(60)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2048,), (16, 128)])
+@pytest.mark.parametrize("odd", [None, 0.0, 1e-30, 1e30, inf, float("nan")])
+def test_tensors_of_one_shape_that_are_gathered_in_lanes(kernels, dtype, shape, odd):
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape).to(dtype) for _ in range(200)]
+    if odd is not None:
+        tensors[7].fill_(1.0).view(-1)[5] = odd
+        tensors[8].fill_(odd)
+    norms_R = kernels.power_sums(Batch.of(tensors), 2.0)[:, 0].sqrt()
+    expected_R = truth(tensors, [1] * len(tensors), 2.0)
+    torch.testing.assert_close(norms_R, expected_R, rtol=2e-7, atol=0, equal_nan=True)

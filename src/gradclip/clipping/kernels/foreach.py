@@ -24,6 +24,12 @@ _SMALL = 8192
 _GATHERED = 1 << 15
 """Elements gathered at a time: they stay in a cache, and start no threads."""
 
+_WORTH_LANES = 1024
+"""Rows from this many elements on are summed as those of large tensors are, if they are alike."""
+
+_GATHERED_IN_LANES = 1 << 18
+"""Elements gathered at a time for that, which is worth threads."""
+
 _ALIKE = 4
 """Rows of one shape that are worth a gathering of their own, which is cheaper for each."""
 
@@ -141,20 +147,27 @@ class _Gathering:
                 self.large.append(index)
             else:
                 alike.setdefault(layout.shapes[index] if one_each else (size,), []).append(index)
-        matrices: list[list[int]] = []
+        matrices: list[tuple[list[int], bool]] = []
         rest: list[int] = []
         for shape, indices in alike.items():
             if len(indices) >= _ALIKE and shape:  # numbers cannot be concatenated
-                matrices += _cut(indices, sizes)
+                size = sizes[indices[0]]
+                fits = size >= _WORTH_LANES and size % _LANES == 0
+                in_lanes = fits and layout.dtypes[0] is not torch.float64
+                limit = _GATHERED_IN_LANES if in_lanes else _GATHERED
+                matrices += [(cut, in_lanes) for cut in _cut(indices, sizes, limit)]
             else:
                 rest += indices
-        segments = _cut(rest, sizes)
-        self.matrices = [(_taker(indices), len(indices)) for indices in matrices]
+        segments = _cut(rest, sizes, _GATHERED)
+        self.matrices = [
+            (_taker(indices), len(indices), in_lanes) for indices, in_lanes in matrices
+        ]
         self.segments = [
             (_taker(indices), torch.tensor([sizes[index] for index in indices]))
             for indices in segments
         ]
-        order = [index for indices in (*matrices, *segments, self.large) for index in indices]
+        gathered = [indices for indices, _ in matrices]
+        order = [index for indices in (*gathered, *segments, self.large) for index in indices]
         # Where each row is found among the results of all of them.
         self.places = torch.tensor(order).argsort() if order != sorted(order) else None
 
@@ -166,13 +179,13 @@ def _taker(indices: list[int]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...
     return itemgetter(*indices)
 
 
-def _cut(indices: list[int], sizes: list[int]) -> list[list[int]]:
+def _cut(indices: list[int], sizes: list[int], limit: int) -> list[list[int]]:
     """Cut indices so that no piece holds more elements than are gathered at a time."""
     pieces: list[list[int]] = []
     total = 0
     for index in indices:
         total += sizes[index]
-        if not pieces or total > _GATHERED:
+        if not pieces or total > limit:
             pieces.append([])
             total = sizes[index]
         pieces[-1].append(index)
@@ -184,7 +197,15 @@ def _by_rows(batch: Batch, p: float, large: Callable[[Tensor], float]) -> Tensor
     gathering = batch.layout.plan(_Gathering)
     rows = batch.tensors if batch.layout.one_row_each else _rows(batch)
     results = []
-    for take, count in gathering.matrices:
+    buffer = None
+    for take, count, in_lanes in gathering.matrices:
+        if in_lanes and p == _EUCLIDEAN:
+            if buffer is None:  # one for all, since its pages are slower to get than to fill
+                buffer = torch.empty(_GATHERED_IN_LANES, dtype=batch.dtype)
+            sums = _lane_sums(take(rows), buffer)
+            if sums is not None:
+                results.append(sums)
+                continue
         together = torch.cat(take(rows))
         matrix = together.to(torch.float64, memory_format=torch.contiguous_format).view(count, -1)
         if matrix.numel() == 0:
@@ -206,6 +227,18 @@ def _by_rows(batch: Batch, p: float, large: Callable[[Tensor], float]) -> Tensor
         return torch.zeros(0, dtype=torch.float64)
     together = results[0] if len(results) == 1 else torch.cat(results)
     return together if gathering.places is None else together[gathering.places]
+
+
+def _lane_sums(rows: tuple[Tensor, ...], buffer: Tensor) -> Tensor | None:
+    """Sum squares by rows of 128 and those in float64: (R,); None where that is not right."""
+    count, shape, size = len(rows), rows[0].shape, rows[0].numel()
+    flat = buffer[: count * size]
+    torch.cat(rows, out=flat.view(count * shape[0], *shape[1:]))
+    in_lanes = torch.linalg.vector_norm(flat.to(torch.float32).view(count, -1, _LANES), dim=2)
+    sums = torch.linalg.vector_norm(in_lanes, dim=1, dtype=torch.float64).square_()
+    low = size * _LOST_FLOAT32_SQUARE
+    # Neither NaN, infinities and what overflowed, nor squares that vanished.
+    return sums if bool(((sums >= low) & (sums < inf)).all()) else None
 
 
 def _large_sum(row: Tensor, p: float) -> float:
