@@ -195,8 +195,9 @@ def test_tensors_of_one_shape_that_are_gathered_in_lanes(kernels, dtype, shape, 
     torch.manual_seed(0)
     tensors = [torch.randn(shape).to(dtype) for _ in range(200)]
     if odd is not None:
-        tensors[7].fill_(1.0).view(-1)[5] = odd
-        tensors[8].fill_(odd)
+        value = torch.tensor(odd, dtype=torch.float64).to(dtype)
+        tensors[7].fill_(1.0).view(-1)[5] = value
+        tensors[8].fill_(value)
     norms_R = kernels.power_sums(Batch.of(tensors), 2.0)[:, 0].sqrt()
     expected_R = truth(tensors, [1] * len(tensors), 2.0)
     torch.testing.assert_close(norms_R, expected_R, rtol=2e-7, atol=0, equal_nan=True)
