@@ -4,7 +4,6 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from math import inf, isfinite, isnan
 from typing import Any, TypeAlias
 
@@ -18,8 +17,10 @@ from gradclip.clipping.arguments import (
     check_grad_scale,
     check_nonfinite,
 )
-from gradclip.clipping.gradients import Gradients, collect
-from gradclip.clipping.kernels import Clamped, LayoutCache, choose
+from gradclip.clipping.clamping import Clamping
+from gradclip.clipping.gradients import collect
+from gradclip.clipping.group import Group
+from gradclip.clipping.kernels import LayoutCache, choose
 from gradclip.clipping.kernels.blocks import home_of
 from gradclip.clipping.kernels.tables import is_capturing
 from gradclip.clipping.nonfinite import (
@@ -31,7 +32,7 @@ from gradclip.clipping.nonfinite import (
 from gradclip.clipping.overlap import DisjointCheck
 from gradclip.clipping.parameters import ParameterGroup, Parameters, ParameterSource, as_source
 from gradclip.clipping.policies import Policy, PolicyLike, as_policies
-from gradclip.clipping.reduction import Measured, clamp_everywhere, combine, from_sums, measure
+from gradclip.clipping.reduction import Measured, combine
 from gradclip.clipping.response import Flag, Response, as_flag, host_waits_for
 from gradclip.clipping.result import ClipResult
 from gradclip.clipping.state import STATE_VERSION, read_state
@@ -48,30 +49,6 @@ ParametersLike: TypeAlias = (
 )
 
 _EUCLIDEAN = 2.0
-_ROUNDED = 1 + 2.0**-20
-"""More than what a norm can be too small by."""
-
-
-@dataclass(eq=False)
-class _Group:
-    """One name pattern at one call."""
-
-    pattern: str
-    policy: Policy
-    gradients: Gradients
-    clamped: Clamped | None = None
-
-    @property
-    def per_row(self) -> bool:
-        return self.policy.scope != "group"
-
-    def scope_names(self) -> tuple[str, ...]:
-        if self.policy.scope == "group":
-            return (self.pattern,)
-        if self.policy.scope == "tensor":
-            return tuple(self.gradients.names)
-        pairs = zip(self.gradients.names, self.gradients.layout.rows, strict=True)
-        return tuple(f"{name}[{row}]" for name, rows in pairs for row in range(rows))
 
 
 class GradientClipper:
@@ -126,6 +103,7 @@ clipped=True, skipped=False, nonfinite=0)
         self._recent: deque[Tensor] = deque(maxlen=32)
         self._known: dict[str, LayoutCache] = {}
         self._check_disjoint = DisjointCheck()
+        self._clamping = Clamping(self._backends, self._nonfinite, together=by_pattern)
         self._warned = False
         self.step = 0
         """How many calls there were."""
@@ -151,10 +129,13 @@ clipped=True, skipped=False, nonfinite=0)
             UnsupportedGradientError: GC020, for integer, float8 or meta gradients, and for
                 complex ones that should be clamped.
             OverlappingGradientsError: GC021, for gradients that share bytes.
+            ArgumentValueError: GC010, for gradients on a device that the backend cannot serve.
+            CaptureError: GC022, inside a CUDA graph that is captured before the first steps.
             NonFiniteGradientError: GC201, with ``nonfinite="raise"``.
-            TooManySkipsError: GC202, after ``max_consecutive_skips``.
+            TooManySkipsError: GC202, after ``max_consecutive_skips``; on an accelerator four steps
+                later.
 
-        All are raised before any gradient is changed.
+        All are raised before any gradient is changed, but for the last on an accelerator.
         """
         scale = check_grad_scale(grad_scale)
         with torch.no_grad():
@@ -168,9 +149,9 @@ clipped=True, skipped=False, nonfinite=0)
         if isinstance(scale, Tensor):
             scale = scale.to(home)
 
-        for group in groups:
-            if self._clamps_at_once(group, home):
-                self._clamp(group, scale, home, before=True)
+        if self._clamping.goes_first(home):
+            for group in groups:
+                self._clamping.clamp(group, scale, home, before=True)
         measured = [self._measure(group, group.policy.order, scale, home) for group in groups]
         totals = [
             norms
@@ -198,7 +179,7 @@ clipped=True, skipped=False, nonfinite=0)
 
     # collect
 
-    def _collect(self) -> list[_Group]:
+    def _collect(self) -> list[Group]:
         """Find and check the gradients of every group that has a policy."""
         groups = []
         for pattern, parameters in self._parameters.groups().items():
@@ -209,25 +190,25 @@ clipped=True, skipped=False, nonfinite=0)
         self._warn_if_none(groups)
         return groups
 
-    def _collect_group(self, parameters: ParameterGroup, policy: Policy) -> _Group:
+    def _collect_group(self, parameters: ParameterGroup, policy: Policy) -> Group:
         pattern = parameters.pattern
         if pattern not in self._known:
             self._known[pattern] = self._layouts(policy)
         gradients = collect(parameters, self._known[pattern])
-        if policy.element_limit is not None:
+        if policy.element_limit is not None and gradients.has_complex:
             for name, tensor in zip(gradients.names, gradients.tensors, strict=True):
                 if tensor.is_complex():
                     raise UnsupportedGradientError(
                         f"the gradient of {name} is {tensor.dtype}, and complex numbers have no "
                         "order to clamp by: use NormClip for it. No gradient was changed."
                     )
-        return _Group(parameters.pattern, policy, gradients)
+        return Group(parameters.pattern, policy, gradients)
 
     def _layouts(self, policy: Policy) -> LayoutCache:
         """Return where the layouts of a group's gradients are remembered."""
         return LayoutCache(by_unit=policy.scope == "unit")
 
-    def _warn_if_none(self, groups: list[_Group]) -> None:
+    def _warn_if_none(self, groups: list[Group]) -> None:
         if self._warned or any(group.gradients.tensors for group in groups):
             return
         if any(group.parameters for group in self._parameters.groups().values()):
@@ -238,7 +219,7 @@ clipped=True, skipped=False, nonfinite=0)
                 stacklevel=_callers_level(),
             )
 
-    def _home(self, groups: list[_Group]) -> torch.device:
+    def _home(self, groups: list[Group]) -> torch.device:
         """Return the device of the small results: an accelerator where there is one."""
         devices = {device for group in groups for device in group.gradients.devices}
         if not devices:
@@ -249,64 +230,14 @@ clipped=True, skipped=False, nonfinite=0)
     # measure and reduce
 
     def _measure(
-        self,
-        group: _Group,
-        order: float,
-        scale: float | Tensor | None,
-        home: torch.device,
-        *,
-        left: bool = False,
+        self, group: Group, order: float, scale: float | Tensor | None, home: torch.device
     ) -> Measured:
-        """Measure a group, or what clamping left of it; clamping in one pass has done it."""
-        batch, clamped = group.gradients.measured(order), group.clamped
-        sums_RA = None
-        if clamped is not None and order == _EUCLIDEAN:
-            sums_RA = clamped.after_RA if left else clamped.before_RA
-        if sums_RA is not None:
-            measured = from_sums(sums_RA, batch, order, per_row=group.per_row)
-        else:
-            measured = measure(self._backends, batch, order, per_row=group.per_row, home=home)
-        return measured if scale is None else replace(measured, norms_S=measured.norms_S / scale)
-
-    def _clamps_at_once(self, group: _Group, home: torch.device) -> bool:
-        """Return whether a group is clamped and measured in one pass.
-
-        Where the host would have to wait for the verdict, clamping goes first: what is skipped is
-        zeroed then. Where the verdict has to come first, it is two passes.
-        """
-        waits = self._nonfinite == "raise" or self._clamps_together
-        return host_waits_for(home) and not waits and group.policy.order == _EUCLIDEAN
-
-    @property
-    def _clamps_together(self) -> bool:
-        """With several groups all are clamped or none; a single one clamps what it can."""
-        return self._by_pattern and self._nonfinite == "propagate"
-
-    def _clamp(
-        self,
-        group: _Group,
-        scale: float | Tensor | None,
-        home: torch.device,
-        *,
-        only_if: Flag | None = None,
-        before: bool = False,
-    ) -> None:
-        limit: float | Tensor | None = group.policy.element_limit
-        if limit is None or not (group.policy.writes and group.gradients.tensors):
-            return
-        limit = limit if scale is None else limit * scale
-        if isinstance(only_if, Tensor):
-            limits = torch.full((), inf, dtype=torch.float64, device=home)
-            limit = torch.where(only_if, limit, limits)
-        batch = group.gradients.measured(_EUCLIDEAN)
-        group.clamped = clamp_everywhere(self._backends, batch, limit, home, before=before)
-        if group.gradients.has_sparse and int(group.clamped.changed):
-            group.gradients.adopt_coalesced()
+        return group.measure(self._backends, order, scale, home)
 
     # decide
 
     def _judge(
-        self, groups: list[_Group], measured: list[Measured], *, overflow_expected: bool
+        self, groups: list[Group], measured: list[Measured], *, overflow_expected: bool
     ) -> Flag:
         """Return whether the update may happen, as far as NaN and infinities go."""
         finite = [_is_finite(g.policy, m.norms_S) for g, m in zip(groups, measured, strict=True)]
@@ -319,7 +250,7 @@ clipped=True, skipped=False, nonfinite=0)
                 raise too_many_skips(self._report(groups), self._skips.limit)
         return counts
 
-    def _report(self, groups: list[_Group]) -> str:
+    def _report(self, groups: list[Group]) -> str:
         recent = [float(combine(norms_S, self._order)) for norms_S in self._recent]
         return nonfinite_report(
             [group.gradients for group in groups],
@@ -329,7 +260,7 @@ clipped=True, skipped=False, nonfinite=0)
             ceiling=groups[0].policy.ceiling,
         )
 
-    def _decide(self, group: _Group, norms: Measured, counts: Flag) -> Response:
+    def _decide(self, group: Group, norms: Measured, counts: Flag) -> Response:
         policy, norms_S = group.policy, norms.norms_S
         state = self._states.get(group.pattern)
         if state is None:
@@ -350,7 +281,7 @@ clipped=True, skipped=False, nonfinite=0)
 
     def _apply(
         self,
-        group: _Group,
+        group: Group,
         norms: Measured,
         response: Response,
         scale: float | Tensor | None,
@@ -360,7 +291,7 @@ clipped=True, skipped=False, nonfinite=0)
         thresholds, clamped, left_S = response.decision.thresholds, None, None
         if policy.element_limit is not None:
             thresholds = policy.element_limit
-            clamped, left_S = self._clamp_counted(group, norms, counts, scale)
+            clamped, left_S = self._clamping.finish(group, norms, counts, scale)
         if policy.writes:
             apply.scale(self._backends, group.gradients, response)
         skipped: Flag = not counts if isinstance(counts, bool) else ~counts
@@ -377,30 +308,10 @@ clipped=True, skipped=False, nonfinite=0)
             left_S=left_S,
         )
 
-    def _clamp_counted(
-        self, group: _Group, norms: Measured, counts: Flag, scale: float | Tensor | None
-    ) -> tuple[Flag, Tensor]:
-        """Clamp a group unless that was done; return whether anything changed, and what is left."""
-        home = norms.norms_S.device
-        if not host_waits_for(home) and _is_within(group.policy, norms.norms_S):
-            return False, norms.norms_S
-        if group.clamped is None and not (
-            counts is False and (self._nonfinite == "skip" or self._clamps_together)
-        ):
-            together = self._clamps_together and isinstance(counts, Tensor)
-            self._clamp(group, scale, home, only_if=counts if together else None)
-        if group.clamped is None:
-            return False, norms.norms_S
-        changed = group.clamped.changed > 0
-        if home.type == "cpu" and not changed:
-            return False, norms.norms_S
-        left = self._measure(group, norms.norm_type, scale, home, left=True)
-        return bool(changed) if home.type == "cpu" else changed, left.norms_S
-
     # report
 
     def _summarise(
-        self, groups: list[_Group], results: list[ClipResult], totals: list[Measured]
+        self, groups: list[Group], results: list[ClipResult], totals: list[Measured]
     ) -> ClipResult:
         """Return the only result, or one over all groups that has each of them."""
         if not self._by_pattern:
@@ -468,12 +379,6 @@ def _is_finite(policy: Policy, norms_S: Tensor) -> Flag:
     if not host_waits_for(norms_S.device):
         return not any(isnan(norm) if clamps else not norm < inf for norm in norms_S.tolist())
     return (~norms_S.isnan() if clamps else norms_S < inf).all()
-
-
-def _is_within(policy: Policy, norms_S: Tensor) -> bool:
-    """Return whether norms show that no element exceeds its limit: none is larger than a norm."""
-    limit = policy.element_limit
-    return limit is not None and all(n * _ROUNDED <= limit for n in norms_S.tolist())
 
 
 def _all(flags: list[Flag]) -> Flag:

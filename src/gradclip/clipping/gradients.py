@@ -71,6 +71,11 @@ class Gradients:
         return self.known.batch([_modulus(_values(tensor)) for tensor in self._coalesced])
 
     @property
+    def has_complex(self) -> bool:
+        """Whether a gradient has complex elements, which have no order."""
+        return bool(self._kinds.dtypes & COMPLEX)
+
+    @property
     def has_sparse(self) -> bool:
         """Whether a gradient has to be coalesced before its elements are changed."""
         return self._plain is None and any(tensor.is_sparse for tensor in self.tensors)

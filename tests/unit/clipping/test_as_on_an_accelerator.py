@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
+from gradclip.clipping import clamping, response
 from gradclip.clipping import clipper as clipper_module
-from gradclip.clipping import response
 from gradclip.clipping.kernels import foreach
 from gradclip.clipping.nonfinite import SkipCounter
 
@@ -43,8 +43,8 @@ POLICIES = {
 def unseen():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(foreach, "_on_cpu", lambda batch: False)
-        patch.setattr(clipper_module, "host_waits_for", lambda device: True)
-        patch.setattr(response, "host_waits_for", lambda device: True)
+        for module in (clipper_module, clamping, response):
+            patch.setattr(module, "host_waits_for", lambda device: True)
         patch.setattr(SkipCounter, "record", lambda self, skipped, *, expected: False)
         yield
 

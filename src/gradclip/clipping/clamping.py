@@ -1,0 +1,101 @@
+"""Clipping by value: when a group is clamped, before the verdict or after it, and what is left."""
+
+from math import inf
+
+import torch
+from torch import Tensor
+
+from gradclip.clipping.arguments import Nonfinite
+from gradclip.clipping.group import Group
+from gradclip.clipping.kernels import Backends
+from gradclip.clipping.policies import Policy
+from gradclip.clipping.reduction import Measured, clamp_everywhere
+from gradclip.clipping.response import Flag, host_waits_for
+
+_EUCLIDEAN = 2.0
+_ROUNDED = 1 + 2.0**-20
+"""More than what a norm can be too small by."""
+
+
+class Clamping:
+    """Clamps the groups whose policy limits each element.
+
+    Args:
+        backends: The choice of backend.
+        nonfinite: What to do about a NaN.
+        together: There may be several groups: under "propagate" all are clamped then, or none.
+    """
+
+    def __init__(self, backends: Backends, nonfinite: Nonfinite, *, together: bool) -> None:
+        self._backends = backends
+        self._skips = nonfinite == "skip"
+        self._raises = nonfinite == "raise"
+        self._together = together and nonfinite == "propagate"
+
+    def goes_first(self, home: torch.device) -> bool:
+        """Return whether groups are clamped and measured in one pass, before the verdict.
+
+        So it is where the host would have to wait for a verdict; what is skipped is zeroed then.
+        """
+        return host_waits_for(home) and not self._raises and not self._together
+
+    def clamp(
+        self,
+        group: Group,
+        scale: float | Tensor | None,
+        home: torch.device,
+        *,
+        only_if: Flag | None = None,
+        before: bool = False,
+    ) -> None:
+        """Clamp a group whose policy limits elements, and keep what was found with it.
+
+        Args:
+            group: Any group.
+            scale: What its gradients are still multiplied by.
+            home: Device of the results.
+            only_if: A verdict on which it depends, where that is a tensor.
+            before: Whether to sum squares of what was there.
+        """
+        limit: float | Tensor | None = group.policy.element_limit
+        if limit is None or not (group.policy.writes and group.gradients.tensors):
+            return
+        if scale is not None:
+            limit = limit * scale
+        if isinstance(only_if, Tensor):
+            unlimited = torch.full((), inf, dtype=torch.float64, device=home)
+            limit = torch.where(only_if, limit, unlimited)
+        batch = group.gradients.measured(_EUCLIDEAN)
+        group.clamped = clamp_everywhere(self._backends, batch, limit, home, before=before)
+        if group.gradients.has_sparse and int(group.clamped.changed):
+            group.gradients.adopt_coalesced()
+
+    def finish(
+        self, group: Group, norms: Measured, counts: Flag, scale: float | Tensor | None
+    ) -> tuple[Flag, Tensor]:
+        """Clamp a group unless that was done; return whether anything changed, and what is left."""
+        home = norms.norms_S.device
+        if group.clamped is None and not self._leaves_alone(group, norms, counts, home):
+            self.clamp(group, scale, home, only_if=counts if self._together else None)
+        if group.clamped is None:
+            return False, norms.norms_S
+        changed: Flag = group.clamped.changed > 0
+        if not host_waits_for(home):
+            changed = bool(changed)
+            if not changed:
+                return changed, norms.norms_S
+        left = group.measure(self._backends, norms.norm_type, scale, home, left=True)
+        return changed, left.norms_S
+
+    def _leaves_alone(
+        self, group: Group, norms: Measured, counts: Flag, home: torch.device
+    ) -> bool:
+        if counts is False and (self._skips or self._together):
+            return True
+        return not host_waits_for(home) and _is_within(group.policy, norms.norms_S)
+
+
+def _is_within(policy: Policy, norms_S: Tensor) -> bool:
+    """Return whether norms show that no element exceeds its limit: none is larger than a norm."""
+    limit = policy.element_limit
+    return limit is not None and all(norm * _ROUNDED <= limit for norm in norms_S.tolist())
