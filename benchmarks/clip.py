@@ -16,7 +16,7 @@ from math import inf
 import torch
 from accelerate import Accelerator
 from models import Case, cases
-from timing import RESULTS, Function, finish, machine, paired, replayed, write
+from timing import RESULTS, Function, finish, machine, paired, read, replayed, write
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
@@ -172,9 +172,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", default="", help="models whose name has this")
+    parser.add_argument(
+        "--only", default="", help="models whose name has this; the others' lines stay"
+    )
     arguments = parser.parse_args()
     device = arguments.device
+    path = RESULTS / f"clip_{device}.csv"
+    kept: list[Row] = [{**row} for row in read(path) if arguments.only not in row["model"]]
     rows: list[Row] = []
     for case in cases():
         if arguments.only not in case.name:
@@ -188,8 +192,7 @@ def main() -> None:
         finish(device)
         torch.compiler.reset()
         gc.collect()
-        if not arguments.only:
-            write(RESULTS / f"clip_{device}.csv", rows)
+        write(path, [*kept, *rows] if arguments.only else rows)
 
 
 def fits(case: Case, device: str) -> bool:

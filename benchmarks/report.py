@@ -32,7 +32,7 @@ NOT_YET = "Not measured yet: no CSV file is committed for a GPU."
 def models(rows: list[Row]) -> dict[tuple[str, str], dict[tuple[str, str], Row]]:
     """Return the rows by model and dtype, and by what is done and who does it."""
     found: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: int(row["elements"])):
         found.setdefault((row["model"], row["dtype"]), {})[row["what"], row["who"]] = row
     return found
 
@@ -175,8 +175,8 @@ TABLES: dict[str, Callable[[], str]] = {
 def filled(page: str) -> str:
     """Return a page with its tables made anew."""
     return re.sub(
-        r"(<!-- benchmark: (\w+) -->\n).*?(\n<!-- end -->)",
-        lambda found: f"{found[1]}{TABLES[found[2]]()}{found[3]}",
+        r"(<!-- benchmark: (\w+) -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}",
         page,
         flags=re.DOTALL,
     )
