@@ -5,6 +5,7 @@ that memory until the copy was made. A captured CUDA graph copies again at each 
 copies from is never given back.
 """
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -107,7 +108,8 @@ class Addresses:
         return there
 
     def _copy(self, host: Tensor, addresses: Sequence[int]) -> Tensor:
-        host.copy_(torch.tensor(addresses, dtype=torch.int64))
+        # An array takes a list of Python's integers several times as fast as a tensor does.
+        host.copy_(torch.frombuffer(array("q", addresses), dtype=torch.int64))
         return host.to(self._device, non_blocking=True)
 
     def _pinned(self) -> Tensor:
