@@ -97,8 +97,7 @@ clipped=True, skipped=False, nonfinite=0)
         )
         self._by_pattern = by_pattern
         orders = {policy.order for policy in self._policies.values() if policy}
-        self._one_order = len(orders) == 1
-        self._order = orders.pop() if self._one_order else _EUCLIDEAN
+        self._order = orders.pop() if len(orders) == 1 else _EUCLIDEAN
         self._states: dict[str, dict[str, Tensor]] = {}
         self._recent: deque[Tensor] = deque(maxlen=32)
         self._known: dict[str, LayoutCache] = {}
@@ -152,11 +151,11 @@ clipped=True, skipped=False, nonfinite=0)
         if self._clamping.goes_first(home):
             for group in groups:
                 self._clamping.clamp(group, scale, home, before=True)
-        measured = [self._measure(group, group.policy.order, scale, home) for group in groups]
+        measured = [g.measure(self._backends, g.policy.order, scale, home) for g in groups]
         totals = [
             norms
             if norms.norm_type == self._order
-            else self._measure(group, self._order, scale, home)
+            else group.measure(self._backends, self._order, scale, home)
             for group, norms in zip(groups, measured, strict=True)
         ]
         counts = self._judge(groups, measured, overflow_expected=overflow_expected)
@@ -226,13 +225,6 @@ clipped=True, skipped=False, nonfinite=0)
             found = self._parameters.groups().values()
             devices = {p.device for group in found for p in group.parameters[:1] if not p.is_meta}
         return home_of(devices)
-
-    # measure and reduce
-
-    def _measure(
-        self, group: Group, order: float, scale: float | Tensor | None, home: torch.device
-    ) -> Measured:
-        return group.measure(self._backends, order, scale, home)
 
     # decide
 

@@ -4,6 +4,7 @@ Chunks are small, so that a few hundred elements have many of them.
 """
 
 import os
+import sys
 from math import inf, isnan, nan
 from threading import Thread
 
@@ -310,7 +311,7 @@ def test_autograd_learns_of_what_was_written():
         torch.autograd.grad(later, weight)
 
 
-def test_threads_with_models_of_one_shape_do_not_meet(monkeypatch):
+def test_threads_with_models_of_one_shape_do_not_meet():
     """The functions share what they know of shapes, but not where the gradients are."""
     addresses = Addresses(torch.device("cpu"), 1)
     wrong = []
@@ -320,10 +321,15 @@ def test_threads_with_models_of_one_shape_do_not_meet(monkeypatch):
             wrong.extend(set(addresses.of([mine]).tolist()) - {mine})
 
     threads = [Thread(target=ask, args=(number,)) for number in range(1, 4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    patience = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns as often as they can
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(patience)
     assert not wrong
 
 

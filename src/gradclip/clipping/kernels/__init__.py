@@ -18,10 +18,10 @@ from typing import Any, Protocol, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from gradclip.clipping.kernels.layout import Batch, Layout, LayoutCache, Place
+from gradclip.clipping.kernels.layout import Batch, Layout, LayoutCache
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, GradClipError
 
-__all__ = ["Backends", "Batch", "Clamped", "Kernels", "Layout", "LayoutCache", "Place", "choose"]
+__all__ = ["Backends", "Batch", "Clamped", "Kernels", "Layout", "LayoutCache", "choose"]
 
 Scalar: TypeAlias = float | Tensor
 

@@ -211,7 +211,8 @@ class LayoutCache:
 
     def batch(self, tensors: Sequence[Tensor]) -> Batch:
         """Return tensors with their layout, found or made."""
-        return Batch(tensors, self.find(tensors) or self.add(tensors))
+        layout = self.find(tensors)
+        return Batch(tensors, self.add(tensors) if layout is None else layout)
 
     def _keep(self, facts: object, layout: Layout) -> None:
         others = [known for known in self._known if known[1] is not layout]
