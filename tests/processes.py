@@ -1,0 +1,153 @@
+"""Real processes that talk over gloo: ``together(function, 4)`` runs it on four ranks."""
+
+import faulthandler
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+LIMIT = 30.0
+"""Seconds after which a test of several processes counts as one that hangs."""
+
+_PRELOADED = [
+    "torch",
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "torch._dynamo",
+    "gradclip",
+    "gradclip.clipping",
+]
+_processes = get_context("forkserver")
+_processes.set_forkserver_preload(_PRELOADED)
+
+
+class RanksFailedError(AssertionError):
+    """A rank raised, died, or was still running when the time was over."""
+
+
+def together(
+    function: Callable[..., Any],
+    ranks: int,
+    *args: Any,
+    limit: float = LIMIT,
+    env: dict[str, str] | None = None,
+    group_timeout: float | None = None,
+) -> list[Any]:
+    """Run ``function(rank, *args)`` on so many ranks of a gloo group; return what each returned.
+
+    Args:
+        function: At the top of a module that can be imported, as pickling asks.
+        ranks: How many processes.
+        args: Whatever can be pickled; what the function returns too.
+        limit: Seconds after which all are killed.
+        env: Environment variables of every rank.
+        group_timeout: Seconds that a collective waits for a rank; ``limit`` where it is not given.
+
+    Raises:
+        RanksFailedError: With every rank's traceback.
+    """
+    outcomes = outcomes_of(
+        function, ranks, *args, limit=limit, env=env, group_timeout=group_timeout
+    )
+    wrong = [
+        f"--- rank {rank}: {outcome.problem}"
+        for rank, outcome in enumerate(outcomes)
+        if outcome.problem
+    ]
+    if wrong:
+        raise RanksFailedError("\n".join(wrong))
+    return [outcome.value for outcome in outcomes]
+
+
+class Outcome:
+    """What became of a rank."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
+        self.problem = "it never reported"
+        self.exit_code: int | None = None
+        self.seconds = 0.0
+
+
+def outcomes_of(
+    function: Callable[..., Any],
+    ranks: int,
+    *args: Any,
+    limit: float = LIMIT,
+    env: dict[str, str] | None = None,
+    group_timeout: float | None = None,
+) -> list[Outcome]:
+    """Run a function as ``together`` does, where ranks are expected to fail."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.monotonic()
+        running = []
+        for rank in range(ranks):
+            ours, theirs = _processes.Pipe(duplex=False)
+            setting = (rank, ranks, f"{folder}/store", group_timeout or limit, env or {}, limit)
+            process = _processes.Process(target=_rank, args=(theirs, setting, function, args))
+            process.start()
+            theirs.close()
+            running.append((process, ours))
+        outcomes = [Outcome() for _ in range(ranks)]
+        waiting = {pipe: rank for rank, (_, pipe) in enumerate(running)}
+        while waiting and (left := started + limit - time.monotonic()) > 0:
+            for pipe in wait(list(waiting), left):
+                assert isinstance(pipe, Connection)
+                outcome = outcomes[waiting[pipe]]
+                outcome.seconds = time.monotonic() - started
+                try:
+                    outcome.value, outcome.problem = pipe.recv()
+                except EOFError:
+                    outcome.problem = "it died without a word"
+                del waiting[pipe]
+        for rank in waiting.values():
+            outcomes[rank].problem = f"it was still running after {limit} s"
+        for rank, (process, pipe) in enumerate(running):
+            process.join(max(0.1, started + limit - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+            outcomes[rank].exit_code = process.exitcode
+            pipe.close()
+        return outcomes
+
+
+def _rank(
+    pipe: Connection, setting: tuple[Any, ...], function: Callable[..., Any], args: Any
+) -> None:
+    """Be one rank. An ordinary exit of a process with a group aborts now and then: avoid it."""
+    rank, ranks, store, group_timeout, env, limit = setting
+    os.environ.update(env)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    faulthandler.dump_traceback_later(max(1.0, limit - 2), exit=False)
+    import torch  # noqa: PLC0415 - not before the environment is set
+    import torch.distributed as dist  # noqa: PLC0415
+
+    torch.set_num_threads(1)
+    code = 0
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=ranks,
+            timeout=timedelta(seconds=group_timeout),
+        )
+        pipe.send((function(rank, *args), ""))
+        dist.barrier()
+    except BaseException as error:  # noqa: BLE001 - whatever it was, the parent must know
+        code = 1
+        try:
+            pipe.send((error, traceback.format_exc()))
+        except Exception:  # noqa: BLE001 - what cannot be pickled is told in words
+            pipe.send((None, traceback.format_exc()))
+    pipe.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
