@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -102,7 +103,7 @@ def outcomes_of(
                 outcome = outcomes[waiting[pipe]]
                 outcome.seconds = time.monotonic() - started
                 try:
-                    outcome.value, outcome.problem = pipe.recv()
+                    outcome.value, outcome.problem = pickle.loads(pipe.recv_bytes())
                 except EOFError:
                     outcome.problem = "it died without a word"
                 del waiting[pipe]
@@ -139,14 +140,14 @@ def _rank(
             world_size=ranks,
             timeout=timedelta(seconds=group_timeout),
         )
-        pipe.send((function(rank, *args), ""))
+        pipe.send_bytes(pickle.dumps((function(rank, *args), "")))
         dist.barrier()
     except BaseException as error:  # noqa: BLE001 - whatever it was, the parent must know
         code = 1
         try:
-            pipe.send((error, traceback.format_exc()))
+            pipe.send_bytes(pickle.dumps((error, traceback.format_exc())))
         except Exception:  # noqa: BLE001 - what cannot be pickled is told in words
-            pipe.send((None, traceback.format_exc()))
+            pipe.send_bytes(pickle.dumps((None, traceback.format_exc())))
     pipe.close()
     sys.stdout.flush()
     sys.stderr.flush()
