@@ -8,7 +8,7 @@ from torch import Tensor
 from gradclip.clipping.gradients import Gradients
 from gradclip.clipping.kernels import Backends, Clamped
 from gradclip.clipping.policies import Policy
-from gradclip.clipping.reduction import Measured, from_sums, measure
+from gradclip.clipping.reduction import Measured, measure
 
 _EUCLIDEAN = 2.0
 
@@ -64,8 +64,7 @@ class Group:
         batch, sums_RA = self.gradients.measured(order), None
         if self.clamped is not None and order == _EUCLIDEAN:
             sums_RA = self.clamped.after_RA if left else self.clamped.before_RA
-        if sums_RA is not None:
-            measured = from_sums(sums_RA, batch, order, per_row=self.per_row)
-        else:
-            measured = measure(backends, batch, order, per_row=self.per_row, home=home)
+        measured = measure(
+            backends, batch, order, per_row=self.per_row, home=home, sums_RA=sums_RA
+        )
         return measured if scale is None else replace(measured, norms_S=measured.norms_S / scale)

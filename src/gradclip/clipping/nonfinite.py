@@ -1,21 +1,14 @@
 """What happens around a NaN or an infinity: the report of an error, and the count of skips."""
 
-from collections import deque
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from gradclip.clipping.gradients import Gradients
-from gradclip.clipping.kernels.tables import is_capturing
+from gradclip.clipping.lagged import Lagged
 from gradclip.clipping.response import Flag
 from gradclip.errors import NonFiniteGradientError, TooManySkipsError
 
 _NAMED = 3
 """How many parameters at fault an error names."""
-
-_LAG = 4
-"""Steps after which a count is read where reading at once would make the host wait."""
 
 
 class SkipCounter:
@@ -32,7 +25,7 @@ class SkipCounter:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._in_a_row = 0
-        self._pending: deque[tuple[Tensor, torch.Event, bool]] = deque()
+        self._lagged: Lagged[bool] = Lagged()
 
     def record(self, skipped: Flag, *, expected: bool) -> bool:
         """Record whether a step was skipped.
@@ -46,31 +39,20 @@ class SkipCounter:
         """
         if isinstance(skipped, bool):
             return self._count(skipped, expected)
-        if is_capturing(skipped.device):
-            return False  # replays of a CUDA graph have no host to count them
-        copy = torch.empty((), dtype=torch.bool, pin_memory=True)
-        copy.copy_(skipped, non_blocking=True)
-        event = torch.Event(skipped.device.type)
-        event.record()
-        self._pending.append((copy, event, expected))
-        return len(self._pending) > _LAG and self._take()
+        late = self._lagged.push(skipped, expected)
+        return late is not None and self._count(bool(late[0][0]), late[1])
 
     @property
     def in_a_row(self) -> int:
         """Skips in a row up to the last step; waits for the device."""
-        while self._pending:
-            self._take()
+        while (late := self._lagged.pop()) is not None:
+            self._count(bool(late[0][0]), late[1])
         return self._in_a_row
 
     @in_a_row.setter
     def in_a_row(self, count: int) -> None:
-        self._pending.clear()
+        self._lagged.clear()
         self._in_a_row = count
-
-    def _take(self) -> bool:
-        copy, event, expected = self._pending.popleft()
-        event.synchronize()
-        return self._count(bool(copy), expected)
 
     def _count(self, skipped: bool, expected: bool) -> bool:
         if not (skipped and expected):

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import inf
-from typing import TypeAlias
+from math import inf, nan
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,10 +37,163 @@ class Measured:
     witness_T: Tensor
 
 
+class Scopes(Protocol):
+    """Which scope each row of a batch belongs to, and for how much of it this rank answers."""
+
+    def sums(self, values_RA: Tensor) -> Tensor:
+        """Add up rows by scope: (S, A)."""
+        ...
+
+    def maxima(self, values_R: Tensor) -> Tensor:
+        """Return the largest row of each scope, (S,); NaN where there is one."""
+        ...
+
+    def rows(self, values_S: Tensor) -> Tensor:
+        """Give each row what its scope has: (R,)."""
+        ...
+
+
+class Together:
+    """All rows are one scope."""
+
+    def sums(self, values_RA: Tensor) -> Tensor:
+        """Add up all rows: (1, A)."""
+        return values_RA.sum(0, keepdim=True)
+
+    def maxima(self, values_R: Tensor) -> Tensor:
+        """Return the largest of all rows: (1,)."""
+        return values_R.amax(0, keepdim=True) if len(values_R) else values_R.new_zeros(1)
+
+    def rows(self, values_S: Tensor) -> Tensor:
+        """Give every row the same number."""
+        return values_S
+
+
+class Apart:
+    """Each row is a scope of its own."""
+
+    def sums(self, values_RA: Tensor) -> Tensor:
+        """Return the rows."""
+        return values_RA
+
+    def maxima(self, values_R: Tensor) -> Tensor:
+        """Return the rows."""
+        return values_R
+
+    def rows(self, values_S: Tensor) -> Tensor:
+        """Return the scopes."""
+        return values_S
+
+
+class Norm:
+    """A norm on its way from gradients to a number: between the stages, ranks may add theirs.
+
+    Args:
+        order: p, > 0 or inf.
+        scopes: How rows become scopes.
+    """
+
+    def __init__(self, order: float, scopes: Scopes) -> None:
+        self.order = order
+        self.scopes = scopes
+        self.rows_RA: Tensor
+        """What was found of each row in the first read."""
+        self.sums_SA: Tensor
+        """Sums of powers of each scope, (S, A); for p = inf its NaN, if it has any, and else 0."""
+        self.maxima_S: Tensor | None = None
+        """The largest modulus in each scope, (S,), where p asks for it."""
+
+    @property
+    def reads_twice(self) -> bool:
+        """Whether the largest modulus has to be known before powers are summed."""
+        return self.order not in {1.0, 2.0, inf}
+
+    def read(
+        self, backends: Backends, batch: Batch, home: torch.device, sums_RA: Tensor | None = None
+    ) -> None:
+        """Read the tensors: their sums for p = 1, 2, else their maxima.
+
+        Args:
+            backends: The choice of backend.
+            batch: Real tensors, of any devices, dtypes and shapes.
+            home: Device of the results.
+            sums_RA: What was summed already, for p = 1, 2.
+        """
+        p = self.order
+        if not batch.tensors:
+            self.rows_RA = torch.zeros(0, 1, dtype=torch.float64, device=home)
+        elif sums_RA is not None:
+            self.rows_RA = sums_RA
+        elif p in {1.0, 2.0}:
+            self.rows_RA = _everywhere(
+                lambda kernels, part, _: kernels.power_sums(part, p), backends, batch, home, p
+            )
+        else:
+            self.rows_RA = _everywhere(
+                lambda kernels, part, _: kernels.abs_max(part), backends, batch, home, p
+            )
+        if p in {1.0, 2.0}:
+            self.sums_SA = self.scopes.sums(self.rows_RA)
+            return
+        self.maxima_S = self.scopes.maxima(self.rows_RA[:, 0])
+        self.sums_SA = torch.where(self.maxima_S.isnan(), self.maxima_S, 0.0)[:, None]
+
+    def read_again(self, backends: Backends, batch: Batch) -> None:
+        """Sum ``|x / max|**p``, which is in range for every p, where p asks for it."""
+        if not self.reads_twice:
+            return
+        assert self.maxima_S is not None
+        home = self.maxima_S.device
+        if not batch.tensors:
+            sums_RA = self.rows_RA
+        else:
+            scale_R = self.scopes.rows(self._scale_S)
+            if len(scale_R) != len(batch.layout.row_sizes):
+                scale_R = scale_R.expand(len(batch.layout.row_sizes))
+            sums_RA = _everywhere(
+                lambda kernels, part, there: kernels.scaled_power_sums(
+                    part, self.order, there(scale_R)
+                ),
+                backends,
+                batch,
+                home,
+                self.order,
+            )
+        self.sums_SA = self.scopes.sums(sums_RA)
+
+    @property
+    def _scale_S(self) -> Tensor:
+        assert self.maxima_S is not None
+        return torch.where((self.maxima_S > 0) & self.maxima_S.isfinite(), self.maxima_S, 1.0)
+
+    def norms(self) -> Tensor:
+        """Return the norm of each scope, float64 (S,), from sums and maxima."""
+        p, sums_SA = self.order, self.sums_SA
+        if self.maxima_S is None:
+            norms_S = _root(sums_SA, p)
+            if p == _EUCLIDEAN and sums_SA.shape[1] == 1:
+                return norms_S
+            return _saturated(norms_S, sums_SA[:, sums_SA.shape[1] // 2])
+        if p == inf:
+            return torch.where(sums_SA[:, 0].isnan(), nan, self.maxima_S)
+        return _saturated(self._scale_S * sums_SA[:, 0].pow(1 / p), self.maxima_S)
+
+    def measured(self, batch: Batch) -> "Measured":
+        """Return what there is to know of the tensors that were read."""
+        witness_R = self.rows_RA[:, self.rows_RA.shape[1] // 2]
+        return Measured(self.norms(), self.order, _per_tensor(witness_R, batch))
+
+
 def measure(
-    backends: Backends, batch: Batch, norm_type: float, *, per_row: bool, home: torch.device
+    backends: Backends,
+    batch: Batch,
+    norm_type: float,
+    *,
+    per_row: bool,
+    home: torch.device,
+    sums_RA: Tensor | None = None,
 ) -> Measured:
-    """Measure tensors, wherever they are, in one read (two for p other than 1, 2, inf).
+    """Measure tensors of this process, in one read (two for p other than 1, 2, inf).
 
     Args:
         backends: The choice of backend.
@@ -48,37 +201,12 @@ def measure(
         norm_type: p, > 0 or inf.
         per_row: Whether each row is a scope of its own; otherwise all rows together are one.
         home: Device of the results.
+        sums_RA: What was summed already, for p = 1, 2.
     """
-    if not batch.tensors:
-        zeros = torch.zeros(0 if per_row else 1, dtype=torch.float64, device=home)
-        return Measured(zeros, norm_type, zeros[:0])
-    if norm_type in {1.0, 2.0}:
-        sums_RA = _everywhere(
-            lambda kernels, part, _: kernels.power_sums(part, norm_type),
-            backends,
-            batch,
-            home,
-            norm_type,
-        )
-        return from_sums(sums_RA, batch, norm_type, per_row=per_row)
-    maxima_RA = _everywhere(
-        lambda kernels, part, _: kernels.abs_max(part), backends, batch, home, norm_type
-    )
-    norms_S = (maxima_RA if per_row else maxima_RA.amax(0, keepdim=True)).squeeze(1)
-    witness_R = maxima_RA[:, 0]
-    if norm_type != inf:
-        norms_S = _scaled_norms(backends, batch, norm_type, norms_S, per_row=per_row)
-        norms_S = _saturated(norms_S, witness_R if per_row else witness_R.amax(0))
-    return Measured(norms_S, norm_type, _per_tensor(witness_R, batch))
-
-
-def from_sums(sums_RA: Tensor, batch: Batch, norm_type: float, *, per_row: bool) -> Measured:
-    """Return what sums of powers, for p = 1, 2, say of the tensors that they were taken of."""
-    norms_S = _root(sums_RA if per_row else sums_RA.sum(0, keepdim=True), norm_type)
-    witness_R = sums_RA[:, sums_RA.shape[1] // 2]
-    if norm_type != _EUCLIDEAN or sums_RA.shape[1] > 1:
-        norms_S = _saturated(norms_S, witness_R if per_row else witness_R.amax(0))
-    return Measured(norms_S, norm_type, _per_tensor(witness_R, batch))
+    norm = Norm(norm_type, Apart() if per_row else Together())
+    norm.read(backends, batch, home, sums_RA)
+    norm.read_again(backends, batch)
+    return norm.measured(batch)
 
 
 def clamp_everywhere(
@@ -137,23 +265,6 @@ def _root(sums_SA: Tensor, p: float) -> Tensor:
     middle_S, down_S, up_S = roots_SA.unbind(1)
     in_range_S = torch.where(middle_S < _LOST_ROOT, up_S * _DOWN, middle_S)
     return torch.where(middle_S.isinf(), down_S * _UP, in_range_S)
-
-
-def _scaled_norms(
-    backends: Backends, batch: Batch, p: float, maxima_S: Tensor, *, per_row: bool
-) -> Tensor:
-    """Return ``max * sum(|x / max|**p)**(1/p)`` of each scope: in range for every p."""
-    scale_S = torch.where((maxima_S > 0) & maxima_S.isfinite(), maxima_S, 1.0)
-    scale_R = scale_S if per_row else scale_S.expand(len(batch.layout.row_sizes))
-    sums_R = _everywhere(
-        lambda kernels, part, there: kernels.scaled_power_sums(part, p, there(scale_R)),
-        backends,
-        batch,
-        maxima_S.device,
-        p,
-    )[:, 0]
-    sums_S = sums_R if per_row else sums_R.sum(0, keepdim=True)
-    return scale_S * sums_S.pow(1 / p)
 
 
 _There: TypeAlias = Callable[[Tensor], Tensor]

@@ -1,0 +1,119 @@
+"""The process groups that a number has to be reduced over, one after the other."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from gradclip.errors import ArgumentTypeError, CollectiveError
+
+GroupLike: TypeAlias = "ProcessGroup | DeviceMesh | Iterable[ProcessGroup | DeviceMesh] | None"
+"""What names process groups: a group, a mesh (each of its dimensions), or several of these.
+
+None, or torch's ``GroupMember.NON_GROUP_MEMBER``, says that this rank is in none.
+"""
+
+_Fact = TypeVar("_Fact")
+
+
+@dataclass(frozen=True, eq=False)
+class Dimension:
+    """A process group, seen from a rank in it: what is split over it is summed over it.
+
+    Args:
+        ranks: The global ranks of its members, sorted.
+        group: The group.
+    """
+
+    ranks: tuple[int, ...]
+    group: ProcessGroup
+
+    @classmethod
+    def of(cls, group: ProcessGroup) -> "Dimension":
+        """Describe a group that this process is in."""
+        return cls(tuple(sorted(dist.get_process_group_ranks(group))), group)
+
+    @property
+    def size(self) -> int:
+        """How many ranks it has."""
+        return len(self.ranks)
+
+    def device(self, home: torch.device) -> torch.device:
+        """Return where its collectives run: ``home`` if they can, else where the mesh is."""
+        types = [device.type for device in self.group._device_types]  # noqa: SLF001 - nothing else tells
+        if home.type in types or not types:
+            return home
+        kind = next((each for each in types if each != "cpu"), types[0])
+        if kind == "cpu":
+            return torch.device("cpu")
+        return torch.device(kind, torch.get_device_module(kind).current_device())
+
+    def all_reduce(self, values: torch.Tensor, operation: Any) -> "dist.Work | None":
+        """Begin to reduce values in place; they must be where ``device`` says."""
+        try:
+            return dist.all_reduce(values, operation, group=self.group, async_op=True)
+        except RuntimeError as error:
+            raise self._broken(error) from error
+
+    def wait(self, work: "dist.Work | None") -> None:
+        """Wait for a collective: on an accelerator, make its stream wait, and not the host."""
+        try:
+            if work is not None:
+                work.wait()
+        except RuntimeError as error:
+            raise self._broken(error) from error
+
+    def gather(self, fact: _Fact) -> list[_Fact]:
+        """Return what each rank gave; the host waits."""
+        facts: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(facts, fact, group=self.group)
+        except RuntimeError as error:
+            raise self._broken(error) from error
+        return facts
+
+    def _broken(self, error: Exception) -> CollectiveError:
+        ranks = list(self.ranks) if self.size <= _SHOWN else f"{self.size} ranks"
+        return CollectiveError(
+            f"rank {dist.get_rank()}: a collective of gradient clipping over {ranks} failed, so no "
+            "gradient was changed at this step. Another rank died, does not clip at this step, or "
+            "was slower than the group's timeout; look for the first error among their logs.\n"
+            f"  torch says: {' '.join(str(error).split())[:400]}"
+        )
+
+
+_SHOWN = 16
+
+
+def gathered(dimensions: Iterable[Dimension], fact: _Fact) -> dict[int, _Fact]:
+    """Return what every rank that can be reached over some dimensions gave, by global rank."""
+    known = {dist.get_rank(): fact}
+    for dimension in dimensions:
+        for others in dimension.gather(known):
+            known.update(others)
+    return dict(sorted(known.items()))
+
+
+def as_groups(value: object, name: str) -> list[ProcessGroup]:
+    """Turn what names process groups into those that this rank is in.
+
+    Raises:
+        ArgumentTypeError: GC011, for anything else.
+    """
+    if value is None or value is dist.GroupMember.NON_GROUP_MEMBER:
+        return []
+    if isinstance(value, ProcessGroup):
+        return [value]
+    if isinstance(value, DeviceMesh):
+        if value.get_coordinate() is None:
+            return []
+        return [value.get_group(number) for number in range(value.ndim)]
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        return [group for each in value for group in as_groups(each, name)]
+    raise ArgumentTypeError(
+        f"{name} is a {type(value).__name__}: expected a process group, a DeviceMesh, or several"
+    )
