@@ -10,11 +10,14 @@
     |-- ArgumentTypeError (TypeError)            GC011  an argument of the wrong kind
     |-- UnsupportedGradientError (TypeError)     GC020  a gradient that has no norm
     |-- OverlappingGradientsError (ValueError)   GC021  gradients that share bytes
-    |-- CaptureError (RuntimeError)            GC022  a CUDA graph is captured too early
+    |-- CaptureError (RuntimeError)              GC022  a CUDA graph is captured too early
     |-- StateError (ValueError)                  GC030  a state that belongs to something else
     |-- DoubleClippingError (ValueError)         GC101  two clipping hooks, or DeepSpeed's and one
     |-- NonFiniteGradientError (RuntimeError)    GC201  a NaN or an infinity in the gradients
     |   `-- TooManySkipsError                    GC202  too many steps in a row were skipped
+    |-- RankError (RuntimeError)                 GC210  another rank could not clip
+    |-- ReplicaError (RuntimeError)              GC211  copies of a gradient differ by rank
+    |-- CollectiveError (RuntimeError)           GC212  a collective failed: a rank died, or is late
     |-- CheckpointError (RuntimeError)           GC301  a checkpoint that is incomplete or damaged
     `-- MissingDependencyError (ImportError)     GC401  an extra that is not installed
 
@@ -29,6 +32,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ClassTypeError",
+    "CollectiveError",
     "ConfigError",
     "ConfigFileError",
     "DoubleClippingError",
@@ -36,6 +40,8 @@ __all__ = [
     "MissingDependencyError",
     "NonFiniteGradientError",
     "OverlappingGradientsError",
+    "RankError",
+    "ReplicaError",
     "StateError",
     "TooManySkipsError",
     "UnsupportedGradientError",
@@ -119,6 +125,24 @@ class TooManySkipsError(NonFiniteGradientError):
     """More steps in a row than allowed were skipped for non-finite gradients."""
 
     code = "GC202"
+
+
+class RankError(GradClipError, RuntimeError):
+    """Another rank could not clip, so none did."""
+
+    code = "GC210"
+
+
+class ReplicaError(GradClipError, RuntimeError):
+    """Ranks that should hold the same gradient hold different ones, or not all of them have it."""
+
+    code = "GC211"
+
+
+class CollectiveError(GradClipError, RuntimeError):
+    """A collective failed: another rank died, does not clip at this step, or is too late."""
+
+    code = "GC212"
 
 
 class CheckpointError(GradClipError, RuntimeError):

@@ -4,16 +4,28 @@ from torch import Tensor
 
 from gradclip.clipping.gradients import Gradients
 from gradclip.clipping.kernels import Backends
+from gradclip.clipping.reduction import Scopes
 from gradclip.clipping.response import Response
 
 
-def scale(backends: Backends, gradients: Gradients, response: Response) -> None:
-    """Multiply gradients in place by what a response says."""
+def scale(
+    backends: Backends, gradients: Gradients, response: Response, scopes: Scopes | None = None
+) -> None:
+    """Multiply gradients in place by what a response says.
+
+    Args:
+        backends: The choice of backend.
+        gradients: Those that exist.
+        response: What each scope is multiplied by.
+        scopes: Which scope each row has, unless there is one scope, or one for each row.
+    """
     if not gradients.tensors:
         return
     for factor in response.factors():
         if gradients.has_sparse:
             gradients.adopt_coalesced()
+        if scopes is not None and isinstance(factor, Tensor):
+            factor = scopes.spread(factor)  # noqa: PLW2901
         for part, rows in gradients.written.parts:
             kernels = backends.on(part.device)
             if not isinstance(factor, Tensor):

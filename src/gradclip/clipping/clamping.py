@@ -8,8 +8,13 @@ from torch import Tensor
 from gradclip.clipping.arguments import Nonfinite
 from gradclip.clipping.group import Group
 from gradclip.clipping.kernels import Backends
-from gradclip.clipping.policies import Policy
-from gradclip.clipping.reduction import Measured, clamp_everywhere
+from gradclip.clipping.reduction import (
+    Measured,
+    Norm,
+    Together,
+    clamp_everywhere,
+    sums_if_clamped,
+)
 from gradclip.clipping.response import Flag, host_waits_for
 
 _EUCLIDEAN = 2.0
@@ -70,32 +75,82 @@ class Clamping:
         if group.gradients.has_sparse and int(group.clamped.changed):
             group.gradients.adopt_coalesced()
 
+    def foresee(self, group: Group, scale: float | Tensor | None, home: torch.device) -> None:
+        """Find out what clamping would leave, for ranks that have to know before they write.
+
+        Sets ``group.left``, and ``group.changed`` of this rank, for a group that is limited.
+        """
+        limit: float | Tensor | None = group.policy.element_limit
+        if limit is None or not group.policy.writes:
+            return
+        if scale is not None:
+            limit = limit * scale
+        group.left = Norm(group.norm.order, group.norm.scopes)
+        batch = group.gradients.measured(group.norm.order)
+        if group.clamped is not None:
+            group.changed = group.clamped.changed.to(torch.float64)
+            known = group.clamped.after_RA if group.norm.order == _EUCLIDEAN else None
+            group.left.read(self._backends, batch, home, known)
+        elif not host_waits_for(home) and _is_within(float(limit), self._here(group, home)):
+            group.changed = torch.zeros((), dtype=torch.float64, device=home)
+            group.left.read(self._backends, batch, home, group.norm.rows_RA)
+        else:
+            sums_RA, group.changed = sums_if_clamped(
+                self._backends, batch, limit, group.norm.order, home
+            )
+            group.left.read(self._backends, batch, home, sums_RA)
+
     def finish(
         self, group: Group, norms: Measured, counts: Flag, scale: float | Tensor | None
     ) -> tuple[Flag, Tensor]:
         """Clamp a group unless that was done; return whether anything changed, and what is left."""
         home = norms.norms_S.device
-        if group.clamped is None and not self._leaves_alone(group, norms, counts, home):
+        refused = counts is False and (self._skips or self._together)
+        if refused and group.clamped is None:
+            return False, norms.norms_S
+        if group.clamped is None and not self._leaves_alone(group, norms, home):
             self.clamp(group, scale, home, only_if=counts if self._together else None)
+        if group.changed is not None:
+            return self._of_all_ranks(group, group.changed > 0, norms, counts, scale)
         if group.clamped is None:
             return False, norms.norms_S
         changed: Flag = group.clamped.changed > 0
         if not host_waits_for(home):
             changed = bool(changed)
-            if not changed:
-                return changed, norms.norms_S
-        left = group.measure(self._backends, norms.norm_type, scale, home, left=True)
-        return changed, left.norms_S
+        left_S = norms.norms_S
+        if changed is not False:
+            left_S = group.measured_left(self._backends, scale, home)
+        return changed, left_S
 
-    def _leaves_alone(
-        self, group: Group, norms: Measured, counts: Flag, home: torch.device
-    ) -> bool:
-        if counts is False and (self._skips or self._together):
-            return True
-        return not host_waits_for(home) and _is_within(group.policy, norms.norms_S)
+    def _of_all_ranks(
+        self,
+        group: Group,
+        changed: Tensor,
+        norms: Measured,
+        counts: Flag,
+        scale: float | Tensor | None,
+    ) -> tuple[Flag, Tensor]:
+        home = norms.norms_S.device
+        left_S = group.measured_left(self._backends, scale, home)
+        if not host_waits_for(home):
+            return bool(changed), left_S
+        if self._together and isinstance(counts, Tensor):
+            return changed & counts, torch.where(counts, left_S, norms.norms_S)
+        return changed, left_S
+
+    def _here(self, group: Group, home: torch.device) -> Tensor:
+        """Return the norm of the gradients that are here, (1,)."""
+        norm = Norm(group.norm.order, Together())
+        batch = group.gradients.measured(group.norm.order)
+        norm.read(self._backends, batch, home, group.norm.rows_RA)
+        return norm.norms()
+
+    @staticmethod
+    def _leaves_alone(group: Group, norms: Measured, home: torch.device) -> bool:
+        limit = group.policy.element_limit
+        return limit is not None and not host_waits_for(home) and _is_within(limit, norms.norms_S)
 
 
-def _is_within(policy: Policy, norms_S: Tensor) -> bool:
-    """Return whether norms show that no element exceeds its limit: none is larger than a norm."""
-    limit = policy.element_limit
-    return limit is not None and all(norm * _ROUNDED <= limit for norm in norms_S.tolist())
+def _is_within(limit: float, norms_S: Tensor) -> bool:
+    """Return whether norms show that no element exceeds a limit: none is larger than a norm."""
+    return all(norm * _ROUNDED <= limit for norm in norms_S.tolist())

@@ -1,11 +1,10 @@
 """The object that clips: collect, measure and reduce, decide, apply."""
 
-import sys
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping
 from math import inf, isfinite, isnan
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from gradclip.clipping.kernels import LayoutCache, choose
 from gradclip.clipping.kernels.blocks import home_of
 from gradclip.clipping.kernels.tables import is_capturing
 from gradclip.clipping.nonfinite import (
+    Faults,
     SkipCounter,
     nonfinite_error,
     nonfinite_report,
@@ -32,12 +32,18 @@ from gradclip.clipping.nonfinite import (
 from gradclip.clipping.overlap import DisjointCheck
 from gradclip.clipping.parameters import ParameterGroup, Parameters, ParameterSource, as_source
 from gradclip.clipping.policies import Policy, PolicyLike, as_policies
+from gradclip.clipping.ranks import may_be_shared
+from gradclip.clipping.ranks.alone import Alone, Peers
 from gradclip.clipping.reduction import Measured, combine
 from gradclip.clipping.response import Flag, Response, as_flag, host_waits_for
 from gradclip.clipping.result import ClipResult
 from gradclip.clipping.state import STATE_VERSION, read_state
-from gradclip.clipping.tracing import untraced
+from gradclip.clipping.tracing import callers_level, untraced
 from gradclip.errors import UnsupportedGradientError
+
+if TYPE_CHECKING:
+    from gradclip.clipping.ranks.dimension import GroupLike
+    from gradclip.clipping.ranks.share import Share
 
 ParametersLike: TypeAlias = (
     nn.Module
@@ -65,12 +71,24 @@ class GradientClipper:
             nothing, also where gradients are only measured (reads one number per step);
             "propagate" reports the non-finite norm and changes nothing.
         max_consecutive_skips: Skipped steps in a row that are tolerated.
+        partitioned: Process groups by name pattern, for parameters of which each rank of the group
+            has different ones: ``{"*": pp_group}`` for the stages of a pipeline, ``{"experts.*":
+            ep_group}`` for experts placed by hand. What DTensor and FSDP split tells itself.
+            A value is a process group, a ``DeviceMesh``, several of these, or None on ranks that
+            are in none.
+        duplicated: Likewise, for a parameter of which several ranks among those have a copy, as
+            stages have that tie weights: it is counted once.
         backend: "auto" (the fastest of each device), "foreach", "triton" (CUDA), or "reference"
             (float64, slow, for comparison).
 
     Raises:
         ArgumentTypeError: GC011, for an argument of the wrong kind.
-        ArgumentValueError: GC010, for one out of range, or patterns that do not fit the names.
+        ArgumentValueError: GC010, for one out of range, patterns that do not fit the names, or
+            ranks that give different arguments.
+
+    Note:
+        Where ranks hold parameters together, making a clipper and each ``clip`` are collective:
+        every rank does it, at the same step, whatever gradients it has.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> weight.grad = torch.tensor([3.0, 4.0])
@@ -79,6 +97,9 @@ class GradientClipper:
 clipped=True, skipped=False, nonfinite=0)
     """
 
+    _agrees: ClassVar[bool] = True
+    """Whether ranks compare notes before the first step."""
+
     def __init__(
         self,
         params: ParametersLike,
@@ -86,18 +107,22 @@ clipped=True, skipped=False, nonfinite=0)
         *,
         nonfinite: Nonfinite = "skip",
         max_consecutive_skips: int = 25,
+        partitioned: "Mapping[str, GroupLike] | None" = None,
+        duplicated: "Mapping[str, GroupLike] | None" = None,
         backend: str = "auto",
     ) -> None:
         self._policies, by_pattern = as_policies(policy)
         self._nonfinite = check_nonfinite(nonfinite)
         self._skips = SkipCounter(check_count(max_consecutive_skips))
         self._backends = choose(backend)
-        self._parameters = Parameters(
-            as_source(params), list(self._policies) if by_pattern else None
-        )
+        self._source = as_source(params)
+        self._parameters = Parameters(self._source, list(self._policies) if by_pattern else None)
         self._by_pattern = by_pattern
         orders = {policy.order for policy in self._policies.values() if policy}
         self._order = orders.pop() if len(orders) == 1 else _EUCLIDEAN
+        self._partitioned, self._duplicated = partitioned, duplicated
+        self._met: dict[str, ParameterGroup] | None = None
+        self._peers: Peers = Alone()
         self._states: dict[str, dict[str, Tensor]] = {}
         self._recent: deque[Tensor] = deque(maxlen=32)
         self._known: dict[str, LayoutCache] = {}
@@ -108,6 +133,7 @@ clipped=True, skipped=False, nonfinite=0)
         """How many calls there were."""
         self.last: ClipResult | None = None
         """The result of the last call."""
+        self._meet()
 
     @untraced
     def clip(
@@ -131,6 +157,9 @@ clipped=True, skipped=False, nonfinite=0)
             ArgumentValueError: GC010, for gradients on a device that the backend cannot serve.
             CaptureError: GC022, inside a CUDA graph that is captured before the first steps.
             NonFiniteGradientError: GC201, with ``nonfinite="raise"``.
+            RankError: GC210, if another rank could not clip.
+            ReplicaError: GC211, if gradients that ranks should hold alike differ.
+            CollectiveError: GC212, if another rank is gone.
             TooManySkipsError: GC202, after ``max_consecutive_skips``; on an accelerator four steps
                 later.
 
@@ -141,24 +170,32 @@ clipped=True, skipped=False, nonfinite=0)
             return self._clip(scale, overflow_expected=overflow_expected)
 
     def _clip(self, scale: float | Tensor | None, *, overflow_expected: bool) -> ClipResult:
-        groups = self._collect()
-        home = self._home(groups)
-        for device in {device for group in groups for device in group.gradients.devices}:
-            self._backends.on(device)  # refuses what it cannot serve, before anything is written
-        if isinstance(scale, Tensor):
-            scale = scale.to(home)
-
-        if self._clamping.goes_first(home):
+        peers = self._meet()
+        peers.prepare()
+        groups: list[Group] = []
+        with peers.guarding():  # what fails here alone, fails everywhere
+            groups = self._collect(peers)
+            home = peers.home(groups) or self._home(groups)
+            for device in {device for group in groups for device in group.gradients.devices}:
+                self._backends.on(
+                    device
+                )  # refuses what it cannot serve, before anything is written
+            if isinstance(scale, Tensor):
+                scale = scale.to(home)
+            self._read(groups, scale, home, peers)
+        peers.maximise(groups)
+        with peers.guarding():
             for group in groups:
-                self._clamping.clamp(group, scale, home, before=True)
-        measured = [g.measure(self._backends, g.policy.order, scale, home) for g in groups]
+                group.read_again(self._backends)
+        sound = peers.combine(groups)
+        peers.compare(groups, self._states)
+
+        measured = [group.measured(group.norm, scale) for group in groups]
         totals = [
-            norms
-            if norms.norm_type == self._order
-            else group.measure(self._backends, self._order, scale, home)
+            norms if group.total is group.norm else group.measured(group.total, scale)
             for group, norms in zip(groups, measured, strict=True)
         ]
-        counts = self._judge(groups, measured, overflow_expected=overflow_expected)
+        counts = self._judge(groups, measured, sound, overflow_expected=overflow_expected)
 
         responses = [
             self._decide(group, norms, counts)
@@ -178,18 +215,49 @@ clipped=True, skipped=False, nonfinite=0)
 
     # collect
 
-    def _collect(self) -> list[Group]:
+    def _meet(self) -> Peers:
+        """Find who holds the parameters together with this process; anew if they were replaced."""
+        groups = self._parameters.groups()
+        if groups is not self._met:
+            self._peers = self._peers_of(groups)
+            self._met = groups
+        return self._peers
+
+    def _peers_of(self, groups: dict[str, ParameterGroup]) -> Peers:
+        declared = bool(self._partitioned or self._duplicated)
+        if not declared:
+            self._parameters.require_matches()
+        listed = [parameter for group in groups.values() for parameter in group.parameters]
+        if not (declared or may_be_shared(listed)):
+            return Alone()
+        # Slow to import, and not for one process.
+        from gradclip.clipping.ranks.meeting import Meeting  # noqa: PLC0415
+        from gradclip.clipping.ranks.topology import Declared  # noqa: PLC0415
+
+        return Meeting(
+            self._source,
+            self._policies,
+            self._nonfinite,
+            self._order,
+            Declared("partitioned", self._partitioned),
+            Declared("duplicated", self._duplicated),
+            agrees=self._agrees,
+        ).ranks(groups)
+
+    def _collect(self, peers: Peers) -> list[Group]:
         """Find and check the gradients of every group that has a policy."""
         groups = []
         for pattern, parameters in self._parameters.groups().items():
             policy = self._policies[pattern]
             if policy is not None:
-                groups.append(self._collect_group(parameters, policy))
+                groups.append(self._collect_group(parameters, policy, peers.share(pattern)))
         self._check_disjoint([group.gradients for group in groups])
         self._warn_if_none(groups)
         return groups
 
-    def _collect_group(self, parameters: ParameterGroup, policy: Policy) -> Group:
+    def _collect_group(
+        self, parameters: ParameterGroup, policy: Policy, share: "Share | None"
+    ) -> Group:
         pattern = parameters.pattern
         if pattern not in self._known:
             self._known[pattern] = self._layouts(policy)
@@ -201,11 +269,22 @@ clipped=True, skipped=False, nonfinite=0)
                         f"the gradient of {name} is {tensor.dtype}, and complex numbers have no "
                         "order to clamp by: use NormClip for it. No gradient was changed."
                     )
-        return Group(parameters.pattern, policy, gradients)
+        return Group(parameters.pattern, policy, gradients, self._order, share)
 
     def _layouts(self, policy: Policy) -> LayoutCache:
         """Return where the layouts of a group's gradients are remembered."""
         return LayoutCache(by_unit=policy.scope == "unit")
+
+    def _read(
+        self, groups: list[Group], scale: float | Tensor | None, home: torch.device, peers: Peers
+    ) -> None:
+        """Read all gradients; clamp them on the way where no host can wait for a verdict."""
+        for group in groups:
+            if self._clamping.goes_first(home):
+                self._clamping.clamp(group, scale, home, before=True)
+            group.read(self._backends, home)
+            if not peers.is_alone:
+                self._clamping.foresee(group, scale, home)
 
     def _warn_if_none(self, groups: list[Group]) -> None:
         if self._warned or any(group.gradients.tensors for group in groups):
@@ -215,7 +294,7 @@ clipped=True, skipped=False, nonfinite=0)
             warnings.warn(
                 "every gradient is None, so nothing was clipped: clip after backward() and before "
                 "zero_grad()",
-                stacklevel=_callers_level(),
+                stacklevel=callers_level(),
             )
 
     def _home(self, groups: list[Group]) -> torch.device:
@@ -229,13 +308,23 @@ clipped=True, skipped=False, nonfinite=0)
     # decide
 
     def _judge(
-        self, groups: list[Group], measured: list[Measured], *, overflow_expected: bool
+        self,
+        groups: list[Group],
+        measured: list[Measured],
+        sound: Flag,
+        *,
+        overflow_expected: bool,
     ) -> Flag:
-        """Return whether the update may happen, as far as NaN and infinities go."""
+        """Return whether the update may happen, as far as NaN, infinities and other ranks go.
+
+        Its verdicts are those of all ranks, so what one raises, all raise.
+        """
         finite = [_is_finite(g.policy, m.norms_S) for g, m in zip(groups, measured, strict=True)]
         if self._nonfinite == "raise" and not all(map(bool, finite)):
             raise nonfinite_error(self._report(groups))
-        counts = _all([f for f, group in zip(finite, groups, strict=True) if group.policy.writes])
+        counts = _all(
+            [sound, *(f for f, group in zip(finite, groups, strict=True) if group.policy.writes)]
+        )
         if self._nonfinite == "skip":
             skipped = not counts if isinstance(counts, bool) else ~counts
             if self._skips.record(skipped, expected=overflow_expected):
@@ -244,8 +333,9 @@ clipped=True, skipped=False, nonfinite=0)
 
     def _report(self, groups: list[Group]) -> str:
         recent = [float(combine(norms_S, self._order)) for norms_S in self._recent]
+        mine = Faults.of([group.gradients for group in groups], self._peers.rank)
         return nonfinite_report(
-            [group.gradients for group in groups],
+            self._peers.gather(mine),
             norm_type=groups[0].policy.order,
             step=self.step,
             last_norms=[norm for norm in recent if isfinite(norm)][-4:],
@@ -265,7 +355,7 @@ clipped=True, skipped=False, nonfinite=0)
             norms_S,
             decision,
             counts,
-            guard=group.gradients.guard,
+            guard=self._peers.precision(group.gradients)[1],
             otherwise=0.0 if zeroes and policy.writes else 1.0,
         )
 
@@ -285,7 +375,7 @@ clipped=True, skipped=False, nonfinite=0)
             thresholds = policy.element_limit
             clamped, left_S = self._clamping.finish(group, norms, counts, scale)
         if policy.writes:
-            apply.scale(self._backends, group.gradients, response)
+            apply.scale(self._backends, group.gradients, response, group.share)
         skipped: Flag = not counts if isinstance(counts, bool) else ~counts
         return ClipResult(
             measured_S=norms.norms_S,
@@ -294,10 +384,11 @@ clipped=True, skipped=False, nonfinite=0)
             withheld=skipped if skips else False,
             witness_T=norms.witness_T,
             norm_type=norms.norm_type,
-            dtype=group.gradients.dtype,
+            dtype=self._peers.precision(group.gradients)[0],
             scope_names=group.scope_names(),
             clamped=clamped,
             left_S=left_S,
+            found=group.found,
         )
 
     # report
@@ -326,6 +417,9 @@ clipped=True, skipped=False, nonfinite=0)
             groups={group.pattern: r for group, r in zip(groups, results, strict=True)},
             clamped=torch.stack([r.clipped for r in results]).any(),
             left_S=torch.cat(left),
+            found=None
+            if self._peers.is_alone
+            else torch.stack([r.nonfinite for r in results]).sum(),
         )
 
     # state
@@ -354,15 +448,6 @@ clipped=True, skipped=False, nonfinite=0)
                 is changed then.
         """
         self.step, self._skips.in_a_row, self._states = read_state(state, self.state_dict())
-
-
-def _callers_level() -> int:
-    """Return the stack level, as ``warnings`` counts it, of the first caller outside the engine."""
-    inner = ("gradclip.", "torch.")
-    level, frame = 1, sys._getframe(1)  # noqa: SLF001 - a public name for it comes with Python 3.12
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith(inner):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _is_finite(policy: Policy, norms_S: Tensor) -> Flag:

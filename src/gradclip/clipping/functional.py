@@ -1,6 +1,6 @@
 """Drop-ins for ``torch.nn.utils``: same names, same arguments in the same order."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import cast
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from gradclip.clipping import apply
 from gradclip.clipping.clipper import GradientClipper
-from gradclip.clipping.gradients import Gradients, as_gradients, collect
+from gradclip.clipping.gradients import as_gradients, collect
+from gradclip.clipping.group import Group
 from gradclip.clipping.kernels import LayoutCache, choose
 from gradclip.clipping.kernels.blocks import home_of
-from gradclip.clipping.nonfinite import nonfinite_report
 from gradclip.clipping.overlap import DisjointCheck
 from gradclip.clipping.parameters import ListedParameters, Parameters, as_sequence, as_source
-from gradclip.clipping.policies import Decision, NormClip, Policy, ValueClip
-from gradclip.clipping.reduction import measure
+from gradclip.clipping.policies import Decision, NormClip, ObserveClip, Policy, ValueClip
+from gradclip.clipping.ranks.alone import Peers
+from gradclip.clipping.ranks.shards import reduced
 from gradclip.clipping.response import Response
-from gradclip.clipping.result import reported
 from gradclip.clipping.tracing import untraced
 from gradclip.config import as_ceiling, as_norm_order
-from gradclip.errors import ArgumentTypeError, ArgumentValueError, NonFiniteGradientError
+from gradclip.errors import ArgumentTypeError, ArgumentValueError
 
 _KNOWN = LayoutCache(capacity=32)
 """The layouts of gradients that these functions have seen; they have no object to keep them in."""
@@ -30,8 +30,22 @@ _KNOWN = LayoutCache(capacity=32)
 class _Once(GradientClipper):
     """A clipper for one call, which profits from what earlier calls worked out."""
 
+    _agrees = False  # they would ask each other at every call
+
     def _layouts(self, policy: Policy) -> LayoutCache:  # noqa: ARG002 - whole tensors in any case
         return _KNOWN
+
+
+class _OfGradients(_Once):
+    """Measures what it is given, and not the gradients of that."""
+
+    def _collect(self, peers: Peers) -> list[Group]:
+        (group,) = self._parameters.groups().values()
+        tensors = group.local(list(group.parameters))
+        gradients = as_gradients(group, None, cast("list[Tensor]", tensors), _KNOWN)
+        (policy,) = self._policies.values()
+        assert policy is not None
+        return [Group(group.pattern, policy, gradients, policy.order, peers.share(group.pattern))]
 
 
 @untraced
@@ -127,19 +141,13 @@ def get_total_norm(
     """
     _check_foreach(foreach)
     order = as_norm_order(norm_type)
-    gradients = _given(tensors)
-    measured = measure(
-        choose("auto"),
-        gradients.measured(order),
-        order,
-        per_row=False,
-        home=home_of(gradients.devices),
+    raises = _check_flag(error_if_nonfinite)
+    clipper = _OfGradients(
+        _given(tensors),
+        ObserveClip(norm_type=order),
+        nonfinite="raise" if raises else "propagate",
     )
-    if _check_flag(error_if_nonfinite) and not measured.norms_S.isfinite():
-        raise NonFiniteGradientError(
-            nonfinite_report([gradients], norm_type=order, step=0, last_norms=(), ceiling=None)
-        )
-    return reported(measured.norms_S[0], gradients.dtype)
+    return clipper.clip().norm_pre
 
 
 @untraced
@@ -183,17 +191,15 @@ def clip_grads_with_norm_(
     apply.scale(backends, gradients, response)
 
 
-def _given(tensors: object) -> Gradients:
+def _given(tensors: object) -> ListedParameters:
     listed = as_sequence(tensors)
     for number, tensor in enumerate(listed):
         if not isinstance(tensor, Tensor):
             raise ArgumentTypeError(
                 f"tensors[{number}] is a {type(tensor).__name__}: expected a tensor"
             )
-    given = cast("list[Tensor]", list(listed))
-    source = ListedParameters(given, [f"tensors[{number}]" for number in range(len(given))])
-    group = Parameters(source, None).groups()["*"]
-    return as_gradients(group, None, group.parameters, _KNOWN)
+    given = [reduced(tensor) for tensor in cast("Sequence[Tensor]", listed)]
+    return ListedParameters(given, [f"tensors[{number}]" for number in range(len(given))])
 
 
 def _as_norm(total_norm: object, device: torch.device) -> Tensor:

@@ -16,6 +16,8 @@ FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float6
 COMPLEX = frozenset({torch.complex64, torch.complex128})
 _SUPPORTED = FLOATING | COMPLEX
 _DOUBLES = {torch.float64, torch.complex128}
+COARSE_GUARD, FINE_GUARD = 2.0**-21, 2.0**-44
+"""Margins that keep the rounding of scaled elements below a ceiling: of float32, of float64."""
 
 
 @dataclass(eq=False)
@@ -108,7 +110,7 @@ class Gradients:
     @property
     def guard(self) -> float:
         """The relative margin that keeps the rounding of scaled elements below a ceiling."""
-        return 2.0**-21 if self._kinds.dtypes - _DOUBLES else 2.0**-44
+        return COARSE_GUARD if self._kinds.dtypes - _DOUBLES else FINE_GUARD
 
 
 class _Kinds:
@@ -128,7 +130,7 @@ def collect(group: ParameterGroup, known: LayoutCache) -> Gradients:
         UnsupportedGradientError: GC020, for an integer, float8 or meta gradient, or one whose
             layout has no values to measure.
     """
-    found = [parameter.grad for parameter in group.parameters]
+    found = group.local([parameter.grad for parameter in group.parameters])
     layout = known.find(cast("list[Tensor]", found))  # what holds a None fits none
     if layout is not None:
         return Gradients(group, None, cast("list[Tensor]", found), known, layout)
@@ -147,6 +149,7 @@ def as_gradients(
     Raises:
         UnsupportedGradientError: GC020.
     """
+    tensors = list(map(filled, tensors))
     layout = known.find(tensors)
     if layout is None:
         names = group.names if present is None else list(compress(group.names, present))
@@ -154,6 +157,14 @@ def as_gradients(
             _check_supported(name, gradient)
         layout = known.add(tensors)
     return Gradients(group, present, tensors, known, layout)
+
+
+def filled(tensor: Tensor) -> Tensor:
+    """Return a tensor that an asynchronous collective may still be filling, once it is filled."""
+    if type(tensor) is Tensor or not hasattr(tensor, "trigger_wait"):
+        return tensor
+    done: Tensor = tensor.wait()  # type: ignore[attr-defined]
+    return done
 
 
 def _check_supported(name: str, gradient: Tensor) -> None:
@@ -172,7 +183,7 @@ def _check_supported(name: str, gradient: Tensor) -> None:
     elif gradient.dtype not in _SUPPORTED:
         reason = f"dtype {gradient.dtype}: its norm is not defined, or does not survive scaling"
     elif hasattr(gradient, "_local_tensor"):
-        reason = "a DTensor: sharded gradients are not supported in this version"
+        reason = "a DTensor, of a parameter that is none"
     elif gradient.layout not in _LAYOUTS:
         reason = f"layout {gradient.layout}: expected strided or sparse"
     else:

@@ -23,11 +23,14 @@ class Lagged(Generic[_Note]):
 
     def __init__(self) -> None:
         self._pending: deque[tuple[Tensor, torch.Event, _Note]] = deque()
+        self.used = False
+        """Whether anything was ever copied."""
 
     def push(self, values: Tensor, note: _Note) -> tuple[list[float], _Note] | None:
         """Begin to copy the numbers of this step; return those of ``LAG`` steps ago, if any."""
         if is_capturing(values.device):
             return None
+        self.used = True
         copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         copy.copy_(values, non_blocking=True)
         event = torch.Event(values.device.type)

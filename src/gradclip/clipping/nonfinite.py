@@ -1,6 +1,7 @@
 """What happens around a NaN or an infinity: the report of an error, and the count of skips."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from gradclip.clipping.gradients import Gradients
 from gradclip.clipping.lagged import Lagged
@@ -60,32 +61,68 @@ class SkipCounter:
         return self._in_a_row > self.limit
 
 
+@dataclass(frozen=True)
+class Faults:
+    """The gradients of a process that hold a NaN or an infinity.
+
+    Args:
+        rank: Which process.
+        described: Of each its name, shape and dtype, and how many elements are at fault, in order.
+        total: How many gradients there are.
+    """
+
+    rank: int
+    described: list[tuple[str, str]]
+    total: int
+
+    @classmethod
+    def of(cls, gradients: Sequence[Gradients], rank: int) -> "Faults":
+        """Look at every element: only for a failure."""
+        described, total = [], 0
+        for group in gradients:
+            for name, tensor, values in zip(
+                group.names, group.tensors, group.measured(2.0).tensors, strict=True
+            ):
+                total += 1
+                nans, infinities = int(values.isnan().sum()), int(values.isinf().sum())
+                if nans or infinities:
+                    dtype = str(tensor.dtype).removeprefix("torch.")
+                    what = f"{tuple(tensor.shape)} {dtype}   NaN: {nans}   Inf: {infinities}"
+                    described.append((name, what))
+        return cls(rank, described, total)
+
+
 def nonfinite_report(
-    gradients: Sequence[Gradients],
+    faults: Sequence[Faults],
     *,
     norm_type: float,
     step: int,
     last_norms: Sequence[float],
     ceiling: float | None,
 ) -> str:
-    """Describe which gradients are non-finite; looks at every element, so only for a failure."""
-    at_fault, total = [], 0
-    for group in gradients:
-        for name, tensor, values in zip(
-            group.names, group.tensors, group.measured(2.0).tensors, strict=True
-        ):
-            total += 1
-            nans, infinities = int(values.isnan().sum()), int(values.isinf().sum())
-            if nans or infinities:
-                at_fault.append((name, tensor, nans, infinities))
+    """Describe which gradients are non-finite, on this process or on all ranks.
+
+    Args:
+        faults: Of each process.
+        norm_type: p of the norm.
+        step: Which call it was.
+        last_norms: The last ones that were finite.
+        ceiling: The limit, if there is one.
+    """
+    found: dict[tuple[str, str], list[int]] = {}
+    for each in faults:
+        for described in each.described:
+            found.setdefault(described, []).append(each.rank)
     when = f" at step {step}" if step else ""
+    count, total = sum(len(each.described) for each in faults), sum(each.total for each in faults)
+    what = "gradients" if len(faults) == 1 else f"local parts on {len(faults)} ranks"
     lines = [
         f"The total norm of order {norm_type} for gradients from `parameters` is non-finite{when}",
-        f"  {len(at_fault)} of {total} gradients affected; first in parameter order:",
+        f"  {count} of {total} {what} affected; first in parameter order:",
     ]
-    for name, tensor, nans, infinities in at_fault[:_NAMED]:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        lines.append(f"    {name}  {tuple(tensor.shape)} {dtype}   NaN: {nans}   Inf: {infinities}")
+    for (name, said), ranks in list(found.items())[:_NAMED]:
+        where = "" if len(faults) == 1 else f"   on rank {', '.join(map(str, ranks[:_NAMED]))}"
+        lines.append(f"    {name}  {said}{where}")
     if ceiling is not None:
         norms = "  ".join(f"{norm:.4g}" for norm in last_norms) or "none yet"
         lines.append(f"  last finite norms:  {norms}        limit = {ceiling:g}")

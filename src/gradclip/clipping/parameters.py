@@ -11,6 +11,7 @@ from typing import Protocol, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from gradclip.clipping.ranks.shards import Shards
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -22,6 +23,11 @@ Names: TypeAlias = list[str | None]
 
 class ParameterSource(Protocol):
     """Where parameters are found again at each call, since wrappers replace them."""
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that has them, if it is known."""
+        ...
 
     def tensors(self) -> list[Tensor]:
         """Return the parameters in a fixed order; duplicates allowed."""
@@ -43,6 +49,7 @@ class ListedParameters:
 
     listed: list[Tensor]
     labels: Names | None = None
+    module: None = None
 
     def tensors(self) -> list[Tensor]:
         """Return what was listed."""
@@ -192,6 +199,20 @@ class ParameterGroup:
     numbers: list[int]
     source: ParameterSource
 
+    def __post_init__(self) -> None:
+        distributed = any(hasattr(parameter, "_spec") for parameter in self.parameters)
+        self._shards = Shards(self.parameters) if distributed else None
+
+    def local(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
+        """Return what of the gradients of these parameters is on this process.
+
+        Raises:
+            UnsupportedGradientError: GC020, for one that is placed otherwise than its parameter.
+        """
+        if self._shards is None:
+            return gradients
+        return self._shards.local(gradients, lambda: self.names)
+
     @cached_property
     def names(self) -> list[str]:
         """What they are called: needed for messages and results only."""
@@ -216,8 +237,6 @@ class Parameters:
         self._seen: list[Tensor] = []
         self._groups: dict[str, ParameterGroup] = {}
         self.groups()
-        for pattern in patterns or ():
-            self._require_match(pattern)
 
     def groups(self) -> dict[str, ParameterGroup]:
         """Return the groups by pattern, each parameter once.
@@ -268,10 +287,16 @@ class Parameters:
             '"*": NormClip(...) to bound the rest, or "*": None to leave it alone.'
         )
 
-    def _require_match(self, pattern: str) -> None:
-        if self._seen and not self._groups[pattern].parameters:
-            known = [name for group in self._groups.values() for name in group.names]
-            raise ArgumentValueError(
-                f"the pattern {pattern!r} of policy matches no parameter (or earlier patterns took "
-                f"all of them); names look like {_short(known[:4], 160)}"
-            )
+    def require_matches(self) -> None:
+        """Raise if a pattern matches nothing, where no other process has what it could match.
+
+        Raises:
+            ArgumentValueError: GC010.
+        """
+        for pattern in self._patterns or ():
+            if self._seen and not self._groups[pattern].parameters:
+                known = [name for group in self._groups.values() for name in group.names]
+                raise ArgumentValueError(
+                    f"the pattern {pattern!r} of policy matches no parameter (or earlier patterns "
+                    f"took all of them); names look like {_short(known[:4], 160)}"
+                )

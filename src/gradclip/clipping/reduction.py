@@ -1,6 +1,6 @@
 """From sums per row to norms per scope: the only numbers that a policy sees."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import inf, nan
@@ -9,8 +9,8 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from gradclip.clipping.kernels import Backends, Batch, Clamped, Kernels
-from gradclip.clipping.kernels.blocks import SCALE_EXPONENT, widened
+from gradclip.clipping.kernels import Backends, Batch, Clamped, Kernels, Layout
+from gradclip.clipping.kernels.blocks import SCALE_EXPONENT, representable, rows_of, widened
 from gradclip.clipping.kernels.tables import Table
 
 _UP, _DOWN = 2.0**SCALE_EXPONENT, 2.0**-SCALE_EXPONENT
@@ -48,8 +48,8 @@ class Scopes(Protocol):
         """Return the largest row of each scope, (S,); NaN where there is one."""
         ...
 
-    def rows(self, values_S: Tensor) -> Tensor:
-        """Give each row what its scope has: (R,)."""
+    def spread(self, values_S: Tensor) -> Tensor:
+        """Give each row that is there what its scope has, (R,); (1,) where all have the same."""
         ...
 
 
@@ -64,7 +64,7 @@ class Together:
         """Return the largest of all rows: (1,)."""
         return values_R.amax(0, keepdim=True) if len(values_R) else values_R.new_zeros(1)
 
-    def rows(self, values_S: Tensor) -> Tensor:
+    def spread(self, values_S: Tensor) -> Tensor:
         """Give every row the same number."""
         return values_S
 
@@ -80,7 +80,7 @@ class Apart:
         """Return the rows."""
         return values_R
 
-    def rows(self, values_S: Tensor) -> Tensor:
+    def spread(self, values_S: Tensor) -> Tensor:
         """Return the scopes."""
         return values_S
 
@@ -147,7 +147,7 @@ class Norm:
         if not batch.tensors:
             sums_RA = self.rows_RA
         else:
-            scale_R = self.scopes.rows(self._scale_S)
+            scale_R = self.scopes.spread(self._scale_S)
             if len(scale_R) != len(batch.layout.row_sizes):
                 scale_R = scale_R.expand(len(batch.layout.row_sizes))
             sums_RA = _everywhere(
@@ -178,35 +178,10 @@ class Norm:
             return torch.where(sums_SA[:, 0].isnan(), nan, self.maxima_S)
         return _saturated(self._scale_S * sums_SA[:, 0].pow(1 / p), self.maxima_S)
 
-    def measured(self, batch: Batch) -> "Measured":
-        """Return what there is to know of the tensors that were read."""
-        witness_R = self.rows_RA[:, self.rows_RA.shape[1] // 2]
-        return Measured(self.norms(), self.order, _per_tensor(witness_R, batch))
-
-
-def measure(
-    backends: Backends,
-    batch: Batch,
-    norm_type: float,
-    *,
-    per_row: bool,
-    home: torch.device,
-    sums_RA: Tensor | None = None,
-) -> Measured:
-    """Measure tensors of this process, in one read (two for p other than 1, 2, inf).
-
-    Args:
-        backends: The choice of backend.
-        batch: Real tensors, of any devices, dtypes and shapes.
-        norm_type: p, > 0 or inf.
-        per_row: Whether each row is a scope of its own; otherwise all rows together are one.
-        home: Device of the results.
-        sums_RA: What was summed already, for p = 1, 2.
-    """
-    norm = Norm(norm_type, Apart() if per_row else Together())
-    norm.read(backends, batch, home, sums_RA)
-    norm.read_again(backends, batch)
-    return norm.measured(batch)
+    @property
+    def witness_R(self) -> Tensor:
+        """A number for each row: not finite just where the row is not, (R,)."""
+        return self.rows_RA[:, self.rows_RA.shape[1] // 2]
 
 
 def clamp_everywhere(
@@ -233,10 +208,68 @@ def clamp_everywhere(
     )
 
 
-def _per_tensor(witness_R: Tensor, batch: Batch) -> Tensor:
-    if batch.layout.one_row_each:
+def sums_if_clamped(
+    backends: Backends, batch: Batch, limit: float | Tensor, p: float, home: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return what clamping would leave, and how many elements it would change; writes nothing.
+
+    Args:
+        backends: The choice of backend.
+        batch: Real tensors, of any devices, dtypes and shapes.
+        limit: A number, or 0-d float64.
+        p: 1 or 2.
+        home: Device of the results.
+
+    Returns:
+        The sums of powers of each row, (R, A), and a count: 0-d float64. Copies are made of at most
+        2^21 elements at a time, or of one row.
+    """
+    found: list[Tensor] = []
+    changed = torch.zeros((), dtype=torch.float64, device=home)
+    for part, _ in batch.parts:
+        top = representable(limit, part.dtype)
+        if isinstance(top, Tensor):
+            top = top.to(part.device)
+        rows = [
+            row
+            for tensor, n in zip(part.tensors, part.layout.rows, strict=True)
+            for row in rows_of(tensor, n)
+        ]
+        sums: list[Tensor] = []
+        for some in _in_turns(rows):
+            clamped = [row.clamp(-top, top) for row in some]  # type: ignore[arg-type]
+            differ = [(row.abs() > top).sum() for row in some]
+            changed = changed + torch.stack(differ).sum().to(home)
+            sums.append(backends.on(part.device).power_sums(Batch.of(clamped), p))
+        found.append(torch.cat(sums))
+    together = _together(found, batch, home, p)
+    assert together is not None or not batch.tensors
+    return torch.zeros(
+        0, 1, dtype=torch.float64, device=home
+    ) if together is None else together, changed
+
+
+def _in_turns(rows: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    turn: list[Tensor] = []
+    size = 0
+    for row in rows:
+        if turn and size + row.numel() > _COPIED:
+            yield turn
+            turn, size = [], 0
+        turn.append(row)
+        size += row.numel()
+    if turn:
+        yield turn
+
+
+_COPIED = 1 << 21
+
+
+def per_tensor(witness_R: Tensor, layout: Layout) -> Tensor:
+    """Return a number for each tensor, (T,): not finite just where one of its rows is not."""
+    if layout.one_row_each:
         return witness_R
-    rows = witness_R.split(batch.layout.rows)
+    rows = witness_R.split(layout.rows)
     return torch.stack([of_one.amax() if len(of_one) else of_one.sum() for of_one in rows])
 
 
@@ -293,7 +326,7 @@ def _together(
 ) -> Tensor | None:
     """Bring what was found of each part home, its rows in order: (R, A); None if one has none."""
     there = [some.to(home) for some in found if some is not None]
-    if len(there) < len(found):
+    if not there or len(there) < len(found):
         return None
     if len(there) == 1:
         return there[0]

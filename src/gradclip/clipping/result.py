@@ -47,6 +47,7 @@ class ClipResult:
         groups: The result of each name pattern, where policies were given by pattern.
         clamped: For clipping by value, whether any element was clamped.
         left_S: Where it does not follow from coefficients, the norms afterwards, float64 (S,).
+        found: How many tensors were not finite on all ranks, where there are others.
     """
 
     measured_S: Tensor
@@ -60,6 +61,7 @@ class ClipResult:
     groups: Mapping[str, "ClipResult"] = field(default_factory=dict)
     clamped: Flag | None = None
     left_S: Tensor | None = None
+    found: Tensor | None = None
 
     @cached_property
     def skipped(self) -> Tensor:
@@ -93,7 +95,9 @@ class ClipResult:
 
     @cached_property
     def nonfinite(self) -> Tensor:
-        """How many tensors held a NaN or an infinity: 0-d int."""
+        """How many tensors held a NaN or an infinity, each shard for itself: 0-d int."""
+        if self.found is not None:
+            return self.found.round().to(torch.int64)
         return (~self.witness_T.isfinite()).sum()
 
     @cached_property

@@ -28,3 +28,12 @@ def untraced(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _R
         return disabled[0](*args, **kwargs)
 
     return call
+
+
+def callers_level() -> int:
+    """Return the stack level, as ``warnings`` counts it, of the first caller outside the engine."""
+    inner = ("gradclip.", "torch.")
+    level, frame = 1, sys._getframe(1)  # noqa: SLF001 - a public name for it comes with Python 3.12
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(inner):
+        level, frame = level + 1, frame.f_back
+    return level

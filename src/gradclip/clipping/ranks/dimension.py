@@ -55,9 +55,12 @@ class Dimension:
     def all_reduce(self, values: torch.Tensor, operation: Any) -> "dist.Work | None":
         """Begin to reduce values in place; they must be where ``device`` says."""
         try:
-            return dist.all_reduce(values, operation, group=self.group, async_op=True)
+            work: dist.Work | None = dist.all_reduce(
+                values, operation, group=self.group, async_op=True
+            )
         except RuntimeError as error:
             raise self._broken(error) from error
+        return work
 
     def wait(self, work: "dist.Work | None") -> None:
         """Wait for a collective: on an accelerator, make its stream wait, and not the host."""

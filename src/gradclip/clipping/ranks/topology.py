@@ -1,6 +1,5 @@
 """How ranks hold the parameters: over which dimensions each is split, and how often it is held."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -25,6 +24,7 @@ class Holding:
         declared: Those of them along which it is another parameter, as ``partitioned`` says.
         copies: How many ranks hold the very same part, over all dimensions.
         compared: Whether every rank is expected to have a gradient for it when one has.
+        flat: Whether it lies in a flat parameter of FSDP1, cut anywhere.
     """
 
     split: frozenset[int] = frozenset()
@@ -32,6 +32,7 @@ class Holding:
     declared: frozenset[int] = frozenset()
     copies: int = 1
     compared: bool = True
+    flat: bool = False
 
 
 @dataclass(eq=False)
@@ -40,13 +41,13 @@ class Topology:
 
     Args:
         dimensions: Every rank reduces over its own, in this order.
-        others: Dimensions of the meshes that split nothing; some gradients are reduced over them.
+        meshes: Dimensions of the parameters' meshes: their ranks hold parts of the same ones.
         holdings: By ``id`` of a parameter.
         matched: Which patterns of ``partitioned`` and ``duplicated`` have parameters here.
     """
 
     dimensions: list[Dimension] = field(default_factory=list)
-    others: list[Dimension] = field(default_factory=list)
+    meshes: list[Dimension] = field(default_factory=list)
     holdings: dict[int, Holding] = field(default_factory=dict)
     matched: set[str] = field(default_factory=set)
 
@@ -148,7 +149,7 @@ class _Survey:
         self._flat = flat_groups(module)
         self._numbers: dict[tuple[int, ...], int] = {}
         self._dimensions: list[Dimension] = []
-        self._others: dict[tuple[int, ...], Dimension] = {}
+        self._meshes: dict[tuple[int, ...], Dimension] = {}
         self._known: dict[ProcessGroup, Dimension] = {}
         self._by_spec: dict[Any, tuple[frozenset[int], frozenset[int]]] = {}
         self._matched: set[str] = set()
@@ -161,13 +162,13 @@ class _Survey:
         # Meshes before declarations: ranks of one stage share the former, and all know the latter.
         for number, parameter in enumerate(self._parameters):
             split, by_row = self._placed(parameter)
-            compared = True
-            if is_flattened(parameter):
+            compared, flat = True, is_flattened(parameter)
+            if flat:
                 if id(parameter) not in self._flat:
                     raise unknown_flat(names[number] or f"parameters[{number}]")
                 if (group := self._flat[id(parameter)]) is not None:
                     split, compared = split | {self._number(group)}, False
-            found.append(_Found(id(parameter), split, by_row, compared))
+            found.append(_Found(id(parameter), split, by_row, compared, flat))
         for groups in self._partitioned.groups.values():
             for group in groups:
                 self._number(group)
@@ -176,7 +177,7 @@ class _Survey:
         sizes = [dimension.size for dimension in self._dimensions]
         return Topology(
             self._dimensions,
-            [other for ranks, other in self._others.items() if ranks not in self._numbers],
+            list(self._meshes.values()),
             {each.identity: each.holding(sizes) for each in found},
             self._matched,
         )
@@ -192,9 +193,14 @@ class _Survey:
             if spec.mesh.get_coordinate() is not None:
                 for mesh_dim, placement in enumerate(spec.placements):
                     group = spec.mesh.get_group(mesh_dim)
+                    dimension = self._dimension(group)
+                    self._meshes[dimension.ranks] = dimension
+                    if placement.is_partial():
+                        raise ArgumentValueError(
+                            f"a parameter of shape {tuple(parameter.shape)} is placed as "
+                            f"{placement}: its ranks hold summands, and no rank the parameter"
+                        )
                     if placement.is_replicate():
-                        dimension = self._dimension(group)
-                        self._others[dimension.ranks] = dimension
                         continue
                     number = self._number(group)
                     split.add(number)
@@ -244,6 +250,7 @@ class _Found:
     split: frozenset[int]
     by_row: frozenset[int]
     compared: bool
+    flat: bool
     declared: frozenset[int] = frozenset()
     copies: int = 1
 
@@ -252,17 +259,4 @@ class _Found:
         copies = self.copies
         for number, size in enumerate(sizes):
             copies *= 1 if number in split else size
-        return Holding(split, self.by_row, self.declared, copies, self.compared)
-
-
-def is_needed(parameters: Sequence[Tensor], *, declared: bool) -> bool:
-    """Return whether any rank but this one can have a say in the norm."""
-    if declared:
-        return True
-    if not dist.is_available() or not dist.is_initialized():
-        return False
-    if "torch.distributed.tensor" in sys.modules and any(
-        hasattr(parameter, "_spec") for parameter in parameters
-    ):
-        return True
-    return any(map(is_flattened, parameters))
+        return Holding(split, self.by_row, self.declared, copies, self.compared, self.flat)

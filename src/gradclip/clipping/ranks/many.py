@@ -1,0 +1,270 @@
+"""Ranks that hold gradients together, and what they tell each other in one call of ``clip``.
+
+Every rank issues the same collectives of the same sizes at every step, whatever gradients it has
+and whatever goes wrong on it: for each dimension one sum, and one maximum where a norm needs it.
+"""
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import inf
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradclip.clipping.gradients import COARSE_GUARD, FINE_GUARD, Gradients
+from gradclip.clipping.group import Group
+from gradclip.clipping.kernels.blocks import widened
+from gradclip.clipping.policies import Policy
+from gradclip.clipping.ranks.agreement import agree_on_misplaced
+from gradclip.clipping.ranks.dimension import gathered
+from gradclip.clipping.ranks.pack import Pack, reduce_packs
+from gradclip.clipping.ranks.replicas import compare_replicas, is_debugging
+from gradclip.clipping.ranks.shards import Placements, place
+from gradclip.clipping.ranks.share import Share
+from gradclip.clipping.ranks.topology import Topology
+from gradclip.clipping.ranks.verdict import TAIL, Tail, Verdict
+from gradclip.clipping.reduction import Norm
+from gradclip.clipping.response import Flag
+
+_Fact = TypeVar("_Fact")
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A group of parameters with one policy, whatever gradients there are.
+
+    Args:
+        pattern: Of the names.
+        policy: What bounds it.
+        share: What part of its scopes is here.
+        parameters: All of it.
+    """
+
+    pattern: str
+    policy: Policy
+    share: Share
+    parameters: Sequence[Tensor]
+
+    @property
+    def clamps(self) -> bool:
+        """Whether elements are limited, so that norms do not tell what is left."""
+        return self.policy.element_limit is not None and self.policy.writes
+
+
+class Ranks:
+    """The ranks that hold gradients together with this one.
+
+    Args:
+        topology: Over which dimensions, and who holds what.
+        members: The groups that have a policy, in order.
+        total_order: p of the norm of all groups together.
+        doubles: Whether any rank has float64 parameters.
+        singles: Whether any rank has others.
+        agrees: Whether ranks agree at the first step which gradients are placed otherwise than
+            their parameters; else each step brings those that this rank sees to their places.
+        home: Device of small results, the same at every step.
+    """
+
+    is_alone = False
+
+    def __init__(
+        self,
+        topology: Topology,
+        members: Sequence[Member],
+        total_order: float,
+        *,
+        doubles: bool,
+        singles: bool,
+        agrees: bool,
+        home: torch.device,
+    ) -> None:
+        self.rank = dist.get_rank()
+        self._topology = topology
+        self._members = members
+        self._home = home
+        self._columns = 3 if doubles else 1
+        self._agrees = agrees
+        self._dtype = torch.float64 if doubles else torch.float32
+        self._guard = COARSE_GUARD if singles else FINE_GUARD
+        self._error: Exception | None = None
+        self._debugs = is_debugging()
+        self._expected: dict[int, Placements] | None = None
+        self._verdict = Verdict(self.gather)
+        shares = {member.pattern: member.share for member in members}
+        self._shares = shares
+        orders = [
+            (member, order)
+            for member in members
+            for order in dict.fromkeys((member.policy.order, total_order))
+        ]
+        added = [(m.share, self._columns_of(order)) for m, order in orders]
+        added += [(m.share, self._columns_of(m.policy.order)) for m in members if m.clamps]
+        clamping = sum(member.clamps for member in members)
+        tail = TAIL + len(members) + clamping
+        self._added = Pack(topology.dimensions, added, tail)
+        scaled = [(m.share, 1) for m, order in orders if _reads_twice(order)]
+        largest = [(m.share, 1) for m, order in orders if order == inf]
+        self._scaled = Pack(topology.dimensions, scaled) if scaled else None
+        self._largest = Pack(topology.dimensions, largest) if largest else None
+
+    def home(self, groups: Sequence[Group]) -> torch.device | None:  # noqa: ARG002 - never changes
+        """Return where small results belong."""
+        return self._home
+
+    def share(self, pattern: str) -> Share | None:
+        """Return what part of a group's scopes is here."""
+        return self._shares[pattern]
+
+    def precision(self, gradients: Gradients) -> tuple[torch.dtype, float]:  # noqa: ARG002 - agreed
+        """Return the dtype of what is reported, and the margin for rounding, of all ranks."""
+        return self._dtype, self._guard
+
+    def compare(self, groups: Sequence[Group], states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Look for copies that differ, if the environment asks for it."""
+        if self._debugs:
+            compare_replicas(groups, self._shares, self._topology.dimensions, states)
+
+    def gather(self, fact: _Fact) -> list[_Fact]:
+        """Return what every rank gave, in the order of ranks; the host waits."""
+        return list(gathered(self._topology.dimensions, fact).values())
+
+    def prepare(self) -> None:
+        """Bring gradients to the placements of their parameters: those of which ranks agreed."""
+        meshes = self._topology.meshes
+        if not meshes or self._expected == {}:
+            return
+        parameters = [p for member in self._members for p in member.parameters]
+        if self._expected is None or not self._agrees:
+            self._expected = agree_on_misplaced(meshes if self._agrees else (), parameters)
+        for number, placements in self._expected.items():
+            place(parameters[number], placements)
+
+    @contextmanager
+    def guarding(self) -> Iterator[None]:
+        """Keep the first error of this rank until the others know of it."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever it was, the others must not wait for it
+            self._error = self._error or error
+
+    def maximise(self, groups: Sequence[Group]) -> None:
+        """Replace maxima by those of all ranks, for those p that scale by them."""
+        if self._scaled is not None:
+            norms = [n for n in self._norms(groups) if n.reads_twice] if self._sound else []
+            vector = self._scaled.join([_known(n) for n in norms], self._home)
+            _, largest = reduce_packs(self._topology.dimensions, None, (self._scaled, vector))
+            self._give_maxima(norms, self._scaled, largest)
+
+    def combine(self, groups: Sequence[Group]) -> Flag:
+        """Replace what this rank found by what all found, and see whether anything is wrong.
+
+        Raises:
+            Exception: What happened on this rank.
+            RankError: GC210, on every other rank, naming it.
+            ReplicaError: GC211, on every rank, if copies of a gradient differ.
+        """
+        sound = groups if self._sound else []
+        norms = self._norms(sound)
+        largest = None
+        of_largest = [norm for norm in norms if norm.order == inf]
+        if self._largest is not None:
+            vector = self._largest.join([_known(norm) for norm in of_largest], self._home)
+            largest = self._largest, vector
+        # A NaN is in the sums, which keep it.
+        tables = [self._widened(norm) for norm in norms]
+        tables += [self._widened(g.left) for g in sound if g.left is not None]
+        tail = self._tail(sound)
+        vector = self._added.join(tables, self._home, *self._values(tail, sound))
+        added, maxima = reduce_packs(self._topology.dimensions, (self._added, vector), largest)
+        assert added is not None
+        *tables_, rest = self._added.part(added)
+        error, self._error = self._error, None
+        ok = self._verdict.of(rest[:TAIL], tail, error)
+        lefts = [group.left for group in groups if group.left is not None]
+        for norm, table in zip([*norms, *lefts], tables_, strict=True):
+            norm.sums_SA = table
+        if self._largest is not None:
+            self._give_maxima(of_largest, self._largest, maxima)
+        counts = iter(rest[TAIL:].unbind())
+        for group in groups:
+            group.found = next(counts)
+        for group in groups:
+            if group.left is not None:
+                group.changed = next(counts)
+        return ok
+
+    @property
+    def _sound(self) -> bool:
+        return self._error is None
+
+    @staticmethod
+    def _norms(groups: Sequence[Group]) -> list[Norm]:
+        return [norm for group in groups for norm in group.norms]
+
+    def _columns_of(self, order: float) -> int:
+        return self._columns if order in {1.0, 2.0} else 1
+
+    def _widened(self, norm: Norm) -> Tensor:
+        """Return sums with the columns that all ranks have: (S, A)."""
+        sums_SA, columns = norm.sums_SA, self._columns_of(norm.order)
+        if sums_SA.shape[1] == columns:
+            return sums_SA
+        return widened(sums_SA, norm.order) if columns > 1 else sums_SA[:, :1]
+
+    def _give_maxima(self, norms: Sequence[Norm], pack: Pack, vector: Tensor | None) -> None:
+        if vector is None:
+            return
+        *tables, _ = pack.part(vector)
+        for norm, table in zip(norms, tables, strict=False):
+            norm.maxima_S = table[:, 0]
+
+    def _tail(self, groups: Sequence[Group]) -> Tail:
+        """Return what this rank says about itself, as far as the host knows it."""
+        here = [self._shares[group.pattern].presence for group in groups]
+        return Tail(
+            failed=self._error is not None,
+            rank=self.rank,
+            whole=_checksum([each.whole for each in here]),
+            split=_checksum([each.split for each in here]),
+            missing=[
+                name
+                for group, each in zip(groups, here, strict=True)
+                for name in each.missing_of(group.gradients.group)
+            ],
+        )
+
+    def _values(self, tail: Tail, groups: Sequence[Group]) -> list[Tensor]:
+        """Return the tail as numbers, and behind it what was counted."""
+        if not groups:
+            more = self._added.tail - len(tail.known)
+            return [tail.on(self._home), torch.zeros(more, dtype=torch.float64, device=self._home)]
+        alike = torch.zeros((), dtype=torch.float64, device=self._home)
+        for group in groups:
+            share = self._shares[group.pattern]
+            if share.has_alike:
+                alike = alike + share.everywhere_alike(group.norm.rows_RA[:, 0])
+        counts = [
+            self._shares[group.pattern].count(~group.witness_T.isfinite()) for group in groups
+        ]
+        counts += [group.changed for group in groups if group.changed is not None]
+        return [tail.on(self._home), torch.stack([alike, alike * alike, *counts])]
+
+
+def _known(norm: Norm) -> Tensor:
+    """Return maxima without NaN: a maximum of ranks loses it, a sum does not."""
+    maxima_S = norm.maxima_S
+    assert maxima_S is not None
+    return torch.where(maxima_S.isnan(), 0.0, maxima_S)[:, None]
+
+
+def _reads_twice(order: float) -> bool:
+    return order not in {1.0, 2.0, inf}
+
+
+def _checksum(flags: Sequence[bytes]) -> int:
+    """Return 16 bits: their square, summed over a million ranks, is exact in float64."""
+    return zlib.crc32(b"".join(flags)) & 0xFFFF

@@ -1,0 +1,107 @@
+"""One packed collective for each dimension: everything that ranks add up travels together."""
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradclip.clipping.kernels.tables import Table
+from gradclip.clipping.ranks.dimension import Dimension
+from gradclip.clipping.ranks.share import Share
+
+
+class Pack:
+    """Tables of numbers by scope, (S, A) each, that are reduced in one vector.
+
+    A scope that is whole on every rank of a dimension, and another one on each, takes no part
+    there. What is in no table (the tail) takes part everywhere.
+
+    Args:
+        dimensions: What to reduce over, in order.
+        shares: Whose scopes each table has, and how many columns.
+        tail: How many more numbers there are.
+    """
+
+    def __init__(
+        self, dimensions: Sequence[Dimension], shares: Sequence[tuple[Share, int]], tail: int = 0
+    ) -> None:
+        self._dimensions = dimensions
+        self.shapes = [(share.scopes, columns) for share, columns in shares]
+        self.tail = tail
+        self._sizes = [*(n * columns for n, columns in self.shapes), tail]
+        self._chosen = [
+            self._table(number, shares, tail) for number, _ in enumerate(self._dimensions)
+        ]
+
+    @staticmethod
+    def _table(number: int, shares: Sequence[tuple[Share, int]], tail: int) -> Table | None:
+        local = [
+            flag
+            for share, columns in shares
+            for flag in chain.from_iterable([each] * columns for each in share.is_local(number))
+        ] + [False] * tail
+        if not any(local):
+            return None
+        return Table(torch.tensor([i for i, flag in enumerate(local) if not flag]))
+
+    def chosen(self, number: int) -> Table | None:
+        """Return which numbers take part in a dimension; None for all."""
+        return self._chosen[number]
+
+    def join(self, tables: Sequence[Tensor | None], home: torch.device, *tail: Tensor) -> Tensor:
+        """Return everything as one vector of float64; what is missing, here, is 0."""
+        given = [
+            torch.zeros(size, dtype=torch.float64, device=home)
+            if table is None
+            else table.reshape(-1)
+            for table, size in zip(tables, self._sizes, strict=False)
+        ]
+        return torch.cat([*given, *tail])
+
+    def part(self, vector: Tensor) -> list[Tensor]:
+        """Return the tables of a vector, and behind them the tail."""
+        *tables, tail = vector.split(self._sizes)
+        return [
+            *(t.view(shape) for t, shape in zip(tables, self.shapes, strict=True)),
+            tail,
+        ]
+
+
+def reduce_packs(
+    dimensions: Sequence[Dimension],
+    added: tuple[Pack, Tensor] | None,
+    largest: tuple[Pack, Tensor] | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Reduce vectors over every dimension, one after the other; both at once where there are two.
+
+    Args:
+        dimensions: In order.
+        added: A pack, and its vector, to be summed.
+        largest: Another one, of which the largest is taken. It has no NaN, which would be lost.
+    """
+    wanted = [(added, dist.ReduceOp.SUM), (largest, dist.ReduceOp.MAX)]
+    vectors = [None if each is None else each[1] for each, _ in wanted]
+    for number, dimension in enumerate(dimensions):
+        if dimension.size == 1:
+            continue
+        under_way = []
+        for place, (each, operation) in enumerate(wanted):
+            vector = vectors[place]
+            if each is None or vector is None:
+                continue
+            chosen = each[0].chosen(number)
+            taken = vector if chosen is None else vector[chosen.on(vector.device)]
+            there = taken.to(dimension.device(vector.device))
+            under_way.append((place, chosen, there, dimension.all_reduce(there, operation)))
+        for place, chosen, there, work in under_way:
+            dimension.wait(work)
+            vector = vectors[place]
+            assert vector is not None
+            back = there.to(vector.device)
+            if chosen is None:
+                vectors[place] = back
+            else:
+                vector[chosen.on(vector.device)] = back
+    return vectors[0], vectors[1]

@@ -1,0 +1,103 @@
+"""Under ``GRADCLIP_DEBUG=1``: whether ranks that hold the same thing hold the same bits."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradclip.clipping.group import Group
+from gradclip.clipping.ranks.dimension import Dimension
+from gradclip.clipping.ranks.share import Share
+from gradclip.errors import ReplicaError
+
+_Held: TypeAlias = dict[tuple[str, str, tuple[int, ...]], tuple[str, str]]
+"""By kind, name and place among those that hold parts: a digest of the bits, and words."""
+
+
+def is_debugging() -> bool:
+    """Return whether the environment asks for these checks."""
+    return os.environ.get("GRADCLIP_DEBUG", "") not in ("", "0") and _has_peers()
+
+
+def _has_peers() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def compare_replicas(
+    groups: Sequence[Group],
+    shares: Mapping[str, Share],
+    dimensions: Sequence[Dimension],
+    states: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Compare gradients, norms and histories over all ranks; every rank takes part, and waits.
+
+    Args:
+        groups: With their norms, before anything is written.
+        shares: Who holds what, by pattern.
+        dimensions: Over which parameters are split.
+        states: Histories of policies, by pattern.
+
+    Raises:
+        ReplicaError: GC211, on every rank, naming the first difference.
+    """
+    mine = _held(groups, shares, dimensions, states)
+    everyone: list[_Held | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    first: dict[Any, tuple[int, str, str]] = {}
+    for rank, held in enumerate(everyone):
+        assert held is not None
+        for key, (digest, words) in held.items():
+            other, known, said = first.setdefault(key, (rank, digest, words))
+            if known != digest:
+                kind, name, _ = key
+                raise ReplicaError(
+                    f"GRADCLIP_DEBUG: the {kind} of {name} differs between ranks {other} and "
+                    f"{rank}, which should hold the same: {said} and {words}. No gradient was "
+                    "changed."
+                )
+
+
+def _held(
+    groups: Sequence[Group],
+    shares: Mapping[str, Share],
+    dimensions: Sequence[Dimension],
+    states: Mapping[str, Mapping[str, Tensor]],
+) -> _Held:
+    held: _Held = {}
+    for group in groups:
+        for name, gradient, place in _gradients(group, shares[group.pattern], dimensions):
+            held["gradient", name, place] = _digest(gradient)
+        if group.policy.scope == "group":
+            held["norm", repr(group.pattern), ()] = _digest(group.norm.norms())
+            for name, value in states.get(group.pattern, {}).items():
+                held["history", f"{group.pattern!r}, {name}", ()] = _digest(value)
+    return held
+
+
+def _gradients(
+    group: Group, share: Share, dimensions: Sequence[Dimension]
+) -> Iterator[tuple[str, Tensor | None, tuple[int, ...]]]:
+    present = group.gradients.present or [True] * len(share.holdings)
+    tensors = iter(group.gradients.tensors)
+    rank = dist.get_rank()
+    for name, there, holding in zip(
+        group.gradients.group.names, present, share.holdings, strict=True
+    ):
+        place = tuple(dimensions[n].ranks.index(rank) for n in sorted(holding.split))
+        yield name, next(tensors) if there else None, place
+
+
+def _digest(tensor: Tensor | None) -> tuple[str, str]:
+    if tensor is None:
+        return "", "none"
+    values = tensor.detach()
+    if values.layout is not torch.strided:
+        values = values.to_dense()
+    values = values.resolve_conj().resolve_neg().cpu().contiguous()
+    bits = values.reshape(-1).view(torch.uint8).numpy().tobytes()
+    norm = torch.linalg.vector_norm(values.to(torch.complex128 if values.is_complex() else None))
+    return blake2b(bits, digest_size=16).hexdigest(), f"norm {float(norm):.9g}"

@@ -1,0 +1,128 @@
+"""DTensor gradients: their local parts, and those that arrive with other placements."""
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradclip.errors import UnsupportedGradientError
+
+Placements: TypeAlias = tuple[Any, ...]
+
+_SPEC, _LOCAL = attrgetter("_spec"), attrgetter("_local_tensor")
+
+
+class Shards:
+    """Takes the local parts of gradients, and sees to it that they are those of the parameters.
+
+    Args:
+        parameters: Of one group; some are DTensors.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        self._specs = [getattr(parameter, "_spec", None) for parameter in parameters]
+        self._passed: list[Any] = []
+        self._every = False
+
+    def local(
+        self, found: Sequence[Tensor | None], names: Callable[[], Sequence[str]]
+    ) -> list[Any]:
+        """Return the local part of each gradient that there is.
+
+        Args:
+            found: The gradient of each parameter.
+            names: Gives what they are called.
+
+        Raises:
+            UnsupportedGradientError: GC020, for one that is placed otherwise than its parameter.
+        """
+        try:
+            specs = list(map(_SPEC, found))
+        except AttributeError:  # one is None, or plain
+            specs = [getattr(gradient, "_spec", None) for gradient in found]
+        if specs != self._passed:
+            for number in misplaced(self._parameters, found):
+                raise _misplaced(names()[number], self._specs[number], specs[number])
+            self._passed = specs
+            self._every = all(spec is not None for spec in specs)
+        if self._every:
+            return list(map(_LOCAL, found))
+        return [
+            gradient if spec is None else gradient._local_tensor  # type: ignore[union-attr]  # noqa: SLF001
+            for gradient, spec in zip(found, specs, strict=True)
+        ]
+
+
+def misplaced(parameters: Sequence[Tensor], found: Sequence[Tensor | None]) -> list[int]:
+    """Return which gradients are placed otherwise than their parameters."""
+    wrong = []
+    for number, (parameter, gradient) in enumerate(zip(parameters, found, strict=True)):
+        if gradient is None:
+            continue
+        expected, spec = getattr(parameter, "_spec", None), getattr(gradient, "_spec", None)
+        if expected is spec:
+            continue
+        if expected is None or spec is None or not _same(expected, spec):
+            wrong.append(number)
+    return wrong
+
+
+def _same(expected: Any, spec: Any) -> bool:
+    return bool(spec.mesh == expected.mesh and tuple(spec.placements) == tuple(expected.placements))
+
+
+def _misplaced(name: str, expected: Any, spec: Any) -> UnsupportedGradientError:
+    return UnsupportedGradientError(
+        f"the gradient of {name} is {_said(spec)}, its parameter {_said(expected)}, and that was "
+        "not so when this clipper saw its first gradients, so the other ranks do not expect it. "
+        "When placements change, make a new GradientClipper on every rank. No gradient was changed."
+    )
+
+
+def _said(spec: Any) -> str:
+    return "a plain tensor" if spec is None else f"placed as {tuple(spec.placements)}"
+
+
+def reduced(tensor: Tensor) -> Tensor:
+    """Return a DTensor whose ranks hold summands as one whose ranks hold the sum."""
+    spec: Any = getattr(tensor, "_spec", None)
+    if spec is None or not any(placement.is_partial() for placement in spec.placements):
+        return tensor
+    from torch.distributed.tensor import Replicate  # noqa: PLC0415 - slow, and only for such tensors
+
+    whole = [Replicate() if each.is_partial() else each for each in spec.placements]
+    done: Tensor = tensor.redistribute(spec.mesh, whole)  # type: ignore[attr-defined]
+    return done
+
+
+def place(parameter: Tensor, placements: Placements) -> None:
+    """Bring a gradient to the placements of its parameter; every rank of the mesh takes part.
+
+    Args:
+        parameter: A DTensor; where it has no gradient, zeros take part for it.
+        placements: Those that its gradient has on the ranks that have one.
+    """
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow, and only for such gradients
+
+    spec: Any = parameter._spec  # type: ignore[attr-defined]  # noqa: SLF001
+    gradient = parameter.grad
+    if gradient is None:
+        shape = list(parameter.shape)
+        for mesh_dim, placement in enumerate(placements):
+            if placement.is_shard():
+                size, number = spec.mesh.size(mesh_dim), spec.mesh.get_local_rank(mesh_dim)
+                rest = torch.empty(shape[placement.dim], device="meta").chunk(size)
+                shape[placement.dim] = rest[number].numel() if number < len(rest) else 0
+        local = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+        gradient = DTensor.from_local(
+            local,
+            spec.mesh,
+            placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+    parameter.grad = gradient.redistribute(spec.mesh, spec.placements)  # type: ignore[attr-defined]

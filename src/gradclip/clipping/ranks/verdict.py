@@ -1,0 +1,157 @@
+"""Whether anything is wrong on some rank: found in numbers that travel with the sums."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip.clipping.lagged import LAG, Lagged
+from gradclip.clipping.response import Flag, host_waits_for
+from gradclip.clipping.tracing import callers_level
+from gradclip.errors import RankError, ReplicaError
+
+TAIL = 9
+"""How many numbers: those of ``Tail``; of what ranks hold alike the sum of powers, squared too."""
+
+_ALIKE = 1 + 1e-4
+"""Sums of powers of copies may differ by one in a hundred: rounding does less, mistakes do more."""
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What a rank says of itself at a step, as far as its host knows it.
+
+    Args:
+        failed: Whether something was raised here.
+        rank: Which rank it is.
+        whole: A checksum, of 16 bits, of which gradients there are that all ranks hold alike.
+        split: The same of those that ranks hold parts of.
+        missing: The names of those that there are not.
+    """
+
+    failed: bool
+    rank: int
+    whole: int
+    split: int
+    missing: list[str]
+
+    @property
+    def known(self) -> tuple[float, ...]:
+        """The numbers; with a checksum its square, so that sums of both show a difference."""
+        failed = float(self.failed)
+        return (
+            1.0,
+            failed,
+            failed * self.rank,
+            float(self.whole),
+            float(self.whole**2),
+            float(self.split),
+            float(self.split**2),
+        )
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the numbers on a device; those of the last steps are there already."""
+        if device.type == "cpu":
+            return torch.tensor(self.known, dtype=torch.float64)
+        return _kept(self.known, device)
+
+
+@lru_cache(maxsize=64)
+def _kept(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
+class Verdict:
+    """Reads what came of all tails: at once on the CPU, some steps later on an accelerator.
+
+    Args:
+        gather: Returns what every rank gave; all ranks ask at the same step.
+    """
+
+    def __init__(self, gather: Callable[[Any], list[Any]]) -> None:
+        self._gather = gather
+        self._warned = False
+        self._lagged: Lagged[Tail] = Lagged()
+
+    def of(self, sums: Tensor, tail: Tail, error: Exception | None) -> Flag:
+        """Return whether gradients may be stepped on, as far as other ranks know.
+
+        Args:
+            sums: What the ranks' numbers add up to, (9,).
+            tail: This rank's own.
+            error: What happened on this rank.
+        """
+        if not host_waits_for(sums.device):
+            self._read(sums.tolist(), tail, error)
+            return True
+        if error is not None:
+            raise error
+        late = self._lagged.push(sums, tail)
+        if late is not None:
+            self._read(*late, None)
+        ranks, failed, _, whole, whole_2, _, _, alike, alike_2 = sums.unbind()
+        differ = (whole != ranks * tail.whole) | (whole_2 != ranks * tail.whole**2)
+        return ~((failed > 0) | differ | (alike_2 * ranks > alike * alike * _ALIKE))
+
+    def _read(self, sums: list[float], tail: Tail, error: Exception | None) -> None:
+        ranks, failed, rank, whole, whole_2, split, split_2, alike, alike_2 = sums
+        if failed:
+            self._tell(round(rank / failed), error)
+        if (whole, whole_2) != (ranks * tail.whole, ranks * tail.whole**2):
+            raise ReplicaError(
+                "some ranks have a gradient, and others have none, for parameters that every rank "
+                f"holds whole:\n{self._missing(tail)}\n  Their optimizers would part ways. Let "
+                "every rank use them in the loss (times zero if need be) and reduce their "
+                "gradients (DDP does), or declare what is different on purpose: partitioned="
+                "{pattern: process group}. No gradient was changed."
+            )
+        if alike_2 * ranks > alike * alike * _ALIKE:
+            raise ReplicaError(
+                "gradients of parameters that every rank holds whole differ by rank (the sums of "
+                f"their powers have mean {alike / ranks:.6g} and spread "
+                f"{(max(alike_2 / ranks - (alike / ranks) ** 2, 0.0)) ** 0.5:.3g}): they were not "
+                "reduced, and the optimizers of the ranks would part ways. Reduce them after "
+                "backward() (DDP does), or declare what is different on purpose: partitioned="
+                "{pattern: process group}. GRADCLIP_DEBUG=1 names the first that differs. No "
+                "gradient was changed."
+            )
+        if (split, split_2) != (ranks * tail.split, ranks * tail.split**2) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "some ranks have no gradient for parameters of which others have one; their parts "
+                f"count as zero:\n{self._missing(tail)}",
+                stacklevel=callers_level(),
+            )
+
+    def _tell(self, rank: int, error: Exception | None) -> None:
+        """Raise on every rank; on the CPU all know what happened, since all are here."""
+        if error is None and self._is_late:
+            raise RankError(
+                f"rank {rank} raised {LAG} steps ago; its log says what. Steps were skipped since."
+            )
+        said = self._gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        first = next(each for each in said if each is not None)
+        raise RankError(f"rank {rank} could not clip, so no rank did: {first}")
+
+    @property
+    def _is_late(self) -> bool:
+        return self._lagged.used
+
+    def _missing(self, tail: Tail) -> str:
+        lists = self._gather((tail.rank, tail.missing))
+        lines = [
+            f"    rank {rank} has none for {', '.join(names[:_NAMED])}"
+            + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+            for rank, names in lists
+            if names
+        ]
+        return "\n".join(lines[:_NAMED])
+
+
+_NAMED = 5
