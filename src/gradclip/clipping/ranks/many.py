@@ -19,10 +19,11 @@ from gradclip.clipping.gradients import COARSE_GUARD, FINE_GUARD, Gradients
 from gradclip.clipping.group import Group
 from gradclip.clipping.kernels.blocks import widened
 from gradclip.clipping.policies import Policy
+from gradclip.clipping.ranks import is_debugging
 from gradclip.clipping.ranks.agreement import agree_on_misplaced
 from gradclip.clipping.ranks.dimension import gathered
 from gradclip.clipping.ranks.pack import Pack, reduce_packs
-from gradclip.clipping.ranks.replicas import compare_replicas, is_debugging
+from gradclip.clipping.ranks.replicas import compare_replicas
 from gradclip.clipping.ranks.shards import Placements, place
 from gradclip.clipping.ranks.share import Share
 from gradclip.clipping.ranks.topology import Topology
@@ -108,8 +109,8 @@ class Ranks:
         self._added = Pack(topology.dimensions, added, tail)
         scaled = [(m.share, 1) for m, order in orders if _reads_twice(order)]
         largest = [(m.share, 1) for m, order in orders if order == inf]
-        self._scaled = Pack(topology.dimensions, scaled) if scaled else None
-        self._largest = Pack(topology.dimensions, largest) if largest else None
+        self._scaled = Pack(topology.dimensions, scaled)
+        self._largest = Pack(topology.dimensions, largest)
 
     def home(self, groups: Sequence[Group]) -> torch.device | None:  # noqa: ARG002 - never changes
         """Return where small results belong."""
@@ -153,10 +154,13 @@ class Ranks:
 
     def maximise(self, groups: Sequence[Group]) -> None:
         """Replace maxima by those of all ranks, for those p that scale by them."""
-        if self._scaled is not None:
-            norms = [n for n in self._norms(groups) if n.reads_twice] if self._sound else []
-            vector = self._scaled.join([_known(n) for n in norms], self._home)
-            _, largest = reduce_packs(self._topology.dimensions, None, (self._scaled, vector))
+        if not self._scaled.shapes:
+            return
+        norms = [norm for norm in self._norms(groups) if norm.reads_twice]
+        known = [_known(norm) for norm in norms] if self._sound else None
+        vector = self._scaled.join(known, self._home)
+        _, largest = reduce_packs(self._topology.dimensions, None, (self._scaled, vector))
+        if self._sound:
             self._give_maxima(norms, self._scaled, largest)
 
     def combine(self, groups: Sequence[Group]) -> Flag:
@@ -167,35 +171,53 @@ class Ranks:
             RankError: GC210, on every other rank, naming it.
             ReplicaError: GC211, on every rank, if copies of a gradient differ.
         """
-        sound = groups if self._sound else []
-        norms = self._norms(sound)
-        largest = None
-        of_largest = [norm for norm in norms if norm.order == inf]
-        if self._largest is not None:
-            vector = self._largest.join([_known(norm) for norm in of_largest], self._home)
-            largest = self._largest, vector
-        # A NaN is in the sums, which keep it.
-        tables = [self._widened(norm) for norm in norms]
-        tables += [self._widened(g.left) for g in sound if g.left is not None]
-        tail = self._tail(sound)
-        vector = self._added.join(tables, self._home, *self._values(tail, sound))
-        added, maxima = reduce_packs(self._topology.dimensions, (self._added, vector), largest)
-        assert added is not None
-        *tables_, rest = self._added.part(added)
+        tail = self._tail(groups if self._sound else [])
+        known, maxima = self._offer(groups, tail)
+        added, largest = reduce_packs(
+            self._topology.dimensions,
+            (self._added, known),
+            (self._largest, maxima),
+        )
+        *tables, rest = self._added.part(added)
         error, self._error = self._error, None
         ok = self._verdict.of(rest[:TAIL], tail, error)
-        lefts = [group.left for group in groups if group.left is not None]
-        for norm, table in zip([*norms, *lefts], tables_, strict=True):
+        self._take(groups, tables, rest[TAIL:], largest)
+        return ok
+
+    def _offer(self, groups: Sequence[Group], tail: Tail) -> tuple[Tensor, Tensor]:
+        """Return what is to be added up, and what the largest is taken of: zeros after an error."""
+        if not self._sound:
+            rest = self._added.tail - len(tail.known)
+            nothing = torch.zeros(rest, dtype=torch.float64, device=self._home)
+            added = self._added.join(None, self._home, tail.on(self._home), nothing)
+            return added, self._largest.join(None, self._home)
+        norms = self._norms(groups)
+        tables = [self._widened(norm) for norm in (*norms, *_lefts(groups))]
+        # A NaN is not among the maxima, where it could be lost: the sums have it.
+        maxima = [_known(norm) for norm in norms if norm.order == inf]
+        return (
+            self._added.join(tables, self._home, *self._values(tail, groups)),
+            self._largest.join(maxima, self._home),
+        )
+
+    def _take(
+        self,
+        groups: Sequence[Group],
+        tables: Sequence[Tensor],
+        counts: Tensor,
+        largest: Tensor,
+    ) -> None:
+        """Put what all ranks found in the place of what this one did."""
+        norms = self._norms(groups)
+        for norm, table in zip([*norms, *_lefts(groups)], tables, strict=True):
             norm.sums_SA = table
-        if self._largest is not None:
-            self._give_maxima(of_largest, self._largest, maxima)
-        counts = iter(rest[TAIL:].unbind())
+        self._give_maxima([n for n in norms if n.order == inf], self._largest, largest)
+        found = iter(counts.unbind())
         for group in groups:
-            group.found = next(counts)
+            group.found = next(found)
         for group in groups:
             if group.left is not None:
-                group.changed = next(counts)
-        return ok
+                group.changed = next(found)
 
     @property
     def _sound(self) -> bool:
@@ -215,11 +237,10 @@ class Ranks:
             return sums_SA
         return widened(sums_SA, norm.order) if columns > 1 else sums_SA[:, :1]
 
-    def _give_maxima(self, norms: Sequence[Norm], pack: Pack, vector: Tensor | None) -> None:
-        if vector is None:
-            return
+    @staticmethod
+    def _give_maxima(norms: Sequence[Norm], pack: Pack, vector: Tensor) -> None:
         *tables, _ = pack.part(vector)
-        for norm, table in zip(norms, tables, strict=False):
+        for norm, table in zip(norms, tables, strict=True):
             norm.maxima_S = table[:, 0]
 
     def _tail(self, groups: Sequence[Group]) -> Tail:
@@ -239,9 +260,6 @@ class Ranks:
 
     def _values(self, tail: Tail, groups: Sequence[Group]) -> list[Tensor]:
         """Return the tail as numbers, and behind it what was counted."""
-        if not groups:
-            more = self._added.tail - len(tail.known)
-            return [tail.on(self._home), torch.zeros(more, dtype=torch.float64, device=self._home)]
         alike = torch.zeros((), dtype=torch.float64, device=self._home)
         for group in groups:
             share = self._shares[group.pattern]
@@ -252,6 +270,10 @@ class Ranks:
         ]
         counts += [group.changed for group in groups if group.changed is not None]
         return [tail.on(self._home), torch.stack([alike, alike * alike, *counts])]
+
+
+def _lefts(groups: Sequence[Group]) -> list[Norm]:
+    return [group.left for group in groups if group.left is not None]
 
 
 def _known(norm: Norm) -> Tensor:

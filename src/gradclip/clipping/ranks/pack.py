@@ -30,6 +30,7 @@ class Pack:
         self._dimensions = dimensions
         self.shapes = [(share.scopes, columns) for share, columns in shares]
         self.tail = tail
+        self.size = sum(n * columns for n, columns in self.shapes)
         self._sizes = [*(n * columns for n, columns in self.shapes), tail]
         self._chosen = [
             self._table(number, shares, tail) for number, _ in enumerate(self._dimensions)
@@ -50,15 +51,10 @@ class Pack:
         """Return which numbers take part in a dimension; None for all."""
         return self._chosen[number]
 
-    def join(self, tables: Sequence[Tensor | None], home: torch.device, *tail: Tensor) -> Tensor:
-        """Return everything as one vector of float64; what is missing, here, is 0."""
-        given = [
-            torch.zeros(size, dtype=torch.float64, device=home)
-            if table is None
-            else table.reshape(-1)
-            for table, size in zip(tables, self._sizes, strict=False)
-        ]
-        return torch.cat([*given, *tail])
+    def join(self, tables: Sequence[Tensor] | None, home: torch.device, *tail: Tensor) -> Tensor:
+        """Return everything as one vector of float64; None stands for zeros."""
+        nothing = torch.zeros(self.size if tables is None else 0, dtype=torch.float64, device=home)
+        return torch.cat([nothing, *(table.reshape(-1) for table in tables or ()), *tail])
 
     def part(self, vector: Tensor) -> list[Tensor]:
         """Return the tables of a vector, and behind them the tail."""
@@ -72,36 +68,43 @@ class Pack:
 def reduce_packs(
     dimensions: Sequence[Dimension],
     added: tuple[Pack, Tensor] | None,
-    largest: tuple[Pack, Tensor] | None,
-) -> tuple[Tensor | None, Tensor | None]:
+    largest: tuple[Pack, Tensor],
+) -> tuple[Tensor, Tensor]:
     """Reduce vectors over every dimension, one after the other; both at once where there are two.
 
     Args:
         dimensions: In order.
-        added: A pack, and its vector, to be summed.
-        largest: Another one, of which the largest is taken. It has no NaN, which would be lost.
+        added: A pack, and its vector, to be summed; None for none.
+        largest: Another one, of which the largest is taken; empty for none. It has no NaN, which
+            would be lost.
+
+    Returns:
+        The sums, or an empty vector, and the maxima.
     """
-    wanted = [(added, dist.ReduceOp.SUM), (largest, dist.ReduceOp.MAX)]
-    vectors = [None if each is None else each[1] for each, _ in wanted]
+    nothing = largest[1][:0]
+    wanted = [
+        (Pack((), ()), nothing, dist.ReduceOp.SUM)
+        if added is None
+        else (*added, dist.ReduceOp.SUM),
+        (*largest, dist.ReduceOp.MAX),
+    ]
+    vectors = [vector for _, vector, _ in wanted]
     for number, dimension in enumerate(dimensions):
         if dimension.size == 1:
             continue
         under_way = []
-        for place, (each, operation) in enumerate(wanted):
-            vector = vectors[place]
-            if each is None or vector is None:
+        for place, (pack, _, operation) in enumerate(wanted):
+            if not len(vectors[place]):
                 continue
-            chosen = each[0].chosen(number)
-            taken = vector if chosen is None else vector[chosen.on(vector.device)]
-            there = taken.to(dimension.device(vector.device))
+            chosen = pack.chosen(number)
+            mine = vectors[place] if chosen is None else vectors[place][chosen.on(nothing.device)]
+            there = mine.to(dimension.device(nothing.device))
             under_way.append((place, chosen, there, dimension.all_reduce(there, operation)))
         for place, chosen, there, work in under_way:
             dimension.wait(work)
-            vector = vectors[place]
-            assert vector is not None
-            back = there.to(vector.device)
+            back = there.to(nothing.device)
             if chosen is None:
                 vectors[place] = back
             else:
-                vector[chosen.on(vector.device)] = back
+                vectors[place][chosen.on(nothing.device)] = back
     return vectors[0], vectors[1]

@@ -1,6 +1,5 @@
 """Under ``GRADCLIP_DEBUG=1``: whether ranks that hold the same thing hold the same bits."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, TypeAlias
@@ -16,15 +15,6 @@ from gradclip.errors import ReplicaError
 
 _Held: TypeAlias = dict[tuple[str, str, tuple[int, ...]], tuple[str, str]]
 """By kind, name and place among those that hold parts: a digest of the bits, and words."""
-
-
-def is_debugging() -> bool:
-    """Return whether the environment asks for these checks."""
-    return os.environ.get("GRADCLIP_DEBUG", "") not in ("", "0") and _has_peers()
-
-
-def _has_peers() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def compare_replicas(
