@@ -4,7 +4,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping
 from math import inf, isfinite, isnan
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from gradclip.errors import UnsupportedGradientError
 
 if TYPE_CHECKING:
     from gradclip.clipping.ranks.dimension import GroupLike
+    from gradclip.clipping.ranks.meeting import Meeting
     from gradclip.clipping.ranks.share import Share
 
 ParametersLike: TypeAlias = (
@@ -96,9 +97,6 @@ class GradientClipper:
     ClipResult(norm_pre=5, norm_post=1, threshold=1, coefficient=0.2, \
 clipped=True, skipped=False, nonfinite=0)
     """
-
-    _agrees: ClassVar[bool] = True
-    """Whether ranks compare notes before the first step."""
 
     def __init__(
         self,
@@ -171,7 +169,7 @@ clipped=True, skipped=False, nonfinite=0)
 
     def _clip(self, scale: float | Tensor | None, *, overflow_expected: bool) -> ClipResult:
         peers = self._meet()
-        peers.prepare()
+        peers.prepare(self._bounded)
         groups: list[Group] = []
         with peers.guarding():  # what fails here alone, fails everywhere
             groups = self._collect(peers)
@@ -223,26 +221,35 @@ clipped=True, skipped=False, nonfinite=0)
             self._met = groups
         return self._peers
 
+    def _bounded(self) -> list[Tensor]:
+        """Return the parameters that have a policy, in the order that all ranks have."""
+        groups = self._parameters.groups()
+        bounded = [group for pattern, group in groups.items() if self._policies[pattern]]
+        return [parameter for group in bounded for parameter in group.parameters]
+
     def _peers_of(self, groups: dict[str, ParameterGroup]) -> Peers:
         declared = bool(self._partitioned or self._duplicated)
         if not declared:
             self._parameters.require_matches()
-        listed = [parameter for group in groups.values() for parameter in group.parameters]
-        if not (declared or may_be_shared(listed)):
+        if not (declared or may_be_shared(self._bounded())):
             return Alone()
         # Slow to import, and not for one process.
         from gradclip.clipping.ranks.meeting import Meeting  # noqa: PLC0415
         from gradclip.clipping.ranks.topology import Declared  # noqa: PLC0415
 
-        return Meeting(
+        meeting = Meeting(
             self._source,
             self._policies,
             self._nonfinite,
             self._order,
             Declared("partitioned", self._partitioned),
             Declared("duplicated", self._duplicated),
-            agrees=self._agrees,
-        ).ranks(groups)
+        )
+        return self._ranks_of(meeting, groups)
+
+    def _ranks_of(self, meeting: "Meeting", groups: dict[str, ParameterGroup]) -> Peers:
+        """Agree with the ranks that hold the parameters together."""
+        return meeting.ranks(groups)
 
     def _collect(self, peers: Peers) -> list[Group]:
         """Find and check the gradients of every group that has a policy."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,13 @@ from gradclip.clipping.group import Group
 from gradclip.clipping.kernels import LayoutCache, choose
 from gradclip.clipping.kernels.blocks import home_of
 from gradclip.clipping.overlap import DisjointCheck
-from gradclip.clipping.parameters import ListedParameters, Parameters, as_sequence, as_source
+from gradclip.clipping.parameters import (
+    ListedParameters,
+    ParameterGroup,
+    Parameters,
+    as_sequence,
+    as_source,
+)
 from gradclip.clipping.policies import Decision, NormClip, ObserveClip, Policy, ValueClip
 from gradclip.clipping.ranks.alone import Peers
 from gradclip.clipping.ranks.shards import reduced
@@ -23,6 +29,9 @@ from gradclip.clipping.tracing import untraced
 from gradclip.config import as_ceiling, as_norm_order
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
 
+if TYPE_CHECKING:
+    from gradclip.clipping.ranks.meeting import Meeting
+
 _KNOWN = LayoutCache(capacity=32)
 """The layouts of gradients that these functions have seen; they have no object to keep them in."""
 
@@ -30,10 +39,26 @@ _KNOWN = LayoutCache(capacity=32)
 class _Once(GradientClipper):
     """A clipper for one call, which profits from what earlier calls worked out."""
 
-    _agrees = False  # they would ask each other at every call
-
     def _layouts(self, policy: Policy) -> LayoutCache:  # noqa: ARG002 - whole tensors in any case
         return _KNOWN
+
+    def _ranks_of(self, meeting: "Meeting", groups: dict[str, ParameterGroup]) -> Peers:
+        """Return what an earlier call found for such parameters: ranks do not agree anew."""
+        parameters = groups["*"].parameters
+        specs = [getattr(parameter, "_spec", None) for parameter in parameters]
+        plain = [(p.dtype, p.device) for p, s in zip(parameters, specs, strict=True) if s is None]
+        key = tuple(map(id, specs)), tuple(plain), repr(meeting.policies), self._nonfinite
+        if key not in _MET:
+            if len(_MET) >= _KEPT:
+                _MET.clear()
+            # The specs are kept with it, so that no other ones get their addresses.
+            _MET[key] = specs, meeting.ranks(groups, agree=False)
+        return _MET[key][1]
+
+
+_KEPT = 16
+_MET: dict[object, tuple[list[object], Peers]] = {}
+"""The ranks of parameters that these functions have seen, by the placements of those."""
 
 
 class _OfGradients(_Once):

@@ -31,10 +31,10 @@ class Facts:
     unmatched: frozenset[tuple[str, str]]
 
 
-def fingerprint(names: Iterable[str], parameters: Iterable[Tensor]) -> tuple[int, int]:
+def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
     """Return a count and a checksum of parameters: of names, whole shapes and placements."""
     count, checksum = 0, 0
-    for name, parameter in zip(names, parameters, strict=True):
+    for name, parameter in parameters:
         spec: Any = getattr(parameter, "_spec", None)
         placements = None if spec is None else tuple(map(str, spec.placements))
         said = f"{name} {tuple(parameter.shape)} {parameter.dtype} {placements}"
@@ -42,7 +42,7 @@ def fingerprint(names: Iterable[str], parameters: Iterable[Tensor]) -> tuple[int
     return count, checksum
 
 
-def agree(dimensions: Sequence[Dimension], facts: Facts) -> Facts:
+def agreed(dimensions: Sequence[Dimension], facts: Facts) -> Facts:
     """Compare what the ranks say, and return what holds for all of them.
 
     Raises:

@@ -1,6 +1,6 @@
 """A process that holds its gradients alone, as the clipper sees it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -28,7 +28,7 @@ class Peers(Protocol):
         """Return what part of a group's scopes is here; None for all of it."""
         ...
 
-    def prepare(self) -> None:
+    def prepare(self, parameters: Callable[[], list[Tensor]]) -> None:
         """Do what has to be done together before gradients are collected."""
         ...
 
@@ -81,7 +81,7 @@ class Alone:
         """Say that all of it is."""
         return None
 
-    def prepare(self) -> None:
+    def prepare(self, parameters: Callable[[], list[Tensor]]) -> None:
         """Do nothing."""
 
     def guarding(self) -> AbstractContextManager[None]:

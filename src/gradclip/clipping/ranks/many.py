@@ -5,7 +5,7 @@ and whatever goes wrong on it: for each dimension one sum, and one maximum where
 """
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
@@ -42,13 +42,11 @@ class Member:
         pattern: Of the names.
         policy: What bounds it.
         share: What part of its scopes is here.
-        parameters: All of it.
     """
 
     pattern: str
     policy: Policy
     share: Share
-    parameters: Sequence[Tensor]
 
     @property
     def clamps(self) -> bool:
@@ -133,16 +131,19 @@ class Ranks:
         """Return what every rank gave, in the order of ranks; the host waits."""
         return list(gathered(self._topology.dimensions, fact).values())
 
-    def prepare(self) -> None:
+    def prepare(self, parameters: Callable[[], list[Tensor]]) -> None:
         """Bring gradients to the placements of their parameters: those of which ranks agreed."""
         meshes = self._topology.meshes
         if not meshes or self._expected == {}:
             return
-        parameters = [p for member in self._members for p in member.parameters]
+        known = parameters()
         if self._expected is None or not self._agrees:
-            self._expected = agree_on_misplaced(meshes if self._agrees else (), parameters)
-        for number, placements in self._expected.items():
-            place(parameters[number], placements)
+            expected = agree_on_misplaced(meshes if self._agrees else (), known)
+            self._expected = expected if self._agrees else None
+        else:
+            expected = self._expected
+        for number, placements in expected.items():
+            place(known[number], placements)
 
     @contextmanager
     def guarding(self) -> Iterator[None]:

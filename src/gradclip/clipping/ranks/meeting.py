@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, compress
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from gradclip.clipping.kernels.blocks import home_of
 from gradclip.clipping.parameters import ParameterGroup, ParameterSource
 from gradclip.clipping.policies import Policy
-from gradclip.clipping.ranks.agreement import Facts, agree, fingerprint
+from gradclip.clipping.ranks.agreement import Facts, agreed, fingerprint_of
 from gradclip.clipping.ranks.many import Member, Ranks
 from gradclip.clipping.ranks.share import Share
 from gradclip.clipping.ranks.topology import Declared, Topology, topology_of
@@ -30,7 +30,6 @@ class Meeting:
         total_order: p of the norm of all groups together.
         partitioned: What ``GradientClipper`` was given.
         duplicated: Likewise.
-        agrees: Whether ranks compare notes first, which is a collective of its own.
     """
 
     source: ParameterSource
@@ -39,13 +38,13 @@ class Meeting:
     total_order: float
     partitioned: Declared
     duplicated: Declared
-    agrees: bool = True
 
-    def ranks(self, groups: Mapping[str, ParameterGroup]) -> Ranks:
+    def ranks(self, groups: Mapping[str, ParameterGroup], *, agree: bool = True) -> Ranks:
         """Find the ranks that hold these groups together; all of them ask at the same time.
 
         Args:
             groups: By pattern.
+            agree: Whether ranks compare notes first, which is a collective of its own.
 
         Raises:
             ArgumentValueError: GC010, on every rank, if they do not mean the same thing.
@@ -60,9 +59,9 @@ class Meeting:
             self.duplicated,
         )
         members = [self._member(group, topology) for group in bounded]
-        facts = self._facts(groups, bounded, topology)
-        if self.agrees:
-            facts = agree(topology.dimensions, facts)
+        facts = self._facts(groups, bounded, topology, named=agree)
+        if agree:
+            facts = agreed(topology.dimensions, facts)
         devices = {parameter.device for parameter in parameters if not parameter.is_meta}
         return Ranks(
             topology,
@@ -70,7 +69,7 @@ class Meeting:
             self.total_order,
             doubles=facts.doubles,
             singles=facts.singles,
-            agrees=self.agrees,
+            agrees=agree,
             home=home_of(devices) if devices else torch.device("cpu"),
         )
 
@@ -95,20 +94,23 @@ class Meeting:
                         "parameter of FSDP1, which cuts tensors anywhere: use FSDP2 (fully_shard)"
                     )
         rows = [_rows(parameter, policy) for parameter in group.parameters]
-        return Member(group.pattern, policy, Share(holdings, rows, policy.scope), group.parameters)
+        return Member(group.pattern, policy, Share(holdings, rows, policy.scope))
 
     def _facts(
         self,
         groups: Mapping[str, ParameterGroup],
         bounded: Sequence[ParameterGroup],
         topology: Topology,
+        *,
+        named: bool,
     ) -> Facts:
         parameters = list(chain.from_iterable(group.parameters for group in bounded))
         compared = [topology.holdings[id(parameter)].compared for parameter in parameters]
-        named: list[str] = []
-        if self.agrees:
+        fingerprint = 0, 0
+        if named:
             names = chain.from_iterable(group.names for group in bounded)
-            named = [name for name, each in zip(names, compared, strict=True) if each]
+            pairs = zip(names, parameters, strict=True)
+            fingerprint = fingerprint_of(compress(pairs, compared))
         doubles = [_is_double(parameter) for parameter in parameters]
         unmatched = {
             ("policy", pattern) for pattern, group in groups.items() if not group.parameters
@@ -124,11 +126,7 @@ class Meeting:
         )
         return Facts(
             policies=f"{{{policies}}} with nonfinite={self.nonfinite!r}",
-            parameters=fingerprint(
-                named, [p for p, each in zip(parameters, compared, strict=True) if each]
-            )
-            if self.agrees
-            else (0, 0),
+            parameters=fingerprint,
             doubles=any(doubles),
             singles=not all(doubles),
             unmatched=frozenset(unmatched),

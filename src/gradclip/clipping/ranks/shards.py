@@ -1,7 +1,8 @@
 """DTensor gradients: their local parts, and those that arrive with other placements."""
 
 from collections.abc import Callable, Sequence
-from operator import attrgetter
+from itertools import repeat
+from operator import attrgetter, is_, is_not
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +13,7 @@ from gradclip.errors import UnsupportedGradientError
 Placements: TypeAlias = tuple[Any, ...]
 
 _SPEC, _LOCAL = attrgetter("_spec"), attrgetter("_local_tensor")
+_MESH, _PLACEMENTS = attrgetter("mesh"), attrgetter("placements")
 
 
 class Shards:
@@ -24,6 +26,7 @@ class Shards:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
         self._specs = [getattr(parameter, "_spec", None) for parameter in parameters]
+        self._all_distributed = all(spec is not None for spec in self._specs)
         self._passed: list[Any] = []
         self._every = False
 
@@ -43,17 +46,25 @@ class Shards:
             specs = list(map(_SPEC, found))
         except AttributeError:  # one is None, or plain
             specs = [getattr(gradient, "_spec", None) for gradient in found]
-        if specs != self._passed:
-            for number in misplaced(self._parameters, found):
-                raise _misplaced(names()[number], self._specs[number], specs[number])
+        if len(specs) != len(self._passed) or not all(map(is_, specs, self._passed)):
+            self._every = all(map(is_not, specs, repeat(None)))
+            if not (self._every and self._placed_like_parameters(specs)):
+                for number in misplaced(self._parameters, found):
+                    raise _misplaced(names()[number], self._specs[number], specs[number])
             self._passed = specs
-            self._every = all(spec is not None for spec in specs)
         if self._every:
             return list(map(_LOCAL, found))
         return [
             gradient if spec is None else gradient._local_tensor  # type: ignore[union-attr]  # noqa: SLF001
             for gradient, spec in zip(found, specs, strict=True)
         ]
+
+    def _placed_like_parameters(self, specs: list[Any]) -> bool:
+        """Return whether specifications are plain to see the same, which most are."""
+        if not self._all_distributed:
+            return False
+        meshes = map(is_, map(_MESH, specs), map(_MESH, self._specs))
+        return all(meshes) and list(map(_PLACEMENTS, specs)) == list(map(_PLACEMENTS, self._specs))
 
 
 def misplaced(parameters: Sequence[Tensor], found: Sequence[Tensor | None]) -> list[int]:
@@ -71,7 +82,8 @@ def misplaced(parameters: Sequence[Tensor], found: Sequence[Tensor | None]) -> l
 
 
 def _same(expected: Any, spec: Any) -> bool:
-    return bool(spec.mesh == expected.mesh and tuple(spec.placements) == tuple(expected.placements))
+    same_mesh = spec.mesh is expected.mesh or spec.mesh == expected.mesh
+    return bool(same_mesh and spec.placements == expected.placements)
 
 
 def _misplaced(name: str, expected: Any, spec: Any) -> UnsupportedGradientError:
