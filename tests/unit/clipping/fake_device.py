@@ -11,13 +11,17 @@ from math import inf
 from typing import ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import backend_registration
 
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
 from gradclip.clipping import Policy, nonfinite, overlap
 from gradclip.clipping.kernels.tables import Table
+from gradclip.clipping.lagged import Lagged
 from gradclip.clipping.policies import Decision
+from gradclip.clipping.ranks.dimension import Dimension
 
 DEVICE = "npy:0"
 
@@ -65,14 +69,15 @@ def strict(function):
     return checked
 
 
-def clip(policy, mode, missing, dtypes, grad_scale):
+def clip(policy, mode, missing, dtypes, grad_scale, partitioned):
     pairs = []
     for name, dtype in zip("ab", dtypes, strict=True):
         parameter = torch.nn.Parameter(torch.zeros(3, 4, device=DEVICE, dtype=dtype))
         if name not in missing:
             parameter.grad = torch.ones(3, 4, device=DEVICE, dtype=dtype)
         pairs.append((name, parameter))
-    result = GradientClipper(pairs, policy, nonfinite=mode).clip(grad_scale)
+    clipper = GradientClipper(pairs, policy, nonfinite=mode, partitioned=partitioned)
+    result = clipper.clip(grad_scale)
     result.compute()
     torch.cat([each._packed() for each in (result, *result.groups.values())])
 
@@ -82,26 +87,34 @@ def main():
     torch.cat, torch.stack = strict(torch.cat), strict(torch.stack)
     # A table's copy has no values here either.
     Table.on = lambda self, device: torch.zeros(
-        self._values.shape, dtype=torch.int64, device=device
+        self._values.shape, dtype=self._values.dtype, device=device
     )
     # Addresses are asked for, and there are none; the count of skips is read late, on purpose.
     overlap.DisjointCheck.__call__ = lambda self, gradients: None
     nonfinite.SkipCounter.record = lambda self, skipped, *, expected: False
+    Lagged.push = lambda self, values, note: None
+    # A group whose ranks say nothing, and which is where the gradients are.
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    Dimension.device = lambda self, home: home
+    Dimension.all_reduce = lambda self, values, operation: None
+    Dimension.gather = lambda self, fact: [fact]
     warnings.simplefilter("ignore")
     mixed = (torch.float32, torch.float64)
-    for (name, policy), mode, missing, dtypes, scale in itertools.product(
+    for (name, policy), mode, missing, dtypes, scale, partitioned in itertools.product(
         POLICIES.items(),
         ("skip", "propagate"),
         ("", "a", "ab"),
         (mixed[:1] * 2, mixed),
         (None, 4.0),
+        (None, {"a": dist.group.WORLD}),
     ):
         with FakeTensorMode(allow_non_fake_inputs=True):
             try:
-                clip(policy, mode, missing, dtypes, scale)
+                clip(policy, mode, missing, dtypes, scale, partitioned)
             except Exception as error:  # noqa: BLE001 - whatever it is
                 said = str(error)[:150]
-                sys.stdout.write(f"{name} {mode} {missing} {dtypes} {scale} {error!r:.20} {said}\n")
+                case = f"{name} {mode} {missing} {dtypes} {scale} {partitioned is None}"
+                sys.stdout.write(f"{case} {error!r:.20} {said}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small tables of integers on a device, brought there without making the host wait.
+"""Small tables of numbers on a device, brought there without making the host wait.
 
 A copy from pinned memory is queued behind what the device is doing, and torch's allocator keeps
 that memory until the copy was made. A captured CUDA graph copies again at each replay, so what it
@@ -28,10 +28,10 @@ def _stream(device: torch.device) -> int:
 
 
 class Table:
-    """Integers that depend on shapes alone: copied once for each stream that asks.
+    """Numbers that depend on shapes alone: copied once for each stream that asks.
 
     Args:
-        values: int64, on the CPU.
+        values: Of any dtype, on the CPU.
     """
 
     def __init__(self, values: Tensor) -> None:

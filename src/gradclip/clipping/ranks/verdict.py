@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradclip.clipping.kernels.tables import Table
 from gradclip.clipping.lagged import LAG, Lagged
 from gradclip.clipping.response import Flag, host_waits_for
 from gradclip.clipping.tracing import callers_level
@@ -55,14 +56,12 @@ class Tail:
 
     def on(self, device: torch.device) -> Tensor:
         """Return the numbers on a device; those of the last steps are there already."""
-        if device.type == "cpu":
-            return torch.tensor(self.known, dtype=torch.float64)
-        return _kept(self.known, device)
+        return _table(self.known).on(device)
 
 
 @lru_cache(maxsize=64)
-def _kept(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64, device=device)
+def _table(numbers: tuple[float, ...]) -> Table:
+    return Table(torch.tensor(numbers, dtype=torch.float64))
 
 
 class Verdict:
@@ -88,10 +87,10 @@ class Verdict:
         if not host_waits_for(sums.device):
             self._read(sums.tolist(), tail, error)
             return True
+        late = self._lagged.push(sums, tail)
         if error is not None:
             raise error
-        late = self._lagged.push(sums, tail)
-        if late is not None:
+        if late is not None and not late[1].failed:  # of its own it was told at once
             self._read(*late, None)
         ranks, failed, _, whole, whole_2, _, _, alike, alike_2 = sums.unbind()
         differ = (whole != ranks * tail.whole) | (whole_2 != ranks * tail.whole**2)
