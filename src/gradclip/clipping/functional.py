@@ -199,7 +199,8 @@ def clip_grads_with_norm_(
     _check_foreach(foreach)
     ceiling = as_ceiling(max_norm, "max_norm")
     group = Parameters(as_source(parameters), None).groups()["*"]
-    gradients = collect(group, _KNOWN)
+    # What ranks hold summands of may be scaled as well: so is its sum.
+    gradients = collect(group, _KNOWN, placed=False)
     DisjointCheck()([gradients])
     norm_S = _as_norm(total_norm, home_of(gradients.devices))
     finite = norm_S.isfinite()
@@ -229,6 +230,8 @@ def _given(tensors: object) -> ListedParameters:
 
 def _as_norm(total_norm: object, device: torch.device) -> Tensor:
     if isinstance(total_norm, Tensor):
+        if hasattr(total_norm, "full_tensor"):  # torch's norm of DTensors is one
+            total_norm = total_norm.full_tensor()
         if total_norm.numel() != 1 or total_norm.is_complex():
             raise ArgumentValueError(
                 f"total_norm is a tensor of shape {tuple(total_norm.shape)} and "

@@ -123,14 +123,20 @@ class _Kinds:
         """Dense, real and without a pending sign: each gradient is its own view."""
 
 
-def collect(group: ParameterGroup, known: LayoutCache) -> Gradients:
+def collect(group: ParameterGroup, known: LayoutCache, *, placed: bool = True) -> Gradients:
     """Collect the gradients that exist, and check each, or that nothing changed since.
+
+    Args:
+        group: Whose gradients.
+        known: Recognises tensors like those of earlier calls.
+        placed: Whether DTensors have to be placed like their parameters.
 
     Raises:
         UnsupportedGradientError: GC020, for an integer, float8 or meta gradient, or one whose
             layout has no values to measure.
     """
-    found = group.local([parameter.grad for parameter in group.parameters])
+    found = [parameter.grad for parameter in group.parameters]
+    found = group.local(found) if placed else [getattr(g, "_local_tensor", g) for g in found]
     layout = known.find(cast("list[Tensor]", found))  # what holds a None fits none
     if layout is not None:
         return Gradients(group, None, cast("list[Tensor]", found), known, layout)

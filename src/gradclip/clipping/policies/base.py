@@ -34,7 +34,8 @@ class Policy(Config, ABC):
 
     scope: ClassVar[Literal["group", "tensor", "unit"]] = "group"
     """What has a norm and a coefficient of its own: all gradients of a group together, each
-    tensor, or each index of a tensor's leading dimension."""
+    tensor, or each index of a tensor's leading dimension. On several ranks the norms of tensors and
+    of indices, and so ``norm_pre`` and ``norm_post``, are of those that this rank has a part of."""
 
     clip_mode: str
 

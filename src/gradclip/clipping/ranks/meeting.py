@@ -93,8 +93,12 @@ class Meeting:
                         f"{policy!r} has a norm for each {policy.scope}, and {name} lies in a flat "
                         "parameter of FSDP1, which cuts tensors anywhere: use FSDP2 (fully_shard)"
                     )
-        rows = [_rows(parameter, policy) for parameter in group.parameters]
-        return Member(group.pattern, policy, Share(holdings, rows, policy.scope))
+        by_unit = [policy.scope == "unit" and p.dim() > 1 for p in group.parameters]
+        rows = [
+            _local(parameter).shape[0] if each else 1
+            for parameter, each in zip(group.parameters, by_unit, strict=True)
+        ]
+        return Member(group.pattern, policy, Share(holdings, rows, by_unit, policy.scope))
 
     def _facts(
         self,
@@ -133,10 +137,9 @@ class Meeting:
         )
 
 
-def _rows(parameter: Tensor, policy: Policy) -> int:
-    """Return how many rows the local part of a parameter has, as its gradient will."""
+def _local(parameter: Tensor) -> Tensor:
     local: Tensor = getattr(parameter, "_local_tensor", parameter)
-    return local.shape[0] if policy.scope == "unit" and local.dim() > 1 else 1
+    return local
 
 
 def _is_double(parameter: Tensor) -> bool:

@@ -21,11 +21,13 @@ class Share:
     Args:
         holdings: How each parameter is held.
         rows: How many rows the local part of each has.
+        by_unit: Whether each has a row for each index of its leading dimension.
         scope: What a scope is.
     """
 
     holdings: Sequence[Holding]
     rows: Sequence[int]
+    by_unit: Sequence[bool]
     scope: Literal["group", "tensor", "unit"]
 
     def __post_init__(self) -> None:
@@ -86,15 +88,17 @@ class Share:
         return (found_T if weights is None else found_T * weights.on(found_T.device)).sum()
 
     def is_local(self, dimension: int) -> list[bool]:
-        """Return for each scope whether it is another one on each rank of a dimension."""
+        """Return for each scope whether it takes no part in a dimension.
+
+        All parameters together take part everywhere. A tensor or a row does so only where it is
+        split: elsewhere its copies are whole, or it is another one.
+        """
         if self.scope == "group":
             return [False]
         local = []
-        for holding, n in zip(self.holdings, self.rows, strict=True):
-            apart = dimension in holding.declared
-            if self.scope == "unit" and n != 1:
-                apart = apart or dimension in holding.by_row
-            local += [apart] * n
+        for holding, n, by_unit in zip(self.holdings, self.rows, self.by_unit, strict=True):
+            apart = holding.declared | holding.by_row if by_unit else holding.declared
+            local += [dimension not in holding.split - apart] * n
         return local
 
     @property
@@ -152,6 +156,8 @@ class _Present:
     @cached_property
     def weights(self) -> Table | None:
         """The part of each row that is counted here, (R,); None for all of it."""
+        if self._share.scope != "group":
+            return None
         return _table_of(self._by_row([1.0 / each.copies for each in self._share.holdings]))
 
     @cached_property
