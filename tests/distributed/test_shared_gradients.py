@@ -233,9 +233,7 @@ def lists_differ(rank):
 
 
 def test_the_parameters_of_an_optimizer():
-    assert together(lists_differ, 2) == [math.sqrt(8)] * 2 or together(lists_differ, 2)[
-        0
-    ] == pytest.approx(math.sqrt(8))
+    assert together(lists_differ, 2) == [pytest.approx(math.sqrt(8))] * 2
 
 
 def sharded_later(rank):
@@ -261,9 +259,8 @@ def stage_pattern(rank):
     if rank == 3:  # it has a model of its own
         named = [("other", oracle.parameter(torch.ones(4)))]
         policies = {"*": 2.0}
-    clipper = GradientClipper(
-        named, policies, partitioned={"*": group} if rank < 3 else {"*": None} if False else None
-    )
+    declared = {"*": group} if rank < 3 else None
+    clipper = GradientClipper(named, policies, partitioned=declared)
     result = clipper.clip()
     if rank == 3:
         return result.norm_pre.item()

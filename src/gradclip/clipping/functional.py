@@ -23,7 +23,7 @@ from gradclip.clipping.parameters import (
 )
 from gradclip.clipping.policies import Decision, NormClip, ObserveClip, Policy, ValueClip
 from gradclip.clipping.ranks.alone import Peers
-from gradclip.clipping.ranks.shards import reduced
+from gradclip.clipping.ranks.shards import reduced, whole
 from gradclip.clipping.response import Response
 from gradclip.clipping.tracing import untraced
 from gradclip.config import as_ceiling, as_norm_order
@@ -230,8 +230,7 @@ def _given(tensors: object) -> ListedParameters:
 
 def _as_norm(total_norm: object, device: torch.device) -> Tensor:
     if isinstance(total_norm, Tensor):
-        if hasattr(total_norm, "full_tensor"):  # torch's norm of DTensors is one
-            total_norm = total_norm.full_tensor()
+        total_norm = whole(total_norm)  # torch's norm of DTensors is one
         if total_norm.numel() != 1 or total_norm.is_complex():
             raise ArgumentValueError(
                 f"total_norm is a tensor of shape {tuple(total_norm.shape)} and "

@@ -110,6 +110,14 @@ def reduced(tensor: Tensor) -> Tensor:
     return done
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor, or all of a DTensor; every rank of its mesh takes part."""
+    if not hasattr(tensor, "_spec"):
+        return tensor
+    gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return gathered
+
+
 def place(parameter: Tensor, placements: Placements) -> None:
     """Bring a gradient to the placements of its parameter; every rank of the mesh takes part.
 
