@@ -1,0 +1,108 @@
+"""Time of clipping sharded gradients on two processes, against ``torch.nn.utils``.
+
+    python benchmarks/sharded.py [--rounds 31]
+
+Writes ``benchmarks/results/sharded_cpu.csv``. Two processes on loopback hold 1000 DTensors, half of
+each; gradients are new ones at every call, as in training. A call's time is that of the slower
+process: both start together.
+"""
+
+import argparse
+import os
+import socket
+import statistics
+import time
+from math import inf
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from timing import RESULTS, machine, write
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.utils import clip_grad_norm_
+
+import gradclip
+
+COUNT = 1000
+SHAPES = ((8, 4), (64, 64))
+RANKS = 2
+
+
+def measure(rank: int, port: int, rounds: int, told: Any) -> None:
+    """Be one of the processes."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    rows = [row for shape in SHAPES for row in of_shape(mesh, shape, rounds)]
+    if rank == 0:
+        told.put(rows)
+    dist.barrier()
+    os._exit(0)  # an ordinary exit of a process with a group aborts now and then
+
+
+def of_shape(mesh: Any, shape: tuple[int, ...], rounds: int) -> list[dict[str, object]]:
+    torch.manual_seed(0)
+    parameters = [
+        torch.nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [Shard(0)]))
+        for _ in range(COUNT)
+    ]
+    local = [torch.randn_like(parameter.to_local()) for parameter in parameters]
+
+    def fill() -> None:
+        for parameter, values in zip(parameters, local, strict=True):
+            parameter.grad = DTensor.from_local(
+                values.clone(), mesh, [Shard(0)], run_check=False
+            )
+
+    rows: list[dict[str, object]] = []
+    for what, limit, p in (("within", 1e9, 2.0), ("clips", 1.0, 2.0), ("inf-norm", 1e9, inf)):
+        clipper = gradclip.GradientClipper(parameters, gradclip.NormClip(max_norm=limit, norm_type=p))
+        ways = {
+            "torch": lambda: clip_grad_norm_(parameters, limit, p),
+            "function": lambda: gradclip.clip_grad_norm_(parameters, limit, p),
+            "object": clipper.clip,
+        }
+        for who, elapsed in paired(ways, fill, rounds).items():
+            about = {"tensors": COUNT, "shape": "x".join(map(str, shape)), "ranks": RANKS}
+            rows.append({**about, "what": what, "who": who, "ms": elapsed, "machine": machine("cpu")})
+    return rows
+
+
+def paired(ways: dict[str, Any], fill: Any, rounds: int) -> dict[str, float]:
+    """Return the median milliseconds of each, called in turn; both processes start together."""
+    times: dict[str, list[float]] = {who: [] for who in ways}
+    for round_ in range(rounds + 3):
+        for who, way in ways.items():
+            fill()
+            dist.barrier()
+            start = time.perf_counter()
+            way()
+            elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+            dist.all_reduce(elapsed, dist.ReduceOp.MAX)
+            if round_ >= 3:
+                times[who].append(float(elapsed) * 1e3)
+    return {who: statistics.median(each) for who, each in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=31)
+    rounds = parser.parse_args().rounds
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = mp.get_context("spawn").SimpleQueue()
+    context = mp.spawn(measure, (port, rounds, told), nprocs=RANKS, join=False)
+    rows = told.get()
+    while not context.join():
+        pass
+    for row in rows:
+        print(row)
+    write(RESULTS / "sharded_cpu.csv", rows)
+
+
+if __name__ == "__main__":
+    main()
