@@ -37,6 +37,8 @@ bench: $(VENV)/.bench  ## measure on the CPU: benchmarks/results/*.csv, and the 
 	$(BIN)/python benchmarks/clip.py
 	$(BIN)/python benchmarks/training_step.py 2>/dev/null
 	$(BIN)/python benchmarks/pipeline_overhead.py 2>/dev/null
+	$(BIN)/python benchmarks/sharded.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/report.py
 
 bench-gpu:  ## measure on a CUDA device, with the machine's own python and its torch

@@ -133,6 +133,40 @@ def steps() -> str:
     return table(head, lines)
 
 
+def sharded() -> str:
+    """1000 sharded gradients on two processes."""
+    rows = read(RESULTS / "sharded_cpu.csv")
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["shape"], row["what"]), {})[row["who"]] = row
+    lines = []
+    for (shape, what), by in found.items():
+        torch_, function, ours = by["torch"], by["function"], by["object"]
+        line = [f"{torch_['tensors']} of {shape}", WHATS[what], ms(torch_["ms"])]
+        line += [ms(function["ms"]), ratio(torch_, function)]
+        lines.append([*line, ms(ours["ms"]), ratio(torch_, ours)])
+    head = ["DTensors", "what", "torch, ms", "`clip_grad_norm_`, ms", "faster by"]
+    return table([*head, "`GradientClipper`, ms", "faster by"], lines)
+
+
+def scale() -> str:
+    """Collectives on thousands of ranks."""
+    head = ["layout", "ranks", "p", "collectives", "of so many ranks", "bytes each"]
+    lines = [
+        [
+            row["layout"],
+            row["ranks"],
+            row["norm_type"],
+            row["collectives"],
+            row["of_ranks"].replace(" ", ", "),
+            row["bytes"].replace(" ", ", "),
+            f"{float(row['estimate_us']):.0f} us",
+        ]
+        for row in read(RESULTS / "scale.csv")
+    ]
+    return table([*head, "all together, estimated"], lines)
+
+
 def goals() -> str:
     """What was aimed at on a CPU, and what was reached."""
     found = models(read(RESULTS / "clip_cpu.csv"))
@@ -169,6 +203,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cuda": cuda,
     "steps": steps,
     "goals": goals,
+    "sharded": sharded,
+    "scale": scale,
 }
 
 

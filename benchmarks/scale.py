@@ -9,7 +9,7 @@ latency that NCCL itself assumes when it chooses how to reduce (tree, low-latenc
 
     4.4 us + 2 ((ranks per node - 1) 0.52 us + log2(nodes) 5.0 us)
 
-where steps inside a node count 1.8 times if there are several. The vector's bytes add nothing to it.
+where steps inside a node count 1.8 times if there are several. A hundred bytes add nothing to it.
 """
 
 from collections.abc import Iterator

@@ -12,6 +12,7 @@ import os
 import socket
 import statistics
 import time
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -53,21 +54,23 @@ def of_shape(mesh: Any, shape: tuple[int, ...], rounds: int) -> list[dict[str, o
 
     def fill() -> None:
         for parameter, values in zip(parameters, local, strict=True):
-            parameter.grad = DTensor.from_local(
-                values.clone(), mesh, [Shard(0)], run_check=False
-            )
+            parameter.grad = DTensor.from_local(values.clone(), mesh, [Shard(0)], run_check=False)
 
     rows: list[dict[str, object]] = []
     for what, limit, p in (("within", 1e9, 2.0), ("clips", 1.0, 2.0), ("inf-norm", 1e9, inf)):
-        clipper = gradclip.GradientClipper(parameters, gradclip.NormClip(max_norm=limit, norm_type=p))
+        clipper = gradclip.GradientClipper(
+            parameters, gradclip.NormClip(max_norm=limit, norm_type=p)
+        )
         ways = {
-            "torch": lambda: clip_grad_norm_(parameters, limit, p),
-            "function": lambda: gradclip.clip_grad_norm_(parameters, limit, p),
+            "torch": partial(clip_grad_norm_, parameters, limit, p),
+            "function": partial(gradclip.clip_grad_norm_, parameters, limit, p),
             "object": clipper.clip,
         }
         for who, elapsed in paired(ways, fill, rounds).items():
             about = {"tensors": COUNT, "shape": "x".join(map(str, shape)), "ranks": RANKS}
-            rows.append({**about, "what": what, "who": who, "ms": elapsed, "machine": machine("cpu")})
+            rows.append(
+                {**about, "what": what, "who": who, "ms": elapsed, "machine": machine("cpu")}
+            )
     return rows
 
 

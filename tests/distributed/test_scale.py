@@ -1,0 +1,45 @@
+"""On thousands of ranks: as many collectives as dimensions that shard, of about 100 bytes."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+COUNT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import scale
+said = {}
+for layout, (sizes, names, declared) in scale.LAYOUTS.items():
+    for p in (2.0, float("inf")):
+        calls = scale.count(sizes, names, declared, p)
+        said[f"{layout} {p}"] = [[len(ranks), size] for ranks, size in calls]
+print(json.dumps(said))
+"""
+
+
+def test_collectives_on_thousands_of_ranks():
+    run = subprocess.run(
+        [sys.executable, "-c", COUNT, BENCHMARKS], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    counted = json.loads(run.stdout)
+    dimensions = {
+        "FSDP2 over 1024": [1024],
+        "8 x 8 x 16": [16, 8, 8],
+        "FSDP2 over 4096": [4096],
+        "4096 as 4 x 16 x 8 x 8": [16, 8, 8, 4],
+    }
+    with (BENCHMARKS / "results" / "scale.csv").open() as file:
+        committed = {f"{row['layout']} {row['norm_type']}": row for row in csv.DictReader(file)}
+    for layout, sizes in dimensions.items():
+        once, twice = counted[f"{layout} 2.0"], counted[f"{layout} inf"]
+        assert [ranks for ranks, _ in once] == sizes
+        assert [ranks for ranks, _ in twice] == [size for size in sizes for _ in range(2)]
+        assert all(size <= 100 for _, size in once + twice)
+        for p, calls in (("2", once), ("inf", twice)):
+            row = committed[f"{layout} {p}"]
+            assert row["of_ranks"].split() == [str(ranks) for ranks, _ in calls]
+            assert row["bytes"].split() == [str(size) for _, size in calls]
