@@ -3,8 +3,9 @@
     python benchmarks/sharded.py [--rounds 31]
 
 Writes ``benchmarks/results/sharded_cpu.csv``. Two processes on loopback hold 1000 DTensors, half of
-each; gradients are new ones at every call, as in training. A call's time is that of the slower
-process: both start together.
+each; gradients are new ones at every call, made as FSDP2 makes them. A call's time is that of the
+slower process: both start together. Each process has a core of its own, or the system moves threads
+about and every collective takes between 0.2 and 4 ms.
 """
 
 import argparse
@@ -35,6 +36,7 @@ def measure(rank: int, port: int, rounds: int, told: Any) -> None:
     """Be one of the processes."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
     mesh = init_device_mesh("cpu", (RANKS,))
     rows = [row for shape in SHAPES for row in of_shape(mesh, shape, rounds)]
@@ -54,7 +56,7 @@ def of_shape(mesh: Any, shape: tuple[int, ...], rounds: int) -> list[dict[str, o
 
     def fill() -> None:
         for parameter, values in zip(parameters, local, strict=True):
-            parameter.grad = DTensor.from_local(values.clone(), mesh, [Shard(0)], run_check=False)
+            parameter.grad = DTensor(values.clone(), parameter._spec, requires_grad=False)  # noqa: SLF001
 
     rows: list[dict[str, object]] = []
     for what, limit, p in (("within", 1e9, 2.0), ("clips", 1.0, 2.0), ("inf-norm", 1e9, inf)):

@@ -1,7 +1,8 @@
 """Gradients that share bytes: found before anything is written, and refused."""
 
+from array import array
 from collections.abc import Sequence
-from itertools import compress, islice
+from itertools import chain, compress
 from operator import add, le
 
 import torch
@@ -41,17 +42,22 @@ def _lie_apart(batches: Sequence[Batch]) -> bool:
     """Return whether it is plain to see that no byte is shared: no gaps, one behind another."""
     if not all(batch.layout.plan(_Bytes).packed for batch in batches):
         return False
-    starts: list[int] = []
-    lengths: list[int] = []
-    for batch in batches:
-        taken = batch.layout.plan(_Bytes).lengths
-        starts += compress(batch.addresses, taken)
-        lengths += filter(None, taken)
-    ends = dict(zip(starts, map(add, starts, lengths), strict=True))
-    starts.sort()
-    return len(ends) == len(starts) and all(
-        map(le, map(ends.__getitem__, starts), islice(starts, 1, None))
-    )
+    kept = [batch.layout.plan(_Bytes) for batch in batches]
+    starts = array("q")
+    for batch, of_each in zip(batches, kept, strict=True):
+        starts.extend(compress(batch.addresses, of_each.lengths))
+    # Some byte is taken twice just where one begins before as many have ended.
+    if len(starts) < _MANY:
+        lengths = filter(None, chain.from_iterable(of_each.lengths for of_each in kept))
+        ends = sorted(map(add, starts, lengths))
+        return all(map(le, ends, sorted(starts)[1:]))
+    begun = torch.frombuffer(starts, dtype=torch.int64)
+    ended = (begun + torch.cat([of_each.taken for of_each in kept])).sort()[0]
+    return bool((ended[:-1] <= begun.sort()[0][1:]).all())
+
+
+_MANY = 256
+"""From so many tensors on torch sorts faster than Python."""
 
 
 class _Bytes:
@@ -63,6 +69,7 @@ class _Bytes:
             shape.numel() * dtype.itemsize
             for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True)
         ]
+        self.taken = torch.tensor([length for length in self.lengths if length], dtype=torch.int64)
 
 
 def _check_extents(batches: Sequence[Batch], names: list[str]) -> None:

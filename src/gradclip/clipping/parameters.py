@@ -137,7 +137,7 @@ def as_source(params: object) -> ParameterSource:
 
 
 def _listed(items: Sequence[object]) -> ListedParameters:
-    if set(map(type, items)) <= {Tensor, nn.Parameter}:
+    if all(issubclass(kind, Tensor) for kind in set(map(type, items))):
         return ListedParameters(cast("list[Tensor]", list(items)))
     tensors: list[Tensor] = []
     names: Names = []

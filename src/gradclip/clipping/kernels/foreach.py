@@ -207,12 +207,16 @@ def _by_rows(batch: Batch, p: float, large: Callable[[Tensor], float]) -> Tensor
                 results.append(sums)
                 continue
         together = torch.cat(take(rows))
-        matrix = together.to(torch.float64, memory_format=torch.contiguous_format).view(count, -1)
+        # Maxima are exact in any dtype; torch's norm of order inf takes ten times as long.
+        dtype = batch.dtype if p == inf else torch.float64
+        matrix = together.to(dtype, memory_format=torch.contiguous_format).view(count, -1)
         if matrix.numel() == 0:
-            results.append(matrix.new_zeros(count))
-            continue
-        norms = torch.linalg.vector_norm(matrix, p, dim=1)
-        results.append(norms.square_() if p == _EUCLIDEAN else norms)
+            results.append(torch.zeros(count, dtype=torch.float64))
+        elif p == inf:
+            results.append(matrix.abs_().amax(1).to(torch.float64))
+        else:
+            norms = torch.linalg.vector_norm(matrix, p, dim=1)
+            results.append(norms.square_() if p == _EUCLIDEAN else norms)
     for take, lengths in gathering.segments:
         values = _flatten_dense_tensors(take(rows)).to(torch.float64, copy=True)
         powers = values.square_() if p == _EUCLIDEAN else values.abs_()
@@ -299,8 +303,12 @@ def _may_leave_range(total: Tensor, row: Tensor) -> bool:
 
 
 def _scale_together(tensors: list[Tensor], coefficient: float) -> None:
-    """Multiply by one coefficient; a tensor of it, since a number is rounded to bfloat16 first."""
-    if coefficient == 1:
+    """Multiply tensors of one dtype by one coefficient.
+
+    It is a tensor, since a number is rounded to bfloat16 first, and of their own dtype where that
+    is precise, since torch converts another for each of them.
+    """
+    if coefficient == 1 or not tensors:
         return
     if coefficient == 0:
         torch._foreach_zero_(tensors)
@@ -308,7 +316,8 @@ def _scale_together(tensors: list[Tensor], coefficient: float) -> None:
     if coefficient < _COARSE_COEFFICIENT:
         _scale_together(tensors, _COARSE_COEFFICIENT)
         coefficient /= _COARSE_COEFFICIENT
-    torch._foreach_mul_(tensors, torch.tensor(coefficient, dtype=torch.float64))
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    torch._foreach_mul_(tensors, torch.tensor(coefficient, dtype=dtype))
 
 
 def _scale_rows(tensor: Tensor, factors: Tensor) -> None:

@@ -27,8 +27,9 @@ class Shards:
         self._parameters = parameters
         self._specs = [getattr(parameter, "_spec", None) for parameter in parameters]
         self._all_distributed = all(spec is not None for spec in self._specs)
-        self._passed: list[Any] = []
-        self._every = False
+        self._passed: list[Any] = self._specs
+        self._every = self._all_distributed
+        self._recurred = True
 
     def local(
         self, found: Sequence[Tensor | None], names: Callable[[], Sequence[str]]
@@ -51,7 +52,11 @@ class Shards:
             if not (self._every and self._placed_like_parameters(specs)):
                 for number in misplaced(self._parameters, found):
                     raise _misplaced(names()[number], self._specs[number], specs[number])
-            self._passed = specs
+            # Specifications that are new at every step are not kept: to free them costs more.
+            self._passed = specs if self._recurred else []
+            self._recurred = False
+        else:
+            self._recurred = True
         if self._every:
             return list(map(_LOCAL, found))
         return [
@@ -69,6 +74,12 @@ class Shards:
 
 def misplaced(parameters: Sequence[Tensor], found: Sequence[Tensor | None]) -> list[int]:
     """Return which gradients are placed otherwise than their parameters."""
+    try:
+        specs = list(map(_SPEC, found))
+        if all(map(is_, specs, map(_SPEC, parameters))):
+            return []
+    except AttributeError:  # one is None, or plain
+        pass
     wrong = []
     for number, (parameter, gradient) in enumerate(zip(parameters, found, strict=True)):
         if gradient is None:
