@@ -23,6 +23,7 @@ _PRELOADED = [
     "torch._dynamo",
     "gradclip",
     "gradclip.clipping",
+    "accelerate",
 ]
 _processes = get_context("forkserver")
 _processes.set_forkserver_preload(_PRELOADED)
@@ -126,6 +127,8 @@ def _rank(
     rank, ranks, store, group_timeout, env, limit = setting
     os.environ.update(env)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    # What launchers set too, and Accelerate asks for; the group is made by then.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", LOCAL_WORLD_SIZE=str(ranks))
     faulthandler.dump_traceback_later(max(1.0, limit - 2), exit=False)
     import torch  # noqa: PLC0415 - not before the environment is set
     import torch.distributed as dist  # noqa: PLC0415

@@ -13,7 +13,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def write(
     *,
     keep_last: int | None = None,
     main: bool = True,
-    barrier: Callable[[], None] = lambda: None,
+    together: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Path | None:
     """Write a checkpoint, whole or not at all; every process of the run calls it.
 
@@ -62,22 +62,29 @@ def write(
         fill: Writes the files of this process into the folder that it is given.
         keep_last: How many of the last complete checkpoints to keep; None for all.
         main: Whether this process is the one that names, hashes and removes.
-        barrier: Waits for all processes.
+        together: Makes a context that ends on all processes at once, and raises on all of them
+            what was raised in it on one.
 
     Returns:
         Where the checkpoint is; None on the other processes.
     """
     name = f"epoch-{progress.epoch_id:04d}-step-{progress.global_step_id:08d}"
     draft = root / f".{name}.tmp"
-    if main:
-        root.mkdir(parents=True, exist_ok=True)
-        _remove_drafts(root)
-        draft.mkdir()
-    barrier()
-    fill(draft)
-    barrier()
-    if not main:
-        return None
+    with together():
+        if main:
+            root.mkdir(parents=True, exist_ok=True)
+            _remove_drafts(root)
+            draft.mkdir()
+    with together():
+        fill(draft)
+    with together():
+        return _finish(root, draft, name, progress, keep_last) if main else None
+
+
+def _finish(
+    root: Path, draft: Path, name: str, progress: TrainerProgressState, keep_last: int | None
+) -> Path:
+    """Seal what all processes wrote, give it its name, and remove the oldest."""
     complete = list(_complete(root))
     sequence = 1 + max((manifest.sequence for _, manifest in complete), default=0)
     _seal(draft, Manifest(sequence, progress, _hash_and_flush(draft)))

@@ -11,11 +11,17 @@ that followed it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
-from accelerate.data_loader import SkipBatchSampler, skip_first_batches
+from accelerate import PartialState
+from accelerate.data_loader import (
+    DataLoaderDispatcher,
+    DataLoaderShard,
+    SkipBatchSampler,
+    skip_first_batches,
+)
 from torch.utils.data import DataLoader, IterableDataset
 
 from gradclip.errors import CheckpointError
@@ -98,18 +104,35 @@ class DataPosition:
         now = self._stopped or _Moment.capture(self.dataloader)
         return {
             "batches": self.batches,
+            "batch_size": _batch_size(self.dataloader),
             "start": None if self._start is None else self._start.state_dict(),
             "asked": None if self._asked is None else self._asked.state_dict(),
             "now": now.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to where ``state_dict`` was called; the next ``epoch`` goes on there."""
+    def load_state_dict(self, state: Mapping[str, Any], *, keep_random: bool = False) -> None:
+        """Go to where ``state_dict`` was called; the next ``epoch`` goes on there.
+
+        Where the samples that were consumed then are no whole number of batches now, a few of them
+        come again.
+
+        Args:
+            state: What it returned.
+            keep_random: Whether to go on with the random state of now: for a process that was not
+                there, so that no two have the same.
+        """
         self.batches = int(state["batches"])
         start, asked = state["start"], state["asked"]
         self._start = None if start is None else _Moment.from_state_dict(start)
         self._asked = None if asked is None else RandomState.from_state_dict(asked)
         self._stopped = _Moment.from_state_dict(state["now"])
+        if keep_random:
+            self._stopped = replace(self._stopped, random=RandomState.capture())
+            self._asked = None
+        before, now = state.get("batch_size"), _batch_size(self.dataloader)
+        if before and now and before != now:  # another number of processes, say
+            self.batches = self.batches * before // now
+            self._asked = None
 
     def _rejoin(self, resumed: RandomState | None) -> Iterator[Any]:
         """Begin the epoch as it began, and yield what was not handed out."""
@@ -249,6 +272,19 @@ def _can_skip(loader: object) -> bool:
         and not isinstance(loader.dataset, IterableDataset)
         and loader.batch_sampler is not None
     )
+
+
+def _batch_size(loader: object) -> int | None:
+    """Return how many samples all processes together take in a step, where that is known."""
+    sampler = getattr(loader, "batch_sampler", None)
+    known = isinstance(getattr(sampler, "batch_size", None), int)
+    if not (known and isinstance(loader, DataLoaderShard | DataLoaderDispatcher)):
+        return None
+    if isinstance(loader, DataLoaderShard):
+        size: int = loader.total_batch_size
+        return size
+    each: int = loader.batch_sampler.batch_size
+    return each if loader.split_batches else each * PartialState().num_processes
 
 
 def _too_short(consumed: int, found: int) -> CheckpointError:

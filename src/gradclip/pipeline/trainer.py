@@ -37,6 +37,7 @@ from gradclip.pipeline.hooks.mixin import (
     PipelineHooksLike,
 )
 from gradclip.pipeline.hooks.validation import ValidationHook
+from gradclip.pipeline.processes import keep_distributed
 from gradclip.pipeline.progress_state import TrainerProgressState
 from gradclip.pipeline.shortcuts import accumulating, unwrapped
 from gradclip.pipeline.training_state import load_training_state
@@ -127,6 +128,7 @@ class HookBasedTrainer:
         check_accelerator(self.accelerator)
 
         self.batch_processor = batch_processor
+        keep_distributed(self.accelerator, model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.dataloader: Iterable[Any] = dataloader
         if isinstance(dataloader, DataLoader):

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -219,9 +220,13 @@ def test_other_processes_fill_and_wait_and_leave_the_rest_to_the_main_one(tmp_pa
     waits = []
     draft = tmp_path / ".epoch-0000-step-00000001.tmp"
     draft.mkdir()
-    place = store.write(
-        tmp_path, progress(1), fill, main=False, barrier=lambda: waits.append(names(tmp_path))
-    )
+
+    @contextmanager
+    def together():
+        yield
+        waits.append(names(tmp_path))
+
+    place = store.write(tmp_path, progress(1), fill, main=False, together=together)
     assert place is None
-    assert len(waits) == 2
+    assert len(waits) == 3
     assert names(draft) == ["model.bin", "sub"]

@@ -11,8 +11,9 @@ from gradclip.errors import ArgumentValueError
 from gradclip.hook import HookContext
 from gradclip.pipeline import checkpoint_store
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
+from gradclip.pipeline.processes import together
 from gradclip.pipeline.progress_state import TrainerProgressState
-from gradclip.pipeline.training_state import check_checkpointable, save_training_state
+from gradclip.pipeline.training_state import check_checkpointable, keepable, save_training_state
 
 __all__ = ["SaveCheckpoint", "SaveCheckpointConfig"]
 
@@ -56,13 +57,14 @@ class SaveCheckpoint(PipelineHooks):
         """
         root = self._root(arg)
         assert arg.accelerator is not None
+        progress = keepable(arg.accelerator, progress)
         checkpoint_store.write(
             root,
             progress,
             partial(save_training_state, arg=arg, progress=progress),
             keep_last=self.cfg.keep_last,
             main=arg.accelerator.is_main_process,
-            barrier=arg.accelerator.wait_for_everyone,
+            together=partial(together, arg.accelerator),
         )
         self._due, self._saved = False, progress
 

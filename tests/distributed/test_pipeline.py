@@ -1,0 +1,294 @@
+"""The trainer on several processes: it ends where one ends, resumes, and fails together."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from gradclip.errors import CheckpointError, NonFiniteGradientError, TooManySkipsError
+from gradclip.pipeline import HookBasedTrainer, SimpleBatchProcessor
+from gradclip.pipeline.hooks import (
+    GradientClippingHookConfig,
+    HookContext,
+    PipelineHooks,
+    SaveCheckpointConfig,
+)
+from processes import together
+
+GLOBAL_BATCH, SAMPLES = 8, 48
+ENGINES = ["DDP", "FSDP2", "FSDP2 by Accelerate"]
+
+
+def forward(model, batch):
+    inputs, targets = batch
+    outputs = model(inputs)
+    return outputs, nn.functional.mse_loss(outputs, targets)
+
+
+def samples(bad=None):
+    """Samples of which one, the last of the third global batch, may be no number."""
+    inputs = torch.randn(SAMPLES, 6, generator=torch.Generator().manual_seed(1))
+    if bad is not None:
+        inputs[3 * GLOBAL_BATCH - 1, 0] = bad
+    return TensorDataset(inputs, 5 * inputs.sum(1, keepdim=True))
+
+
+def accelerator_of(engine, accumulate):
+    plugin = None
+    if engine == "FSDP2 by Accelerate":
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+    accelerator = Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=accumulate,
+        fsdp_plugin=plugin,
+        step_scheduler_with_optimizer=False,  # or it steps once for each process
+    )
+    if plugin is None:
+        return accelerator
+    # Accelerate goes this way on accelerators alone; all behind this switch is its own code.
+    for state in (PartialState(), accelerator.state):
+        state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    return accelerator
+
+
+class Run:
+    """A run of the trainer under an engine; None is one process."""
+
+    def __init__(
+        self, engine, *, dropout=0.0, accumulate=2, bad=None, clip=None, hooks=(), **fields
+    ):
+        torch.manual_seed(0)
+        self.accelerator = accelerator_of(engine, accumulate)
+        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Dropout(dropout), nn.Linear(9, 1))
+        if engine == "FSDP2":
+            fully_shard(model[0])
+            fully_shard(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        self.said = []
+        note = PipelineHooks()
+        note.register_hook("on_step", HookContext.from_callable("note", after=self.note))
+        loader = DataLoader(
+            samples(bad),
+            batch_size=GLOBAL_BATCH // self.accelerator.num_processes,
+            shuffle=dropout > 0,
+        )
+        self.trainer = HookBasedTrainer(
+            accelerator=self.accelerator,
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.9),
+            dataloader=loader,
+            batch_processor=SimpleBatchProcessor.from_callable(forward),
+            grad_clip=clip or GradientClippingHookConfig(clip_mode="norm", max_norm=0.5),
+            hooks=[note, *hooks],
+            **fields,
+        )
+
+    def note(self, arg):
+        result = arg.clip_result
+        if result is not None:
+            self.said.append(
+                (
+                    result.norm_pre.item().hex(),
+                    result.coefficient.item().hex(),
+                    bool(result.skipped),
+                    arg.is_optimizer_step_committed,
+                )
+            )
+
+    def weights(self):
+        model = self.accelerator.unwrap_model(self.trainer.model)
+        found = {name: p.detach() for name, p in model.named_parameters()}
+        return {
+            name: (p.full_tensor() if isinstance(p, DTensor) else p).clone()
+            for name, p in found.items()
+        }
+
+
+def trained(rank, engine, **fields):
+    run = Run(engine, **fields)
+    run.trainer()
+    state = run.trainer.trainer_progress_state
+    lr = run.trainer.optimizer.param_groups[0]["lr"]
+    return run.weights(), run.said, (state.global_step_id, state.optimizer_step_id, lr)
+
+
+def train(engine, ranks, **fields):
+    """Train, and return what all ranks say alike: weights, clipping, and how far they are."""
+    together_ = [_Alike(*each) for each in together(_trained, ranks, engine, fields)]
+    assert all(each == together_[0] for each in together_)
+    return together_[0].weights, together_[0].said, together_[0].progress
+
+
+def _trained(rank, engine, fields):
+    return trained(rank, engine, **fields)
+
+
+class _Alike:
+    def __init__(self, weights, said, progress):
+        self.weights, self.said, self.progress = weights, said, progress
+
+    def __eq__(self, other):
+        same = all(torch.equal(self.weights[name], other.weights[name]) for name in self.weights)
+        return same and (self.said, self.progress) == (other.said, other.progress)
+
+    __hash__ = None
+
+
+def assert_close(found, wanted):
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_it_ends_where_one_process_ends(engine, ranks):
+    wanted, clipped, progress = train(None, 1, max_epoch=3)
+    found, said, reached = train(engine, ranks, max_epoch=3)
+    assert_close(found, wanted)
+    assert reached == progress
+    assert len(said) == len(clipped) == 9
+    for (norm, *_), (expected, *_) in zip(said, clipped, strict=True):
+        assert math.isclose(float.fromhex(norm), float.fromhex(expected), rel_tol=1e-4)
+
+
+def checkpoints(root, **fields):
+    return SaveCheckpointConfig(save_root=str(root), **fields)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(engine, tmp_path):
+    """The same batches, dropout, moments and clipping, from the middle of an epoch."""
+    whole, said, progress = train(engine, 2, dropout=0.3, max_epoch=3)
+    save = [checkpoints(tmp_path, save_step_freq=2, save_epoch_freq=None)]
+    train(engine, 2, dropout=0.3, max_step=10, hooks=save)
+    found, rest, reached = train(engine, 2, dropout=0.3, max_epoch=3, resume_from=str(tmp_path))
+    assert reached == progress
+    assert rest == said[5:]
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("before", "ranks_before", "after", "ranks_after"),
+    [
+        ("DDP", 2, "DDP", 4),
+        ("FSDP2", 4, "FSDP2", 2),
+        ("FSDP2 by Accelerate", 2, None, 1),
+        (None, 1, "FSDP2", 2),
+        ("DDP", 2, "FSDP2 by Accelerate", 2),
+    ],
+)
+def test_a_run_resumes_on_other_processes(before, ranks_before, after, ranks_after, tmp_path):
+    """The state of the policy comes back, and no batch is lost: transformers#34053."""
+    wanted, _, progress = train(None, 1, max_epoch=3)
+    save = [checkpoints(tmp_path, save_epoch_freq=None)]
+    train(before, ranks_before, max_step=8, hooks=save)
+    (folder,) = tmp_path.glob("epoch*")
+    assert len(list(folder.glob("process_*.pt"))) == ranks_before
+    found, said, reached = train(after, ranks_after, max_epoch=3, resume_from=str(tmp_path))
+    assert_close(found, wanted)
+    assert reached == progress
+    assert len(said) == 5
+
+
+def test_an_open_window_comes_back_with_the_processes_that_had_it(tmp_path):
+    wanted, _, _ = train("DDP", 2, max_epoch=2)
+    save = [checkpoints(tmp_path, save_epoch_freq=None)]
+    train("DDP", 2, max_step=7, hooks=save)
+    found, _, _ = train("DDP", 2, max_epoch=2, resume_from=str(tmp_path))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    together(refuses_the_window, 1, str(tmp_path))
+
+
+def refuses_the_window(rank, root):
+    with pytest.raises(CheckpointError, match="window by 2 processes"):
+        Run(None, max_epoch=2, resume_from=root)
+
+
+def test_a_window_that_fsdp2_keeps_to_itself_is_not_lost_in_silence(tmp_path):
+    together(ends_in_a_window, 2, str(tmp_path))
+    found, said, _ = train("FSDP2 by Accelerate", 2, max_epoch=2, resume_from=str(tmp_path))
+    assert len(said) == 3  # 7 batches are done: of the 5 left one ends the epoch alone
+    assert all(bool(value.isfinite().all()) for value in found.values())
+
+
+def ends_in_a_window(rank, root):
+    hooks = [checkpoints(root, save_epoch_freq=None)]
+    with pytest.warns(UserWarning, match="1 batches into an accumulation window"):
+        trained(rank, "FSDP2 by Accelerate", max_step=7, hooks=hooks)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_is_skipped_on_every_process(engine, bad):
+    """One sample of one process is no number; nobody steps, the scheduler neither."""
+    skipping = {"bad": bad, "accumulate": 1, "max_step": 5}
+    found, said, (steps, committed, lr) = train(engine, 2, **skipping)
+    wanted, _, (_, expected, expected_lr) = train(None, 1, **skipping)
+    assert [(skipped, made) for *_, skipped, made in said] == [
+        (number == 2, number != 2) for number in range(5)
+    ]
+    assert (steps, committed, lr) == (5, expected, expected_lr)
+    assert committed == 4
+    assert_close(found, wanted)
+
+
+def raised(rank, engine, clip, error):
+    run = Run(engine, bad=math.nan, accumulate=1, clip=clip, max_step=6)
+    with pytest.raises(error) as caught:
+        run.trainer()
+    return str(caught.value).splitlines()[0], len(run.said), run.weights()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_it_raises_on_every_process(engine):
+    clip = GradientClippingHookConfig(clip_mode="norm", max_norm=0.5, nonfinite="raise")
+    first, second = together(raised, 2, engine, clip, NonFiniteGradientError)
+    assert "step 2" in first[0]
+    assert first[1] == second[1] == 2
+    assert all(torch.equal(first[2][name], second[2][name]) for name in first[2])
+
+
+def test_too_many_skips_raise_on_every_process():
+    clip = GradientClippingHookConfig(clip_mode="norm", max_norm=0.5, max_consecutive_skips=0)
+    said = together(raised, 2, "FSDP2", clip, TooManySkipsError)
+    assert [each[1] for each in said] == [2, 2]
+
+
+class FailsOnOne(PipelineHooks):
+    """Has a state that one process cannot give: as if its disk were full."""
+
+    def state_dict(self):
+        if torch.distributed.get_rank() == 0:
+            raise OSError("no space left")
+        return {}
+
+
+def fails_to_save(rank, root):
+    hooks = [FailsOnOne(), checkpoints(root, save_step_freq=2)]
+    run = Run("FSDP2", max_step=4, hooks=hooks)
+    with pytest.raises((OSError, CheckpointError), match="no space left") as caught:
+        run.trainer()
+    return type(caught.value).__name__
+
+
+def test_a_process_that_cannot_save_fails_all(tmp_path):
+    assert together(fails_to_save, 2, str(tmp_path), limit=20) == ["OSError", "CheckpointError"]
+    assert not list(tmp_path.glob("epoch*"))
+
+
+def nothing_to_resume(rank, root):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        Run("DDP", max_step=4, resume_from=root)
+
+
+def test_all_are_told_that_there_is_nothing_to_resume_from(tmp_path):
+    together(nothing_to_resume, 2, str(Path(tmp_path)), limit=20)
