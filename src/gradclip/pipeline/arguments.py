@@ -1,5 +1,6 @@
 """What a trainer is given: checked, and its hooks put in order, before anything is prepared."""
 
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -132,9 +133,17 @@ def check_accelerator(accelerator: "Accelerator") -> None:
 
     Raises:
         DoubleClippingError: GC101, the accelerator is for DeepSpeed.
-        ArgumentValueError: GC010, its dataloaders keep their own position.
+        ArgumentValueError: GC010, its dataloaders keep their own position, or it does not know of
+            the other processes that were launched.
     """
     refuse_deepspeed(accelerator)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and accelerator.num_processes == 1:
+        raise ArgumentValueError(
+            f"this is one of {launched} processes that were launched together, and the accelerator "
+            "knows of one, so each would train a model of its own. On a machine without "
+            "accelerators make it with Accelerator(cpu=True)."
+        )
     if accelerator.use_stateful_dataloader:
         raise ArgumentValueError(
             "the accelerator has use_stateful_dataloader=True. The trainer keeps the "

@@ -4,13 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from gradclip.errors import ArgumentValueError, CheckpointError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-__all__ = ["AllProcesses", "keep_distributed", "together"]
+__all__ = ["AllProcesses", "default_accelerator", "keep_distributed", "together"]
 
 _Value = TypeVar("_Value")
 
@@ -50,6 +52,14 @@ class AllProcesses:
             raise error
         for number, words in filter(None, said):
             raise CheckpointError(f"process {number} failed, so no process goes on: {words}")
+
+
+def default_accelerator() -> "Accelerator":
+    """Make an accelerator of all processes that were launched, on whatever there is."""
+    from accelerate import Accelerator  # noqa: PLC0415 - only the pipeline needs it
+
+    # Without being told, Accelerate does not see other processes where there is no accelerator.
+    return Accelerator(cpu=not torch.accelerator.is_available())
 
 
 @contextmanager

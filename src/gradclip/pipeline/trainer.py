@@ -37,7 +37,7 @@ from gradclip.pipeline.hooks.mixin import (
     PipelineHooksLike,
 )
 from gradclip.pipeline.hooks.validation import ValidationHook
-from gradclip.pipeline.processes import keep_distributed
+from gradclip.pipeline.processes import default_accelerator, keep_distributed
 from gradclip.pipeline.progress_state import TrainerProgressState
 from gradclip.pipeline.shortcuts import accumulating, unwrapped
 from gradclip.pipeline.training_state import load_training_state
@@ -124,7 +124,7 @@ class HookBasedTrainer:
             one("validation", validation, ValidationHook),
             PipelineHooks.from_hooks(hooks).children,
         )
-        self.accelerator = Accelerator() if accelerator is None else accelerator
+        self.accelerator = default_accelerator() if accelerator is None else accelerator
         check_accelerator(self.accelerator)
 
         self.batch_processor = batch_processor
