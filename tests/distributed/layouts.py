@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial as partially
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ SHAPES = {
 
 
 def full(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """The whole gradient of a parameter: the same on every rank."""
-    return oracle.randn(*shape, seed=seed + sum(name.encode()))
+    """The whole gradient of a parameter: the same on every rank, and exact in bfloat16."""
+    return oracle.randn(*shape, seed=seed + sum(name.encode())).bfloat16().float()
 
 
 @dataclass
@@ -136,21 +137,23 @@ def ddp_bucket_view(rank: int) -> Held:
     return of_module(module, SHAPES, 0)
 
 
+def summoned(module: nn.Module) -> dict[str, Tensor]:
+    """Whole gradients of what FSDP1 holds."""
+    with FullyShardedDataParallel.summon_full_params(module, with_grads=True):
+        found = dict(module.named_parameters())
+        return {
+            name: parameter.grad.clone()
+            for name in SHAPES
+            for key, parameter in found.items()
+            if key.split(".")[-1] == name.replace(".", "_")
+        }
+
+
 def fsdp1(rank: int, **options: Any) -> Held:
     module = FullyShardedDataParallel(Holder(SHAPES), device_id=torch.device("cpu"), **options)
     held = of_module(module, SHAPES, 1)
 
-    def read() -> dict[str, Tensor]:
-        with FullyShardedDataParallel.summon_full_params(module, with_grads=True):
-            found = dict(module.named_parameters())
-            return {
-                name: parameter.grad.clone()
-                for name in SHAPES
-                for key, parameter in found.items()
-                if key.split(".")[-1] == name.replace(".", "_")
-            }
-
-    held.read = read
+    held.read = partially(summoned, module)
     return held
 
 
@@ -185,6 +188,38 @@ def fsdp1_not_sharded(rank: int) -> Held:
     return held
 
 
+class Halves(nn.Module):
+    """Some parameters in shards of FSDP1, the others whole on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = list(SHAPES)
+        self.cut = FullyShardedDataParallel(
+            Holder({name: SHAPES[name] for name in names[:2]}),
+            device_id=torch.device("cpu"),
+            use_orig_params=True,
+        )
+        self.whole = FullyShardedDataParallel(
+            Holder({name: SHAPES[name] for name in names[2:]}),
+            device_id=torch.device("cpu"),
+            use_orig_params=True,
+            sharding_strategy=ShardingStrategy.NO_SHARD,
+        )
+
+    def forward(self, wanted: dict[str, Tensor]) -> Tensor:
+        names = list(SHAPES)
+        cut = self.cut({name: wanted[name] for name in names[:2]})
+        return cut + self.whole({name: wanted[name] for name in names[2:]})
+
+
+def fsdp1_beside_replicated(rank: int) -> Held:
+    module = Halves()
+    held = of_module(module, SHAPES, 1)
+
+    held.read = partially(summoned, module)
+    return held
+
+
 def fsdp2(rank: int) -> Held:
     module = Holder(SHAPES)
     fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
@@ -193,7 +228,7 @@ def fsdp2(rank: int) -> Held:
 
 def fsdp2_mixed_precision(rank: int) -> Held:
     module = Holder(SHAPES)
-    precision = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), mp_policy=precision)
     return of_module(module, SHAPES, 1)
 
@@ -375,6 +410,7 @@ TWO = {
         fsdp1_flat,
         fsdp1_original_parameters,
         fsdp1_not_sharded,
+        fsdp1_beside_replicated,
         fsdp2,
         fsdp2_mixed_precision,
         fsdp2_offload,

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -26,7 +26,12 @@ from gradclip import GradientClipper, NormClip, ValueClip
 from processes import together
 
 STEPS, BATCH = 10, 8
-POLICIES = {"norm": NormClip(max_norm=0.05), "value": ValueClip(clip_value=0.01)}
+POLICIES = {
+    "norm": NormClip(max_norm=0.05),
+    "norm 1": NormClip(max_norm=0.5, norm_type=1),
+    "norm inf": NormClip(max_norm=0.02, norm_type=math.inf),
+    "value": ValueClip(clip_value=0.01),
+}
 
 
 class Model(nn.Module):
@@ -62,8 +67,8 @@ def mine(tensor, dimension):
     return tensor.chunk(size)[rank]
 
 
-def of_one_process(policy):
-    model = Model()
+def of_one_process(policy, kind=Model):
+    model = kind()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     clipper = GradientClipper(model, policy)
     clipped = 0
@@ -90,8 +95,8 @@ def train(model, clipper, dimension, after_backward=lambda: None):
     return said
 
 
-def compare(found, policy):
-    for name, wanted in of_one_process(policy).items():
+def compare(found, policy, kind=Model):
+    for name, wanted in of_one_process(policy, kind).items():
         have = found[name]
         have = have.full_tensor() if isinstance(have, DTensor) else have
         torch.testing.assert_close(have.detach(), wanted, rtol=1e-5, atol=1e-5)
@@ -193,6 +198,82 @@ def under_fsdp2_and_tp(rank, policy, _):
     return said
 
 
+class Mixture(nn.Module):
+    """Four experts whose outputs are added up, between two layers that every rank has whole.
+
+    Args:
+        mesh: Of the ranks that share the experts; None for one process.
+    """
+
+    def __init__(self, mesh=None):
+        super().__init__()
+        self.mesh = mesh
+        generator = torch.Generator().manual_seed(7)
+        self.up, self.down = nn.Linear(8, 6), nn.Linear(6, 1)
+        self.experts = nn.Parameter(torch.empty(4, 6, 6))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+        if mesh is not None:
+            split = distribute_tensor(self.experts.detach(), mesh, [Shard(0)])
+            self.experts = nn.Parameter(split)
+
+    def forward(self, inputs):
+        inner, experts = torch.tanh(self.up(inputs)), self.experts
+        if self.mesh is not None:
+            group = self.mesh.get_group()
+            # Every rank's experts see these inputs, and add to their gradient.
+            inner, experts = _Shared.apply(inner, group), experts.to_local()
+        outputs = torch.einsum("bi,eij->ebj", inner, experts).tanh().sum(0)
+        if self.mesh is not None:
+            outputs = _Summed.apply(outputs, group)
+        return self.down(outputs)
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, group):
+        ctx.group = group
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, group):
+        values = values.clone()
+        dist.all_reduce(values, group=group)
+        return values
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def under_expert_parallelism(rank, policy, _):
+    """Experts are split over a mesh of their own, and replicated along the data."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "expert"))
+    model = Mixture(mesh["expert"])
+    data = mesh["data"].get_group()
+
+    def average():
+        for parameter in model.parameters():
+            gradient = parameter.grad
+            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            dist.all_reduce(local, group=data)
+            local /= 2
+
+    clipper = GradientClipper(model, policy)
+    said = train(model, clipper, (mesh.get_local_rank("data"), 2), average)
+    compare(weights(model), policy, Mixture)
+    return said
+
+
 TWO = {
     "DDP": (under_ddp, False),
     "DDP, gradients in buckets": (under_ddp, True),
@@ -203,7 +284,11 @@ TWO = {
     "FSDP2 beside plain parameters": (under_fsdp2_with_plain, None),
     "TP": (under_tp, None),
 }
-FOUR = {"HSDP": (under_hsdp, None), "FSDP2 over TP": (under_fsdp2_and_tp, None)}
+FOUR = {
+    "HSDP": (under_hsdp, None),
+    "FSDP2 over TP": (under_fsdp2_and_tp, None),
+    "EP on a mesh of its own": (under_expert_parallelism, None),
+}
 
 
 @pytest.mark.parametrize("policy", POLICIES)
