@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, DoubleClippingError
 from gradclip.pipeline.batch_processor import BatchProcessorMixin
 from gradclip.pipeline.hooks.checkpoint import SaveCheckpoint
-from gradclip.pipeline.hooks.grad_clip import GradientClippingHook, refuse_deepspeed
+from gradclip.pipeline.hooks.grad_clip import GradientClippingHook
 from gradclip.pipeline.hooks.mixin import PipelineHooks, PipelineHooksConfig
 from gradclip.pipeline.hooks.optimizer import OptimizerHook
 
@@ -131,10 +131,8 @@ def check_accelerator(accelerator: "Accelerator") -> None:
     """Refuse what the trainer cannot work with.
 
     Raises:
-        DoubleClippingError: GC101, the accelerator is for DeepSpeed.
         ArgumentValueError: GC010, its dataloaders keep their own position.
     """
-    refuse_deepspeed(accelerator)
     if accelerator.use_stateful_dataloader:
         raise ArgumentValueError(
             "the accelerator has use_stateful_dataloader=True. The trainer keeps the "
