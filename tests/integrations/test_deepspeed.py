@@ -2,11 +2,17 @@
 
 import importlib.util
 import math
+import re
+import runpy
+from contextlib import redirect_stdout
+from io import StringIO
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState, GradientState
 from deepspeed_runs import (
     BATCH,
     LIMIT,
@@ -45,6 +51,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="make test-integrations installs it"
 )
 STAGES = [1, 2, 3]
+EXAMPLE = Path(__file__).parents[2] / "examples" / "deepspeed_zero.py"
 TO = {"rtol": 1e-5, "atol": 1e-6}
 """How far float32 weights may be from those of one process after ten steps."""
 
@@ -503,3 +510,68 @@ def plugin_from_config(rank):
 
 def test_auto_absent_and_equal_are_lowered():
     assert on_two(plugin_from_config) == [LIMIT] * 3
+
+
+# After an error.
+
+
+def broken(rank, window):
+    """Break the second batch, then train on; return the norms of the steps."""
+    accelerated = accelerator(2, gradient_accumulation_steps=window)
+    calls = []
+
+    def breaking(model, batch):
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyError("the second batch")
+        return forward(model, batch)
+
+    model = Model()
+    collect = Collect()
+    trainer = HookBasedTrainer(
+        accelerated,
+        model,
+        [next(iter(loader(BATCH)))] * 4,
+        SimpleBatchProcessor.from_callable(breaking),
+        momentum(model, lr=0.0),
+        hooks=collect,
+        grad_clip=GradientClippingHookConfig(policy=LIMIT),
+        max_step=4,
+    )
+    with pytest.raises(KeyError):
+        trainer()
+    error = None
+    try:
+        trainer()
+    except ArgumentValueError as raised:
+        error = str(raised)
+    return [result.norm_pre for result, *_ in collect.steps], error
+
+
+def test_a_broken_window_is_not_added_to_the_next():
+    norms, error = on_two(broken, 2)
+    assert norms == []
+    assert "cannot drop the gradients" in error
+
+    norms, error = on_two(broken, 1)
+    assert error is None
+    assert norms == [norms[0]] * 4
+
+
+def example(rank):
+    accelerator(2)  # without the operator that DeepSpeed would compile
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    with redirect_stdout(StringIO()) as printed:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    return printed.getvalue() if rank == 0 else ""
+
+
+def test_the_example():
+    printed, nothing = together(example, RANKS, limit=90, env={"DS_ACCELERATOR": "cpu"})
+
+    assert nothing == ""
+    counts = re.findall(r"epoch \d: DeepSpeed clipped (\d+) of 64 steps, largest norm \d+", printed)
+    assert len(counts) == 3
+    assert all(10 < int(count) < 60 for count in counts)
+    assert printed.endswith("gradient_clipping 5.0\n")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from gradclip.pipeline.hooks.grad_clip import GradientClippingHook
 
-__all__ = ["prepare_engine", "refuse_checkpoints"]
+__all__ = ["prepare_engine", "refuse_a_broken_window", "refuse_checkpoints"]
 
 
 def prepare_engine(
@@ -55,6 +55,23 @@ def prepare_engine(
     if loader:
         dataloader, *others = others
     return model, optimizer, dataloader, others[0] if others else None
+
+
+def refuse_a_broken_window(accelerator: "Accelerator") -> None:
+    """Refuse to go on after an error that may have left gradients behind inside the engine.
+
+    Stage 2 would add what is left of the broken accumulation window to the next one, and there is
+    no way to drop it.
+
+    Raises:
+        ArgumentValueError: GC010, DeepSpeed accumulates gradients.
+    """
+    if uses_deepspeed(accelerator) and accelerator.gradient_accumulation_steps > 1:
+        raise ArgumentValueError(
+            "the last call of the trainer ended with an error, perhaps inside an accumulation "
+            "window, and DeepSpeed cannot drop the gradients that are left of it: the next step "
+            "would be made with them. Start again, with a new accelerator and model."
+        )
 
 
 def refuse_checkpoints(accelerator: "Accelerator") -> None:

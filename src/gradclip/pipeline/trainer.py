@@ -29,7 +29,11 @@ from gradclip.pipeline.arguments import (
 )
 from gradclip.pipeline.batch_processor import BatchProcessorMixin
 from gradclip.pipeline.data_position import DataPosition
-from gradclip.pipeline.deepspeed import prepare_engine, refuse_checkpoints
+from gradclip.pipeline.deepspeed import (
+    prepare_engine,
+    refuse_a_broken_window,
+    refuse_checkpoints,
+)
 from gradclip.pipeline.hooks.checkpoint import SaveCheckpoint
 from gradclip.pipeline.hooks.grad_clip import GradientClippingHook
 from gradclip.pipeline.hooks.mixin import (
@@ -176,11 +180,13 @@ class HookBasedTrainer:
         """Train until a limit is reached; go on from where the last call ended.
 
         Raises:
-            ArgumentValueError: GC010, the dataloader yields no batch.
+            ArgumentValueError: GC010, the dataloader yields no batch; or, under DeepSpeed, an
+                error ended the last call and may have left gradients behind.
         """
         progress = self.trainer_progress_state
         self.model.train()
         if self._failed:  # what is left of a window that an error broke is no step
+            refuse_a_broken_window(self.accelerator)
             self._failed, progress.micro_step_id = False, 0
         # Whatever ran with this accelerator or model before left its window and gradients behind.
         self.accelerator.step = progress.micro_step_id
