@@ -268,6 +268,26 @@ def test_a_finite_norm_that_float32_cannot_square_is_skipped_by_stage_1():
     assert steps[2][0].skipped
 
 
+def stepped_on(rank):
+    """Switch the look for a NaN off behind gradclip's back, where it is refused beforehand."""
+    accelerated = accelerator(2, mixed_precision="bf16")
+    lower(accelerated, LIMIT)
+    model = Model()
+    engine, _, batches = accelerated.prepare(model, momentum(model), loader(BATCH))
+    watch = EngineWatch(engine, LIMIT)
+    engine.optimizer.check_grad_overflow = False
+    accelerated.backward(forward(engine, next(iter(batches)))[1] * math.nan)
+    assert engine.was_step_applied()
+    assert any(weight.isnan().any() for weight in weights(engine).values())
+    with pytest.raises(NonFiniteGradientError) as caught:
+        watch.observe()
+    return str(caught.value)
+
+
+def test_a_step_that_was_made_on_a_nan_is_an_error_whatever_was_asked():
+    assert "DeepSpeed made the step all the same" in on_two(stepped_on)
+
+
 # Refused, before anything is changed.
 
 
