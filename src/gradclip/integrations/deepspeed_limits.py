@@ -164,8 +164,8 @@ def _impossible(wanted: str, why: str) -> DoubleClippingError:
     return DoubleClippingError(
         "DeepSpeed clips these gradients, and cannot do what gradclip is asked for\n"
         f"  gradclip   {wanted}\n"
-        f"  {why}; it clips inside engine.step(), so nothing can\n"
-        "  run between backward and update.\n"
+        f"  {why}.\n"
+        "  It clips inside engine.step(), so nothing can run between backward and update.\n"
         "  Use NormClip with a max_norm above 0 and norm_type=2, or ObserveClip(), with\n"
         '  nonfinite="skip" or "raise"; or train with DDP or FSDP, where gradclip itself clips.\n'
         f"  {_changed(None)}"
