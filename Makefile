@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu check format bench bench-gpu clean
+.PHONY: help demo test test-integrations test-gpu check format bench bench-gpu clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -15,7 +15,10 @@ demo: $(VENV)/.demo  ## train a small model without and with clipping, under a m
 
 # One thread each: two processes with threads of their own on two cores wait for each other.
 test: $(VENV)/.dev  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/integrations
+
+test-integrations: $(VENV)/.integrations  ## run the tests of the frameworks that gradclip meets
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations
 
 # On the machine's own python, whose torch knows the GPU; compute-sanitizer comes with CUDA.
 test-gpu:  ## on a GPU: the kernels, no host waits, CUDA graphs; with SANITIZER=compute-sanitizer, checked
@@ -59,6 +62,13 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
+
+# Its source package looks for torch while it is built, and would compile its kernels. Accelerate
+# needs transformers to use it.
+$(VENV)/.integrations: $(VENV)/.dev
+	$(PIP) setuptools wheel
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-build-isolation deepspeed transformers
+	@touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(PIP) -e '.[dev,transformers,lightning]'

@@ -110,7 +110,7 @@ class StateError(GradClipError, ValueError):
 
 
 class DoubleClippingError(GradClipError, ValueError):
-    """Two clipping hooks, or DeepSpeed and a hook, would bound the same gradients."""
+    """Two owners of one limit: two clipping hooks, or DeepSpeed, which clips by itself."""
 
     code = "GC101"
 

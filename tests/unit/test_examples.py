@@ -40,6 +40,7 @@ def execute(command, folder):
 
 def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "deepspeed_zero.py",  # in tests/integrations
         "pipeline.py",
         "many_processes.py",
         "pipeline_from_yaml.py",

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, DoubleClippingError
 from gradclip.pipeline.batch_processor import BatchProcessorMixin
 from gradclip.pipeline.hooks.checkpoint import SaveCheckpoint
-from gradclip.pipeline.hooks.grad_clip import GradientClippingHook, refuse_deepspeed
+from gradclip.pipeline.hooks.grad_clip import GradientClippingHook
 from gradclip.pipeline.hooks.mixin import PipelineHooks, PipelineHooksConfig
 from gradclip.pipeline.hooks.optimizer import OptimizerHook
 
@@ -132,11 +132,9 @@ def check_accelerator(accelerator: "Accelerator") -> None:
     """Refuse what the trainer cannot work with.
 
     Raises:
-        DoubleClippingError: GC101, the accelerator is for DeepSpeed.
         ArgumentValueError: GC010, its dataloaders keep their own position, or it does not know of
             the other processes that were launched.
     """
-    refuse_deepspeed(accelerator)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and accelerator.num_processes == 1:
         raise ArgumentValueError(

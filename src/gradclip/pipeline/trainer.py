@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from gradclip.config import Config
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, MissingDependencyError
+from gradclip.integrations.deepspeed import uses_deepspeed
 
 try:
     from accelerate import Accelerator
@@ -28,6 +29,11 @@ from gradclip.pipeline.arguments import (
 )
 from gradclip.pipeline.batch_processor import BatchProcessorMixin
 from gradclip.pipeline.data_position import DataPosition
+from gradclip.pipeline.deepspeed import (
+    prepare_engine,
+    refuse_a_broken_window,
+    refuse_checkpoints,
+)
 from gradclip.pipeline.hooks.checkpoint import SaveCheckpoint
 from gradclip.pipeline.hooks.grad_clip import GradientClippingHook
 from gradclip.pipeline.hooks.mixin import (
@@ -88,7 +94,7 @@ class HookBasedTrainer:
     Raises:
         ArgumentTypeError: GC011, an argument of the wrong kind, or missing.
         ArgumentValueError: GC010, no limit, or two optimizer hooks.
-        DoubleClippingError: GC101, two clipping hooks, or an accelerator for DeepSpeed.
+        DoubleClippingError: GC101, two clipping hooks, or one that DeepSpeed cannot do.
         CheckpointError: GC301, there is nothing to resume from.
     """
 
@@ -127,17 +133,26 @@ class HookBasedTrainer:
         self.accelerator = default_accelerator() if accelerator is None else accelerator
         check_accelerator(self.accelerator)
 
+        if resume_path is not None:
+            refuse_checkpoints(self.accelerator)
+
         self.batch_processor = batch_processor
-        keep_distributed(self.accelerator, model)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.dataloader: Iterable[Any] = dataloader
-        if isinstance(dataloader, DataLoader):
-            # On the CPU there is nowhere to move a batch to.
-            moves = self.accelerator.device.type != "cpu"
-            self.dataloader = self.accelerator.prepare(dataloader, device_placement=[moves])
         self.lr_scheduler = lr_scheduler
-        if lr_scheduler is not None:
-            self.lr_scheduler = self.accelerator.prepare(lr_scheduler)
+        if uses_deepspeed(self.accelerator):
+            clipping = [h for h in self.hooks.walk() if isinstance(h, GradientClippingHook)]
+            self.model, self.optimizer, self.dataloader, self.lr_scheduler = prepare_engine(
+                self.accelerator, clipping, model, optimizer, dataloader, lr_scheduler
+            )
+        else:
+            keep_distributed(self.accelerator, model)
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+            if isinstance(dataloader, DataLoader):
+                # On the CPU there is nowhere to move a batch to.
+                moves = self.accelerator.device.type != "cpu"
+                self.dataloader = self.accelerator.prepare(dataloader, device_placement=[moves])
+            if lr_scheduler is not None:
+                self.lr_scheduler = self.accelerator.prepare(lr_scheduler)
         batch_processor.prepare(self.accelerator)
 
         self.trainer_progress_state = TrainerProgressState()
@@ -167,11 +182,13 @@ class HookBasedTrainer:
         """Train until a limit is reached; go on from where the last call ended.
 
         Raises:
-            ArgumentValueError: GC010, the dataloader yields no batch.
+            ArgumentValueError: GC010, the dataloader yields no batch; or, under DeepSpeed, an
+                error ended the last call and may have left gradients behind.
         """
         progress = self.trainer_progress_state
         self.model.train()
         if self._failed:  # what is left of a window that an error broke is no step
+            refuse_a_broken_window(self.accelerator)
             self._failed, progress.micro_step_id = False, 0
         # Whatever ran with this accelerator or model before left its window and gradients behind.
         self.accelerator.step = progress.micro_step_id

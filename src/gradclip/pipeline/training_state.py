@@ -15,6 +15,7 @@ import torch
 
 from gradclip.errors import ArgumentValueError, CheckpointError, GradClipError
 from gradclip.pipeline.checkpoint_store import find
+from gradclip.pipeline.deepspeed import refuse_checkpoints
 from gradclip.pipeline.processes import together
 from gradclip.pipeline.rng import RandomState
 from gradclip.pipeline.weights import (
@@ -40,8 +41,10 @@ def check_checkpointable(accelerator: "Accelerator") -> None:
     """Refuse what could only be restored by unpickling it.
 
     Raises:
-        ArgumentValueError: GC010, objects were registered for checkpointing.
+        ArgumentValueError: GC010, objects were registered for checkpointing, or DeepSpeed has the
+            state.
     """
+    refuse_checkpoints(accelerator)
     registered = accelerator._custom_objects  # noqa: SLF001 - there is no other way to ask
     if registered:
         names = ", ".join(sorted({type(each).__name__ for each in registered}))

@@ -27,7 +27,7 @@ def check_gatherable(accelerator: "Accelerator") -> None:
     """Refuse models whose parameters no longer tell what they are.
 
     Raises:
-        ArgumentValueError: GC010, a model is wrapped by FSDP1, or its engine is DeepSpeed.
+        ArgumentValueError: GC010, a model is wrapped by FSDP1.
     """
     for model in accelerator._models:  # noqa: SLF001 - there is no other way to ask
         for parameter in model.parameters():

@@ -284,14 +284,6 @@ def test_the_state_of_another_policy_is_refused(linear):
         step(other, arg, 3.0, 4.0)
 
 
-def test_deepspeed_is_refused(linear):
-    accelerator = Accelerator(cpu=True)
-    accelerator.state.distributed_type = "DEEPSPEED"
-    arg = arguments(linear(), accelerator=accelerator)
-    with pytest.raises(DoubleClippingError, match="DeepSpeed"):
-        step(CLIP(), arg, 3.0, 4.0)
-
-
 def test_a_subclass_may_add_hooks_of_its_own(linear):
     class Logged(GradientClippingHook):
         def __init__(self, cfg):

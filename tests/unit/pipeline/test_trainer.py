@@ -366,14 +366,6 @@ def test_a_scheduler_that_needs_a_metric_is_refused():
         HookBasedTrainer(Accelerator(cpu=True), **vars(p), max_step=1)
 
 
-def test_deepspeed_is_refused_before_anything_is_prepared():
-    accelerator = Accelerator(cpu=True)
-    accelerator.state.distributed_type = "DEEPSPEED"
-    with pytest.raises(DoubleClippingError, match="DeepSpeed"):
-        trainer(accelerator)
-    assert accelerator._models == []
-
-
 def test_a_dataloader_that_keeps_its_own_position_is_refused(monkeypatch):
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(type(accelerator), "use_stateful_dataloader", True)

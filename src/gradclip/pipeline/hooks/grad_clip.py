@@ -26,6 +26,7 @@ from gradclip.clipping.policies import BUILT_IN
 from gradclip.config import Ceiling, ClassType, ConfigOf, NormOrder
 from gradclip.errors import ArgumentValueError, DoubleClippingError
 from gradclip.hook import HookContext
+from gradclip.integrations.deepspeed import EngineWatch, engine_of, lower
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
 from gradclip.pipeline.shortcuts import unwrapped
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-__all__ = ["GradientClippingHook", "GradientClippingHookConfig", "refuse_deepspeed"]
+__all__ = ["GradientClippingHook", "GradientClippingHookConfig"]
 
 _SCALE_FLOOR = 1.0
 """A loss scale at or below this does not explain an overflow."""
@@ -46,11 +47,15 @@ class GradientClippingHook(PipelineHooks):
     first: whether it is registered before or after the optimizer hook makes no difference. Within
     an accumulation window, and after an error, it does nothing.
 
+    Under DeepSpeed, which clips inside its own step, it clips nothing: it checks before a step that
+    the engine has its limit, and observes afterwards what the engine did.
+
     Args:
         cfg: What to clip to.
 
     Attributes:
-        clipper: The clipper that is bound to the optimizer; None before the first step.
+        clipper: The clipper that is bound to the optimizer; None before the first step, and where
+            DeepSpeed clips.
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -70,10 +75,12 @@ clipped=True, skipped=False, nonfinite=0)
         self.max_norm = cfg.max_norm
         self.norm_type = cfg.norm_type
         self.clipper: GradientClipper | None = None
+        self._cfg = cfg
         self._policy = cfg.as_policy()
         self._nonfinite = cfg.nonfinite
         self._max_consecutive_skips = cfg.max_consecutive_skips
         self._optimizer: torch.optim.Optimizer | None = None
+        self._watch: EngineWatch | None = None
         self._state: Mapping[str, Any] | None = None
         self._result: ClipResult | None = None
         self._stepped = False
@@ -101,9 +108,20 @@ clipped=True, skipped=False, nonfinite=0)
         if self.clipper is not None:
             self.clipper.load_state_dict(state)
 
+    def lower_into(self, accelerator: "Accelerator") -> None:
+        """Write the limit into DeepSpeed's configuration, before ``accelerator.prepare``.
+
+        Raises:
+            DoubleClippingError: GC101, DeepSpeed cannot do what this hook is configured for.
+        """
+        lower(accelerator, self._cfg)
+
     def _forget(self, arg: PipelineHookArgs) -> None:
         arg.clip_result = self._result = None
         self._stepped = False
+        engine = engine_of(arg.accelerator, arg.model)
+        if engine is not None:  # it steps in the backward pass: what it cannot do is said before
+            self._watching(engine).check()
 
     def _after_step(self, arg: PipelineHookArgs) -> None:
         if self._result is None:
@@ -140,6 +158,10 @@ clipped=True, skipped=False, nonfinite=0)
                 f"({arg.clip_result!r}); a second limit would silently change what the first one "
                 "means. Keep one clipping hook; limits by parameter go into its policy."
             )
+        engine = engine_of(arg.accelerator, arg.model)
+        if engine is not None:
+            arg.clip_result = self._result = self._observe(engine, arg)
+            return
         clipper = self._bound(arg)
         scaler = None if arg.accelerator is None else arg.accelerator.scaler
         if arg.accelerator is not None and scaler is not None:
@@ -152,7 +174,6 @@ clipped=True, skipped=False, nonfinite=0)
         if self.clipper is not None and arg.optimizer is self._optimizer:
             return self.clipper
         assert arg.optimizer is not None
-        refuse_deepspeed(arg.accelerator)
         clipper = GradientClipper(
             OptimizerParameters(unwrapped(arg.optimizer), module=arg.model),
             self._policy,
@@ -164,6 +185,25 @@ clipped=True, skipped=False, nonfinite=0)
             clipper.load_state_dict(state)
         self.clipper, self._optimizer = clipper, arg.optimizer
         return clipper
+
+    def _watching(self, engine: Any) -> EngineWatch:
+        if self._watch is None or self._watch.engine is not engine:
+            self._watch = EngineWatch(
+                engine,
+                self._policy,
+                nonfinite=self._nonfinite,
+                max_consecutive_skips=self._max_consecutive_skips,
+            )
+        return self._watch
+
+    def _observe(self, engine: Any, arg: PipelineHookArgs) -> ClipResult | None:
+        result = self._watching(engine).observe()
+        if result is None and arg.accelerator is not None:
+            raise ArgumentValueError(
+                "an accumulation window ended and DeepSpeed's engine made no step, so nothing was "
+                "clipped: run the backward pass with accelerator.backward(loss), inside on_step"
+            )
+        return result
 
     def _overflow_expected(self, scaler: Any) -> bool:
         """Whether a loss scaler would explain an overflow: while its scale can still fall.
@@ -185,21 +225,6 @@ def _unscale(accelerator: "Accelerator", optimizer: "torch.optim.Optimizer") -> 
         # torch's words for gradients that somebody unscaled earlier in this step.
         if "already been called" not in str(error):
             raise
-
-
-def refuse_deepspeed(accelerator: "Accelerator | None") -> None:
-    """Raise if DeepSpeed owns the step.
-
-    Raises:
-        DoubleClippingError: GC101, ``accelerator`` is configured for DeepSpeed.
-    """
-    if accelerator is not None and accelerator.distributed_type == "DEEPSPEED":
-        raise DoubleClippingError(
-            "the accelerator is configured for DeepSpeed, which clips inside engine.step() (at 1.0 "
-            "where gradient_clipping is not set), so no hook can run between backward and update. "
-            "gradclip's pipeline does not drive DeepSpeed yet: use DDP or a single process, or set "
-            "gradient_clipping in DeepSpeed's configuration and train without gradclip."
-        )
 
 
 def _read_none(policies: Any) -> Any:

@@ -6,6 +6,7 @@ from gradclip.clipping import withhold
 from gradclip.config import ClassType
 from gradclip.errors import ArgumentValueError
 from gradclip.hook import HookContext
+from gradclip.integrations.deepspeed import engine_of
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
 from gradclip.pipeline.shortcuts import step_scheduler, stepping, unwrapped
 
@@ -22,6 +23,9 @@ class OptimizerHook(PipelineHooks):
     stands inside ``on_optimizer_step``. A step whose clipping was skipped, or that the loss scaler
     skips, changes neither weights nor moments nor the scheduler. One number is read from the
     device per step: whether to skip.
+
+    DeepSpeed's engine steps by itself. There the hook tells whether it did, and the scheduler
+    follows, unless that is the engine's too.
 
     Args:
         cfg: Has nothing to say yet.
@@ -48,12 +52,17 @@ class OptimizerHook(PipelineHooks):
         if not arg.is_optimizer_step_boundary:
             return
         # Through arg.hooks, so that every hook of the pipeline sees the step.
+        engine = engine_of(arg.accelerator, arg.model)
         with (arg.hooks or self).begin("on_optimizer_step", arg):
-            arg.is_optimizer_step_committed = _step(arg, arg.optimizer)
+            # DeepSpeed's engine has stepped already, at the end of the backward pass.
+            arg.is_optimizer_step_committed = (
+                _step(arg, arg.optimizer) if engine is None else engine.was_step_applied()
+            )
         if arg.is_optimizer_step_committed and arg.lr_scheduler is not None:
             step_scheduler(arg.accelerator, arg.lr_scheduler)
-        # Not through Accelerate's wrapper: at a boundary it does the same, and slower.
-        unwrapped(arg.optimizer).zero_grad()
+        if engine is None:
+            # Not through Accelerate's wrapper: at a boundary it does the same, and slower.
+            unwrapped(arg.optimizer).zero_grad()
 
 
 class OptimizerHookConfig(PipelineHooksConfig[OptimizerHook]):

@@ -1,0 +1,1 @@
+"""How gradclip meets other libraries: one module each, which imports its library in functions."""
