@@ -12,8 +12,9 @@ latency that NCCL itself assumes when it chooses how to reduce (tree, low-latenc
 where steps inside a node count 1.8 times if there are several. A hundred bytes add nothing to it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import inf, log2, prod
 from typing import Any
 
@@ -25,6 +26,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gradclip import GradientClipper, NormClip
+from gradclip.clipping.ranks.acquaintance import Outline, compact
+from gradclip.clipping.ranks.agreement import Facts
 from gradclip.clipping.ranks.dimension import Dimension
 
 PER_NODE = 8
@@ -45,8 +48,8 @@ def estimate_us(ranks: list[int]) -> float:
 
 
 @contextmanager
-def counted() -> Iterator[list[tuple[list[int], int]]]:
-    """Note the ranks and bytes of every collective."""
+def counted(everyone: Callable[[Any], dict[int, Any]]) -> Iterator[list[tuple[list[int], int]]]:
+    """Note the ranks and bytes of every collective; what others would gather is made up."""
     calls: list[tuple[list[int], int]] = []
     all_reduce, gather = Dimension.all_reduce, Dimension.gather
 
@@ -54,11 +57,42 @@ def counted() -> Iterator[list[tuple[list[int], int]]]:
         calls.append((list(self.ranks), values.nbytes))
 
     Dimension.all_reduce = note
-    Dimension.gather = lambda self, fact: [fact]  # noqa: ARG005 - nobody else is there
+    Dimension.gather = lambda self, known: [  # noqa: ARG005 - nobody else is there
+        everyone(known[0]) if isinstance(known[0], Facts) else known
+    ]
     try:
         yield calls
     finally:
         Dimension.all_reduce, Dimension.gather = all_reduce, gather
+
+
+def as_of_all(sizes: tuple[int, ...], order: list[int]) -> Callable[[Any], dict[int, Any]]:
+    """Return what turns what rank 0 says of itself into what every rank would say.
+
+    Args:
+        sizes: Of the mesh.
+        order: In which the ranks reduce over its dimensions.
+    """
+    ranks = torch.arange(prod(sizes)).view(sizes)
+    known: dict[int, Any] = {}
+
+    def everyone(fact: Facts) -> dict[int, Any]:
+        if known:
+            return known
+        ((_, count, checksum), weight) = next(iter(fact.outline.parts.items()))
+        for rank in range(prod(sizes)):
+            at = [int(n) for n in torch.unravel_index(torch.tensor(rank), sizes)]
+            lines = [ranks[(*at[:dim], slice(None), *at[dim + 1 :])].tolist() for dim in order]
+            place = tuple(at[dim] for dim in order)
+            outline = Outline(
+                tuple(compact(tuple(line)) for line in lines),
+                {(place, count, checksum): weight},
+                frozenset(),
+            )
+            known[rank] = replace(fact, outline=outline)
+        return known
+
+    return everyone
 
 
 def count(
@@ -78,7 +112,8 @@ def count(
         parameter.grad = DTensor.from_local(local + 1, inner, placements, run_check=False)
         parameters.append(parameter)
     partitioned = {"*": mesh[declared]} if declared else None
-    with counted() as calls:
+    order = [names.index(name) for name in (*sharded, *declared)]
+    with counted(as_of_all(sizes, order)) as calls:
         clipper = GradientClipper(
             parameters, NormClip(max_norm=1.0, norm_type=p), partitioned=partitioned
         )

@@ -35,7 +35,7 @@ from gradclip.clipping.policies import Policy, PolicyLike, as_policies
 from gradclip.clipping.ranks import may_be_shared
 from gradclip.clipping.ranks.alone import Alone, Peers
 from gradclip.clipping.reduction import Measured, combine
-from gradclip.clipping.response import Flag, Response, as_flag, host_waits_for
+from gradclip.clipping.response import Flag, Response, as_flag, as_known, host_waits_for
 from gradclip.clipping.result import ClipResult
 from gradclip.clipping.state import STATE_VERSION, read_state
 from gradclip.clipping.tracing import callers_level, untraced
@@ -120,6 +120,7 @@ clipped=True, skipped=False, nonfinite=0)
         self._order = orders.pop() if len(orders) == 1 else _EUCLIDEAN
         self._partitioned, self._duplicated = partitioned, duplicated
         self._met: dict[str, ParameterGroup] | None = None
+        self._settled = False
         self._peers: Peers = Alone()
         self._states: dict[str, dict[str, Tensor]] = {}
         self._recent: deque[Tensor] = deque(maxlen=32)
@@ -163,29 +164,15 @@ clipped=True, skipped=False, nonfinite=0)
 
         All are raised before any gradient is changed, but for the last on an accelerator.
         """
-        scale = check_grad_scale(grad_scale)
         with torch.no_grad():
-            return self._clip(scale, overflow_expected=overflow_expected)
+            return self._clip(grad_scale, overflow_expected=overflow_expected)
 
-    def _clip(self, scale: float | Tensor | None, *, overflow_expected: bool) -> ClipResult:
+    def _clip(self, grad_scale: float | Tensor | None, *, overflow_expected: bool) -> ClipResult:
         peers = self._meet()
-        peers.prepare(self._bounded)
-        groups: list[Group] = []
-        with peers.guarding():  # what fails here alone, fails everywhere
-            groups = self._collect(peers)
-            home = peers.home(groups) or self._home(groups)
-            for device in {device for group in groups for device in group.gradients.devices}:
-                self._backends.on(
-                    device
-                )  # refuses what it cannot serve, before anything is written
-            if isinstance(scale, Tensor):
-                scale = scale.to(home)
-            self._read(groups, scale, home, peers)
-        peers.maximise(groups)
-        with peers.guarding():
-            for group in groups:
-                group.read_again(self._backends)
-        sound = peers.combine(groups)
+        sound: Flag | None = None
+        while sound is None:  # again where ranks had to agree on placements first
+            groups, home, scale = self._measure(grad_scale, peers)
+            sound = peers.combine(groups, "" if peers.is_alone else self._moment(scale, home))
         peers.compare(groups, self._states)
 
         measured = [group.measured(group.norm, scale) for group in groups]
@@ -203,6 +190,7 @@ clipped=True, skipped=False, nonfinite=0)
             self._apply(group, norms, response, scale)
             for group, norms, response in zip(groups, measured, responses, strict=True)
         ]
+        self._settled = True
         self.step += 1
         self.last = self._summarise(groups, results, totals)
         if is_capturing(home):
@@ -219,7 +207,42 @@ clipped=True, skipped=False, nonfinite=0)
         if groups is not self._met:
             self._peers = self._peers_of(groups)
             self._met = groups
+        elif not self._settled and self._peers.is_alone:
+            # Since the clipper was made, FSDP1 may have put the same parameters into shards.
+            self._peers = self._peers_of(groups)
         return self._peers
+
+    def _measure(
+        self, grad_scale: float | Tensor | None, peers: Peers
+    ) -> tuple[list[Group], torch.device, float | Tensor | None]:
+        """Collect the gradients, and read them; what fails here alone, fails everywhere."""
+        peers.prepare(self._bounded)
+        groups: list[Group] = []
+        home = peers.home(groups)
+        scale = None
+        with peers.guarding():
+            scale = check_grad_scale(grad_scale)
+            groups = self._collect(peers)
+            home = home or self._home(groups)
+            for device in {device for group in groups for device in group.gradients.devices}:
+                # refuses what it cannot serve, before anything is written
+                self._backends.on(device)
+            if isinstance(scale, Tensor):
+                scale = scale.to(home)
+            self._read(groups, scale, home, peers)
+        peers.maximise(groups)
+        with peers.guarding():
+            for group in groups:
+                group.read_again(self._backends)
+        assert home is not None
+        return groups, home, scale
+
+    def _moment(self, scale: float | Tensor | None, home: torch.device) -> str:
+        """Say where this rank stands, if its host knows: on an accelerator it is behind."""
+        if host_waits_for(home):
+            return ""
+        known = "" if scale is None or isinstance(scale, Tensor) else f", grad_scale {scale:g}"
+        return f"step {self.step}, {self._skips.in_a_row} skips in a row{known}"
 
     def _bounded(self) -> list[Tensor]:
         """Return the parameters that have a policy, in the order that all ranks have."""
@@ -240,7 +263,7 @@ clipped=True, skipped=False, nonfinite=0)
         meeting = Meeting(
             self._source,
             self._policies,
-            self._nonfinite,
+            f"nonfinite={self._nonfinite!r}, max_consecutive_skips={self._skips.limit}",
             self._order,
             Declared("partitioned", self._partitioned),
             Declared("duplicated", self._duplicated),
@@ -326,7 +349,7 @@ clipped=True, skipped=False, nonfinite=0)
 
         Its verdicts are those of all ranks, so what one raises, all raise.
         """
-        finite = [_is_finite(g.policy, m.norms_S) for g, m in zip(groups, measured, strict=True)]
+        finite = [_is_finite(g, m.norms_S) for g, m in zip(groups, measured, strict=True)]
         if self._nonfinite == "raise" and not all(map(bool, finite)):
             raise nonfinite_error(self._report(groups))
         counts = _all(
@@ -457,9 +480,11 @@ clipped=True, skipped=False, nonfinite=0)
         self.step, self._skips.in_a_row, self._states = read_state(state, self.state_dict())
 
 
-def _is_finite(policy: Policy, norms_S: Tensor) -> Flag:
+def _is_finite(group: Group, norms_S: Tensor) -> Flag:
     """Return whether nothing was found that the policy cannot bound; a clamp bounds infinities."""
-    clamps = policy.element_limit is not None
+    if group.unbounded is not None:
+        return as_known(group.unbounded == 0)
+    clamps = group.policy.element_limit is not None
     if not host_waits_for(norms_S.device):
         return not any(isnan(norm) if clamps else not norm < inf for norm in norms_S.tolist())
     return (~norms_S.isnan() if clamps else norms_S < inf).all()

@@ -47,7 +47,7 @@ class _Once(GradientClipper):
         parameters = groups["*"].parameters
         specs = [getattr(parameter, "_spec", None) for parameter in parameters]
         plain = [(p.dtype, p.device) for p, s in zip(parameters, specs, strict=True) if s is None]
-        key = tuple(map(id, specs)), tuple(plain), repr(meeting.policies), self._nonfinite
+        key = tuple(map(id, specs)), tuple(plain), repr(meeting.policies), meeting.options
         if key not in _MET:
             if len(_MET) >= _KEPT:
                 _MET.clear()

@@ -29,6 +29,8 @@ class Group:
         share: What part of its scopes is here, where other ranks have the rest.
         clamped: What clamping found, once it was done.
         found: How many tensors are not finite on all ranks, where there are others.
+        unbounded: How many tensors the policy cannot bound on all ranks, where scopes of others
+            are not seen here.
         changed: How many elements clamping changes on all ranks, where there are others.
     """
 
@@ -39,6 +41,7 @@ class Group:
     share: "Share | None" = None
     clamped: Clamped | None = None
     found: Tensor | None = None
+    unbounded: Tensor | None = None
     changed: Tensor | None = None
     norm: Norm = field(init=False)
     """The norm that the policy sees."""

@@ -38,6 +38,11 @@ def as_flag(flag: Flag, device: torch.device) -> Tensor:
     return flag
 
 
+def as_known(flag: Tensor) -> Flag:
+    """Return a flag as bool where reading it costs nothing."""
+    return flag if host_waits_for(flag.device) else bool(flag)
+
+
 @dataclass(eq=False)
 class Response:
     """What the scopes of a group are multiplied by.

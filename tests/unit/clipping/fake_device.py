@@ -7,6 +7,7 @@ Prints what raised, a line each. It runs in a process of its own: it registers a
 import itertools
 import sys
 import warnings
+from dataclasses import replace
 from math import inf
 from typing import ClassVar, Literal
 
@@ -21,6 +22,7 @@ from gradclip.clipping import Policy, nonfinite, overlap
 from gradclip.clipping.kernels.tables import Table
 from gradclip.clipping.lagged import Lagged
 from gradclip.clipping.policies import Decision
+from gradclip.clipping.ranks.agreement import Facts
 from gradclip.clipping.ranks.dimension import Dimension
 
 DEVICE = "npy:0"
@@ -57,6 +59,20 @@ POLICIES = {
     "observed rows": RowObserver(),
     "rows and norm": {"a": RowClip(), "b": 1.0},
 }
+
+
+def everyone(fact):
+    """What four ranks would say, each of which holds other parameters of the same shapes."""
+    said = {}
+    for rank in range(4):
+        said[rank] = fact
+        if isinstance(fact, Facts):
+            parts = {
+                (tuple(rank for _ in place), count, checksum): weight
+                for (place, count, checksum), weight in fact.outline.parts.items()
+            }
+            said[rank] = replace(fact, outline=replace(fact.outline, parts=parts))
+    return said
 
 
 def strict(function):
@@ -97,7 +113,7 @@ def main():
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     Dimension.device = lambda self, home: home
     Dimension.all_reduce = lambda self, values, operation: None
-    Dimension.gather = lambda self, fact: [fact]
+    Dimension.gather = lambda self, known: [everyone(known[0])]
     warnings.simplefilter("ignore")
     mixed = (torch.float32, torch.float64)
     for (name, policy), mode, missing, dtypes, scale, partitioned in itertools.product(

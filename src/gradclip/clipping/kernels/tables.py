@@ -38,6 +38,9 @@ class Table:
         self._values = values
         self._copies: dict[tuple[torch.device, int], Tensor] = {}
 
+    def __len__(self) -> int:
+        return len(self._values)
+
     def on(self, device: torch.device) -> Tensor:
         """Return the table on a device.
 

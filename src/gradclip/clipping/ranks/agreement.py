@@ -1,12 +1,13 @@
 """What ranks make sure of before the first step: that they mean the same thing."""
 
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
+from gradclip.clipping.ranks.acquaintance import Outline, connected
 from gradclip.clipping.ranks.dimension import Dimension, gathered
 from gradclip.clipping.ranks.shards import Placements, misplaced
 from gradclip.errors import ArgumentValueError
@@ -18,69 +19,85 @@ class Facts:
 
     Args:
         policies: What is done with gradients, in words.
-        parameters: How many parameters every rank should have, and a checksum of what they are.
+        outline: How it holds its parameters.
+        parameters: How many parameters the ranks of a mesh (None: every rank) should have, and a
+            checksum of what they are.
         doubles: Whether it has float64 parameters.
         singles: Whether it has others.
         unmatched: Patterns, by the argument that has them, that match none of its parameters.
+        error: What is wrong with its arguments, in words.
     """
 
     policies: str
-    parameters: tuple[int, int]
+    outline: Outline
+    parameters: Mapping[tuple[int, ...] | None, tuple[int, int]]
     doubles: bool
     singles: bool
     unmatched: frozenset[tuple[str, str]]
+    error: str | None
 
 
-def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
-    """Return a count and a checksum of parameters: of names, whole shapes and placements."""
-    count, checksum = 0, 0
-    for name, parameter in parameters:
-        spec: Any = getattr(parameter, "_spec", None)
-        placements = None if spec is None else tuple(map(str, spec.placements))
-        said = f"{name} {tuple(parameter.shape)} {parameter.dtype} {placements}"
-        count, checksum = count + 1, zlib.crc32(said.encode(), checksum)
-    return count, checksum
+def acquainted(dimensions: Sequence[Dimension], facts: Facts) -> dict[int, Facts]:
+    """Return what every rank says that is reached over some dimensions, by rank.
+
+    A second round reaches those whom other ranks came to know only in the first.
+    """
+    known = gathered(dimensions, {dist.get_rank(): facts})
+    alike = len({each.outline.dimensions for each in known.values()}) == 1
+    if alike and len(dimensions) == 1:
+        return known
+    return gathered(dimensions, known)
 
 
-def agreed(dimensions: Sequence[Dimension], facts: Facts) -> Facts:
-    """Compare what the ranks say, and return what holds for all of them.
+def check_agreement(said: Mapping[int, Facts]) -> None:
+    """Raise on every rank if they do not mean the same thing.
 
     Raises:
-        ArgumentValueError: GC010, on every rank, if they differ, or if a pattern matches nothing
-            anywhere.
+        ArgumentValueError: GC010, they differ, a pattern matches nothing anywhere, or a rank has
+            arguments that cannot be.
     """
-    said = gathered(dimensions, facts)
+    for rank, each in said.items():
+        if each.error is not None:
+            raise ArgumentValueError(f"rank {rank} cannot make its clipper: {each.error}")
     first, expected = next(iter(said.items()))
     for rank, other in said.items():
-        for name in ("policies", "parameters"):
-            seen, wanted = getattr(other, name), getattr(expected, name)
-            if seen != wanted:
-                raise ArgumentValueError(
-                    f"ranks {first} and {rank} disagree about the {name} that are clipped "
-                    f"together: {_words(name, wanted)} and {_words(name, seen)}. Every rank makes "
-                    "its GradientClipper with the same arguments, of the same model; parameters "
-                    "that differ by rank are declared: partitioned={pattern: process group}."
-                )
+        if other.policies != expected.policies:
+            raise _disagreement("policies", first, rank, expected.policies, other.policies)
+        for mesh in expected.parameters.keys() | other.parameters.keys():
+            if mesh is not None and not {first, rank} <= set(mesh):
+                continue
+            wanted = expected.parameters.get(mesh, (0, 0))
+            seen = other.parameters.get(mesh, (0, 0))
+            if wanted != seen:
+                words = [
+                    f"{count} of them, checksum {check:08x}" for count, check in (wanted, seen)
+                ]
+                raise _disagreement("parameters", first, rank, *words)
     nowhere = frozenset.intersection(*(other.unmatched for other in said.values()))
     for argument, pattern in sorted(nowhere):
         raise ArgumentValueError(
             f"the pattern {pattern!r} of {argument} matches no parameter on any of the ranks "
             f"{list(said)[:_SHOWN]} (or earlier patterns took all of them)"
         )
-    return Facts(
-        expected.policies,
-        expected.parameters,
-        any(other.doubles for other in said.values()),
-        any(other.singles for other in said.values()),
-        nowhere,
+    outlines = {rank: each.outline for rank, each in said.items()}
+    strangers = {r for each in outlines.values() for mesh in each.foreign for r in mesh}
+    if not strangers <= said.keys() or not connected(outlines):
+        raise ArgumentValueError(
+            f"ranks {list(said)[:_SHOWN]} hold parameters together, and others are on ranks "
+            f"{sorted(strangers - said.keys())[:_SHOWN]}, so that no norm is of all of them. Name "
+            'the group of all ranks: partitioned={"*": dist.group.WORLD}.'
+        )
+
+
+def _disagreement(what: str, first: int, rank: int, wanted: str, seen: str) -> ArgumentValueError:
+    return ArgumentValueError(
+        f"ranks {first} and {rank} disagree about the {what} that are clipped together: {wanted} "
+        f"and {seen}. Every rank makes its GradientClipper with the same arguments, of the same "
+        "model; parameters that differ by rank are declared: partitioned={pattern: process group}."
     )
 
 
 _SHOWN = 16
-
-
-def _words(name: str, value: Any) -> str:
-    return f"{value[0]} of them, checksum {value[1]:08x}" if name == "parameters" else str(value)
 
 
 def agree_on_misplaced(
@@ -102,6 +119,6 @@ def agree_on_misplaced(
         if spec is not None:
             mine[number] = tuple(spec.placements)
     merged: dict[int, Placements] = {}
-    for theirs in gathered(dimensions, mine).values():
+    for theirs in gathered(dimensions, {dist.get_rank(): mine}).values():
         merged = {**theirs, **merged}
     return dict(sorted(merged.items()))

@@ -40,8 +40,16 @@ class Peers(Protocol):
         """Replace the maxima of this rank by those of all, where a norm asks for them first."""
         ...
 
-    def combine(self, groups: Sequence[Group]) -> Flag:
-        """Replace what this rank found by what all ranks found; return whether all is well."""
+    def combine(self, groups: Sequence[Group], moment: str) -> Flag | None:
+        """Replace what this rank found by what all ranks found.
+
+        Args:
+            groups: What was read.
+            moment: Where this rank stands, in words that are the same on all of them.
+
+        Returns:
+            Whether all is well; None if gradients have to be collected again.
+        """
         ...
 
     def precision(self, gradients: Gradients) -> tuple[torch.dtype, float]:
@@ -91,7 +99,7 @@ class Alone:
     def maximise(self, groups: Sequence[Group]) -> None:
         """Keep what was found."""
 
-    def combine(self, groups: Sequence[Group]) -> Flag:  # noqa: ARG002
+    def combine(self, groups: Sequence[Group], moment: str) -> Flag | None:  # noqa: ARG002
         """Keep what was found."""
         return True
 

@@ -37,6 +37,14 @@ class Dimension:
         """Describe a group that this process is in."""
         return cls(tuple(sorted(dist.get_process_group_ranks(group))), group)
 
+    @classmethod
+    def among(cls, ranks: list[int]) -> "Dimension":
+        """Make a group of these ranks; each of them asks, and no other has to."""
+        if len(ranks) == dist.get_world_size():
+            return cls(tuple(ranks), dist.group.WORLD)  # type: ignore[arg-type]
+        group = dist.new_group(ranks, use_local_synchronization=True)
+        return cls(tuple(ranks), group)
+
     @property
     def size(self) -> int:
         """How many ranks it has."""
@@ -92,9 +100,9 @@ class Dimension:
 _SHOWN = 16
 
 
-def gathered(dimensions: Iterable[Dimension], fact: _Fact) -> dict[int, _Fact]:
-    """Return what every rank that can be reached over some dimensions gave, by global rank."""
-    known = {dist.get_rank(): fact}
+def gathered(dimensions: Iterable[Dimension], known: dict[int, _Fact]) -> dict[int, _Fact]:
+    """Return what every rank knew that can be reached over some dimensions, by global rank."""
+    known = dict(known)
     for dimension in dimensions:
         for others in dimension.gather(known):
             known.update(others)

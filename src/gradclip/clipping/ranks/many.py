@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from gradclip.clipping.gradients import COARSE_GUARD, FINE_GUARD, Gradients
 from gradclip.clipping.group import Group
@@ -21,15 +22,16 @@ from gradclip.clipping.kernels.blocks import widened
 from gradclip.clipping.policies import Policy
 from gradclip.clipping.ranks import is_debugging
 from gradclip.clipping.ranks.agreement import agree_on_misplaced
-from gradclip.clipping.ranks.dimension import gathered
+from gradclip.clipping.ranks.dimension import Dimension, gathered
 from gradclip.clipping.ranks.pack import Pack, reduce_packs
 from gradclip.clipping.ranks.replicas import compare_replicas
-from gradclip.clipping.ranks.shards import Placements, place
+from gradclip.clipping.ranks.shards import MisplacedGradientError, Placements, place
 from gradclip.clipping.ranks.share import Share
 from gradclip.clipping.ranks.topology import Topology
 from gradclip.clipping.ranks.verdict import TAIL, Tail, Verdict
 from gradclip.clipping.reduction import Norm
 from gradclip.clipping.response import Flag
+from gradclip.errors import CollectiveError
 
 _Fact = TypeVar("_Fact")
 
@@ -63,9 +65,8 @@ class Ranks:
         total_order: p of the norm of all groups together.
         doubles: Whether any rank has float64 parameters.
         singles: Whether any rank has others.
-        agrees: Whether ranks agree at the first step which gradients are placed otherwise than
-            their parameters; else each step brings those that this rank sees to their places.
         home: Device of small results, the same at every step.
+        replicas: The group of ranks that hold everything alike, if somebody told; else all do.
     """
 
     is_alone = False
@@ -78,20 +79,23 @@ class Ranks:
         *,
         doubles: bool,
         singles: bool,
-        agrees: bool,
         home: torch.device,
+        replicas: ProcessGroup | None,
     ) -> None:
         self.rank = dist.get_rank()
         self._topology = topology
         self._members = members
         self._home = home
         self._columns = 3 if doubles else 1
-        self._agrees = agrees
         self._dtype = torch.float64 if doubles else torch.float32
         self._guard = COARSE_GUARD if singles else FINE_GUARD
         self._error: Exception | None = None
-        self._debugs = is_debugging()
-        self._expected: dict[int, Placements] | None = None
+        self._compared: list[Dimension] = []
+        if is_debugging():
+            everyone = Dimension.of(replicas or dist.group.WORLD)  # type: ignore[arg-type]
+            self._compared = topology.dimensions or [everyone]
+        self._expected: dict[int, Placements] = {}
+        self._must_agree = False
         self._verdict = Verdict(self.gather)
         shares = {member.pattern: member.share for member in members}
         self._shares = shares
@@ -102,8 +106,8 @@ class Ranks:
         ]
         added = [(m.share, self._columns_of(order)) for m, order in orders]
         added += [(m.share, self._columns_of(m.policy.order)) for m in members if m.clamps]
-        clamping = sum(member.clamps for member in members)
-        tail = TAIL + len(members) + clamping
+        counts = sum(1 + m.share.is_apart + m.clamps for m in members)
+        tail = TAIL + counts
         self._added = Pack(topology.dimensions, added, tail)
         scaled = [(m.share, 1) for m, order in orders if _reads_twice(order)]
         largest = [(m.share, 1) for m, order in orders if order == inf]
@@ -124,25 +128,21 @@ class Ranks:
 
     def compare(self, groups: Sequence[Group], states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Look for copies that differ, if the environment asks for it."""
-        if self._debugs:
-            compare_replicas(groups, self._shares, self._topology.dimensions, states)
+        if self._compared:
+            compare_replicas(groups, self._shares, self._compared, states)
 
     def gather(self, fact: _Fact) -> list[_Fact]:
         """Return what every rank gave, in the order of ranks; the host waits."""
-        return list(gathered(self._topology.dimensions, fact).values())
+        return list(gathered(self._topology.dimensions, {self.rank: fact}).values())
 
     def prepare(self, parameters: Callable[[], list[Tensor]]) -> None:
         """Bring gradients to the placements of their parameters: those of which ranks agreed."""
-        meshes = self._topology.meshes
-        if not meshes or self._expected == {}:
+        if not (self._expected or self._must_agree):
             return
         known = parameters()
-        if self._expected is None or not self._agrees:
-            expected = agree_on_misplaced(meshes if self._agrees else (), known)
-            self._expected = expected if self._agrees else None
-        else:
-            expected = self._expected
-        for number, placements in expected.items():
+        if self._must_agree:
+            self._expected |= agree_on_misplaced(self._topology.meshes, known)
+        for number, placements in sorted(self._expected.items()):
             place(known[number], placements)
 
     @contextmanager
@@ -160,30 +160,47 @@ class Ranks:
         norms = [norm for norm in self._norms(groups) if norm.reads_twice]
         known = [_known(norm) for norm in norms] if self._sound else None
         vector = self._scaled.join(known, self._home)
-        _, largest = reduce_packs(self._topology.dimensions, None, (self._scaled, vector))
+        _, largest = self._reduced(None, (self._scaled, vector))
         if self._sound:
             self._give_maxima(norms, self._scaled, largest)
 
-    def combine(self, groups: Sequence[Group]) -> Flag:
+    def combine(self, groups: Sequence[Group], moment: str) -> Flag | None:
         """Replace what this rank found by what all found, and see whether anything is wrong.
+
+        Args:
+            groups: What was read.
+            moment: Where this rank stands, in words that are the same on all of them.
+
+        Returns:
+            Whether gradients may be stepped on; None if they have to be collected again, since some
+            are placed otherwise than the ranks expected.
 
         Raises:
             Exception: What happened on this rank.
             RankError: GC210, on every other rank, naming it.
             ReplicaError: GC211, on every rank, if copies of a gradient differ.
+            CollectiveError: GC212, if another rank is gone.
         """
-        tail = self._tail(groups if self._sound else [])
+        surprised = isinstance(self._error, MisplacedGradientError) and not self._must_agree
+        tail = self._tail(groups if self._sound else [], moment, surprised=surprised)
         known, maxima = self._offer(groups, tail)
-        added, largest = reduce_packs(
-            self._topology.dimensions,
-            (self._added, known),
-            (self._largest, maxima),
-        )
+        added, largest = self._reduced((self._added, known), (self._largest, maxima))
         *tables, rest = self._added.part(added)
         error, self._error = self._error, None
-        ok = self._verdict.of(rest[:TAIL], tail, error)
-        self._take(groups, tables, rest[TAIL:], largest)
-        return ok
+        verdict = self._verdict.of(rest[:TAIL], tail, None if surprised else error)
+        self._must_agree = self._verdict.surprised
+        if error is None and verdict is not None:
+            self._take(groups, tables, rest[TAIL:], largest)
+        return verdict
+
+    def _reduced(
+        self, added: tuple[Pack, Tensor] | None, largest: tuple[Pack, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        try:
+            return reduce_packs(self._topology.dimensions, added, largest)
+        except CollectiveError as gone:
+            error, self._error = self._error, None
+            raise gone from error
 
     def _offer(self, groups: Sequence[Group], tail: Tail) -> tuple[Tensor, Tensor]:
         """Return what is to be added up, and what the largest is taken of: zeros after an error."""
@@ -217,6 +234,9 @@ class Ranks:
         for group in groups:
             group.found = next(found)
         for group in groups:
+            if self._shares[group.pattern].is_apart:
+                group.unbounded = next(found)
+        for group in groups:
             if group.left is not None:
                 group.changed = next(found)
 
@@ -244,13 +264,15 @@ class Ranks:
         for norm, table in zip(norms, tables, strict=True):
             norm.maxima_S = table[:, 0]
 
-    def _tail(self, groups: Sequence[Group]) -> Tail:
+    def _tail(self, groups: Sequence[Group], moment: str, *, surprised: bool) -> Tail:
         """Return what this rank says about itself, as far as the host knows it."""
         here = [self._shares[group.pattern].presence for group in groups]
         return Tail(
-            failed=self._error is not None,
+            failed=self._error is not None and not surprised,
+            surprised=surprised,
             rank=self.rank,
-            whole=_checksum([each.whole for each in here]),
+            moment=moment,
+            whole=_checksum([moment.encode(), *(each.whole for each in here)]),
             split=_checksum([each.split for each in here]),
             missing=[
                 name
@@ -269,6 +291,13 @@ class Ranks:
         counts = [
             self._shares[group.pattern].count(~group.witness_T.isfinite()) for group in groups
         ]
+        for group in groups:
+            share = self._shares[group.pattern]
+            if share.is_apart:
+                bounds_infinities = group.policy.element_limit is not None
+                witness_T = group.witness_T
+                bad_T = witness_T.isnan() if bounds_infinities else ~witness_T.isfinite()
+                counts.append(share.count(bad_T))
         counts += [group.changed for group in groups if group.changed is not None]
         return [tail.on(self._home), torch.stack([alike, alike * alike, *counts])]
 

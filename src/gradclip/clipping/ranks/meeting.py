@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, compress
 
 import torch
 from torch import Tensor
@@ -10,10 +9,11 @@ from torch import Tensor
 from gradclip.clipping.kernels.blocks import home_of
 from gradclip.clipping.parameters import ParameterGroup, ParameterSource
 from gradclip.clipping.policies import Policy
-from gradclip.clipping.ranks.agreement import Facts, agreed, fingerprint_of
+from gradclip.clipping.ranks.agreement import Facts, acquainted, check_agreement
+from gradclip.clipping.ranks.flat import is_flattened
 from gradclip.clipping.ranks.many import Member, Ranks
 from gradclip.clipping.ranks.share import Share
-from gradclip.clipping.ranks.topology import Declared, Topology, topology_of
+from gradclip.clipping.ranks.topology import Declared, Survey, Topology
 from gradclip.errors import ArgumentValueError
 
 _SUMMED = {1.0, 2.0}
@@ -26,7 +26,7 @@ class Meeting:
     Args:
         source: Where its parameters are found.
         policies: By pattern; None leaves parameters alone.
-        nonfinite: What it does about a NaN.
+        options: Its other arguments, in words.
         total_order: p of the norm of all groups together.
         partitioned: What ``GradientClipper`` was given.
         duplicated: Likewise.
@@ -34,7 +34,7 @@ class Meeting:
 
     source: ParameterSource
     policies: Mapping[str, Policy | None]
-    nonfinite: str
+    options: str
     total_order: float
     partitioned: Declared
     duplicated: Declared
@@ -51,48 +51,83 @@ class Meeting:
         """
         bounded = [group for pattern, group in groups.items() if self.policies[pattern]]
         parameters = [parameter for group in bounded for parameter in group.parameters]
-        topology = topology_of(
+        survey = Survey(
             parameters,
             lambda: self._names(bounded),
             self.source.module,
             self.partitioned,
             self.duplicated,
         )
-        members = [self._member(group, topology) for group in bounded]
-        facts = self._facts(groups, bounded, topology, named=agree)
+        error = survey.error or self._unable(bounded)
+        doubles = [_is_double(parameter) for parameter in parameters]
+        facts = Facts(
+            policies=self._words(),
+            outline=survey.outline(),
+            parameters=survey.fingerprints([n for group in bounded for n in group.names])
+            if agree
+            else {},
+            doubles=any(doubles),
+            singles=not all(doubles),
+            unmatched=self._unmatched(groups, survey.matched),
+            error=None if error is None else str(error),
+        )
+        said = None
         if agree:
-            facts = agreed(topology.dimensions, facts)
+            said = acquainted(survey.dimensions, facts)
+        if error is not None:
+            raise error
+        if said is not None:
+            check_agreement(said)
+        outlines = None if said is None else {rank: each.outline for rank, each in said.items()}
+        topology = survey.settled(outlines)
+        members = [self._member(group, topology) for group in bounded]
         devices = {parameter.device for parameter in parameters if not parameter.is_meta}
+        everyone = [facts] if said is None else list(said.values())
         return Ranks(
             topology,
             members,
             self.total_order,
-            doubles=facts.doubles,
-            singles=facts.singles,
-            agrees=agree,
+            doubles=any(each.doubles for each in everyone),
+            singles=any(each.singles for each in everyone),
             home=home_of(devices) if devices else torch.device("cpu"),
+            replicas=getattr(self.source.module, "process_group", None),
         )
 
     def _names(self, groups: Sequence[ParameterGroup]) -> list[str | None]:
         known = self.source.names()
         return [known[number] for group in groups for number in group.numbers]
 
-    def _member(self, group: ParameterGroup, topology: Topology) -> Member:
-        policy = self.policies[group.pattern]
-        assert policy is not None
-        if policy.element_limit is not None and policy.order not in _SUMMED:
-            raise ArgumentValueError(
-                f"{policy!r} clamps elements and measures p = {policy.order:g}: on several ranks "
-                "a policy that clamps measures p = 1 or 2"
-            )
-        holdings = [topology.holdings[id(parameter)] for parameter in group.parameters]
-        if policy.scope != "group":
-            for name, holding in zip(group.names, holdings, strict=True):
-                if holding.flat:
-                    raise ArgumentValueError(
+    def _unable(self, groups: Sequence[ParameterGroup]) -> ArgumentValueError | None:
+        """Return why a policy cannot be followed on several ranks, if one cannot."""
+        for group in groups:
+            policy = self._policy(group)
+            if policy.element_limit is not None and policy.order not in _SUMMED:
+                return ArgumentValueError(
+                    f"{policy!r} clamps elements and measures p = {policy.order:g}: on several "
+                    "ranks a policy that clamps measures p = 1 or 2"
+                )
+            for name, parameter in zip(group.names, group.parameters, strict=True):
+                if policy.scope != "group" and is_flattened(parameter):
+                    return ArgumentValueError(
                         f"{policy!r} has a norm for each {policy.scope}, and {name} lies in a flat "
                         "parameter of FSDP1, which cuts tensors anywhere: use FSDP2 (fully_shard)"
                     )
+        return None
+
+    def _policy(self, group: ParameterGroup) -> Policy:
+        policy = self.policies[group.pattern]
+        assert policy is not None
+        return policy
+
+    def _member(self, group: ParameterGroup, topology: Topology) -> Member:
+        policy = self._policy(group)
+        if policy.scope != "group" and not topology.is_grid:
+            raise ArgumentValueError(
+                f"{policy!r} has a norm for each {policy.scope}, and these ranks hold parameters "
+                "over groups that are no grid (some are in groups that others are not in): only "
+                "norms of all parameters together are found there"
+            )
+        holdings = [topology.holdings[id(parameter)] for parameter in group.parameters]
         by_unit = [policy.scope == "unit" and p.dim() > 1 for p in group.parameters]
         rows = [
             _local(parameter).shape[0] if each else 1
@@ -100,41 +135,22 @@ class Meeting:
         ]
         return Member(group.pattern, policy, Share(holdings, rows, by_unit, policy.scope))
 
-    def _facts(
-        self,
-        groups: Mapping[str, ParameterGroup],
-        bounded: Sequence[ParameterGroup],
-        topology: Topology,
-        *,
-        named: bool,
-    ) -> Facts:
-        parameters = list(chain.from_iterable(group.parameters for group in bounded))
-        compared = [topology.holdings[id(parameter)].compared for parameter in parameters]
-        fingerprint = 0, 0
-        if named:
-            names = chain.from_iterable(group.names for group in bounded)
-            pairs = zip(names, parameters, strict=True)
-            fingerprint = fingerprint_of(compress(pairs, compared))
-        doubles = [_is_double(parameter) for parameter in parameters]
-        unmatched = {
-            ("policy", pattern) for pattern, group in groups.items() if not group.parameters
-        }
-        for declared in (self.partitioned, self.duplicated):
-            unmatched |= {
-                (declared.argument, pattern)
-                for pattern in declared.groups
-                if pattern not in topology.matched
-            }
+    def _words(self) -> str:
+        """Say what is done with gradients, so that ranks can compare it."""
         policies = ", ".join(
             f"{pattern!r}: {policy!r}" for pattern, policy in self.policies.items()
         )
-        return Facts(
-            policies=f"{{{policies}}} with nonfinite={self.nonfinite!r}",
-            parameters=fingerprint,
-            doubles=any(doubles),
-            singles=not all(doubles),
-            unmatched=frozenset(unmatched),
-        )
+        return f"{{{policies}}} with {self.options}"
+
+    def _unmatched(
+        self, groups: Mapping[str, ParameterGroup], matched: set[str]
+    ) -> frozenset[tuple[str, str]]:
+        """Return the patterns that match nothing here, each with the argument that has it."""
+        empty = {("policy", pattern) for pattern, group in groups.items() if not group.parameters}
+        for declared in (self.partitioned, self.duplicated):
+            unused = declared.groups.keys() - matched
+            empty |= {(declared.argument, pattern) for pattern in unused}
+        return frozenset(empty)
 
 
 def _local(parameter: Tensor) -> Tensor:
@@ -143,4 +159,7 @@ def _local(parameter: Tensor) -> Tensor:
 
 
 def _is_double(parameter: Tensor) -> bool:
-    return parameter.dtype in {torch.float64, torch.complex128}
+    """Return whether gradients may be float64, also where torch was told of another dtype."""
+    known = parameter.is_leaf and hasattr(parameter, "grad_dtype")
+    kind = parameter.grad_dtype if known else parameter.dtype
+    return kind in {None, torch.float64, torch.complex128}

@@ -45,7 +45,9 @@ class Pack:
         ] + [False] * tail
         if not any(local):
             return None
-        return Table(torch.tensor([i for i, flag in enumerate(local) if not flag]))
+        return Table(
+            torch.tensor([i for i, flag in enumerate(local) if not flag], dtype=torch.int64)
+        )
 
     def chosen(self, number: int) -> Table | None:
         """Return which numbers take part in a dimension; None for all."""
@@ -97,6 +99,9 @@ def reduce_packs(
             if not len(vectors[place]):
                 continue
             chosen = pack.chosen(number)
+            # A rank with nothing to add skips this as well: its vector is empty, or all is local.
+            if chosen is not None and not len(chosen):
+                continue
             mine = vectors[place] if chosen is None else vectors[place][chosen.on(nothing.device)]
             there = mine.to(dimension.device(nothing.device))
             under_way.append((place, chosen, there, dimension.all_reduce(there, operation)))

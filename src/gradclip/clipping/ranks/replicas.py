@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradclip.clipping.group import Group
-from gradclip.clipping.ranks.dimension import Dimension
+from gradclip.clipping.ranks.dimension import Dimension, gathered
 from gradclip.clipping.ranks.share import Share
 from gradclip.errors import ReplicaError
 
@@ -28,18 +28,15 @@ def compare_replicas(
     Args:
         groups: With their norms, before anything is written.
         shares: Who holds what, by pattern.
-        dimensions: Over which parameters are split.
+        dimensions: Those whose ranks are compared.
         states: Histories of policies, by pattern.
 
     Raises:
         ReplicaError: GC211, on every rank, naming the first difference.
     """
-    mine = _held(groups, shares, dimensions, states)
-    everyone: list[_Held | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    mine = _held(groups, shares, states)
     first: dict[Any, tuple[int, str, str]] = {}
-    for rank, held in enumerate(everyone):
-        assert held is not None
+    for rank, held in gathered(dimensions, {dist.get_rank(): mine}).items():
         for key, (digest, words) in held.items():
             other, known, said = first.setdefault(key, (rank, digest, words))
             if known != digest:
@@ -54,12 +51,11 @@ def compare_replicas(
 def _held(
     groups: Sequence[Group],
     shares: Mapping[str, Share],
-    dimensions: Sequence[Dimension],
     states: Mapping[str, Mapping[str, Tensor]],
 ) -> _Held:
     held: _Held = {}
     for group in groups:
-        for name, gradient, place in _gradients(group, shares[group.pattern], dimensions):
+        for name, gradient, place in _gradients(group, shares[group.pattern]):
             held["gradient", name, place] = _digest(gradient)
         if group.policy.scope == "group":
             held["norm", repr(group.pattern), ()] = _digest(group.norm.norms())
@@ -68,17 +64,12 @@ def _held(
     return held
 
 
-def _gradients(
-    group: Group, share: Share, dimensions: Sequence[Dimension]
-) -> Iterator[tuple[str, Tensor | None, tuple[int, ...]]]:
+def _gradients(group: Group, share: Share) -> Iterator[tuple[str, Tensor | None, tuple[int, ...]]]:
     present = group.gradients.present or [True] * len(share.holdings)
     tensors = iter(group.gradients.tensors)
-    rank = dist.get_rank()
-    for name, there, holding in zip(
-        group.gradients.group.names, present, share.holdings, strict=True
-    ):
-        place = tuple(dimensions[n].ranks.index(rank) for n in sorted(holding.split))
-        yield name, next(tensors) if there else None, place
+    names = group.gradients.group.names
+    for name, there, holding in zip(names, present, share.holdings, strict=True):
+        yield name, next(tensors) if there else None, holding.place
 
 
 def _digest(tensor: Tensor | None) -> tuple[str, str]:

@@ -12,6 +12,11 @@ from gradclip.errors import UnsupportedGradientError
 
 Placements: TypeAlias = tuple[Any, ...]
 
+
+class MisplacedGradientError(UnsupportedGradientError):
+    """A gradient is placed otherwise than its parameter, and no rank expected that."""
+
+
 _SPEC, _LOCAL = attrgetter("_spec"), attrgetter("_local_tensor")
 _MESH, _PLACEMENTS = attrgetter("mesh"), attrgetter("placements")
 
@@ -97,11 +102,10 @@ def _same(expected: Any, spec: Any) -> bool:
     return bool(same_mesh and spec.placements == expected.placements)
 
 
-def _misplaced(name: str, expected: Any, spec: Any) -> UnsupportedGradientError:
-    return UnsupportedGradientError(
-        f"the gradient of {name} is {_said(spec)}, its parameter {_said(expected)}, and that was "
-        "not so when this clipper saw its first gradients, so the other ranks do not expect it. "
-        "When placements change, make a new GradientClipper on every rank. No gradient was changed."
+def _misplaced(name: str, expected: Any, spec: Any) -> MisplacedGradientError:
+    return MisplacedGradientError(
+        f"the gradient of {name} is {_said(spec)}, and its parameter {_said(expected)}: one cannot "
+        "be brought to the placements of the other. No gradient was changed."
     )
 
 
@@ -133,27 +137,43 @@ def place(parameter: Tensor, placements: Placements) -> None:
     """Bring a gradient to the placements of its parameter; every rank of the mesh takes part.
 
     Args:
-        parameter: A DTensor; where it has no gradient, zeros take part for it.
-        placements: Those that its gradient has on the ranks that have one.
+        parameter: A DTensor. Where it has no gradient, or one that is placed like the parameter
+            already, zeros take part.
+        placements: Those that its gradient has on the ranks that have another one.
     """
+    spec: Any = parameter._spec  # type: ignore[attr-defined]  # noqa: SLF001
+    gradient: Any = parameter.grad
+    is_placed = gradient is not None and gradient.placements == spec.placements
+    offered = _zeros(parameter, spec, placements) if is_placed or gradient is None else gradient
+    there = offered.redistribute(spec.mesh, spec.placements)
+    if is_placed:
+        return
+    if gradient is None and _is_plainly_zero(there):
+        return  # no rank had one, so there is none
+    parameter.grad = there
+
+
+def _zeros(parameter: Tensor, spec: Any, placements: Placements) -> Any:
+    """Return a DTensor of zeros in the shape of a parameter."""
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow, and only for such gradients
 
-    spec: Any = parameter._spec  # type: ignore[attr-defined]  # noqa: SLF001
-    gradient = parameter.grad
-    if gradient is None:
-        shape = list(parameter.shape)
-        for mesh_dim, placement in enumerate(placements):
-            if placement.is_shard():
-                size, number = spec.mesh.size(mesh_dim), spec.mesh.get_local_rank(mesh_dim)
-                rest = torch.empty(shape[placement.dim], device="meta").chunk(size)
-                shape[placement.dim] = rest[number].numel() if number < len(rest) else 0
-        local = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
-        gradient = DTensor.from_local(
-            local,
-            spec.mesh,
-            placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
-    parameter.grad = gradient.redistribute(spec.mesh, spec.placements)  # type: ignore[attr-defined]
+    shape = list(parameter.shape)
+    for mesh_dim, placement in enumerate(placements):
+        if placement.is_shard():
+            size, number = spec.mesh.size(mesh_dim), spec.mesh.get_local_rank(mesh_dim)
+            rest = torch.empty(shape[placement.dim], device="meta").chunk(size)
+            shape[placement.dim] = rest[number].numel() if number < len(rest) else 0
+    local = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+    return DTensor.from_local(
+        local,
+        spec.mesh,
+        placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _is_plainly_zero(tensor: Any) -> bool:
+    local = tensor.to_local()
+    return local.device.type == "cpu" and not bool(local.any())

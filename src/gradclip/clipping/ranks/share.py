@@ -35,6 +35,11 @@ class Share:
         self._seen: dict[bytes, _Present] = {}
 
     @property
+    def is_apart(self) -> bool:
+        """Whether other ranks have scopes of their own, of which this one sees nothing."""
+        return self.scope != "group"
+
+    @property
     def scopes(self) -> int:
         """How many scopes there are: S, the same at every step."""
         return 1 if self.scope == "group" else sum(self.rows)

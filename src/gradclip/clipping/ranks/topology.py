@@ -1,14 +1,23 @@
 """How ranks hold the parameters: over which dimensions each is split, and how often it is held."""
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from gradclip.clipping.ranks.acquaintance import (
+    Outline,
+    Part,
+    compact,
+    copies_of,
+    each_counts_once,
+)
 from gradclip.clipping.ranks.dimension import Dimension, GroupLike, as_groups
 from gradclip.clipping.ranks.flat import flat_groups, is_flattened, unknown_flat
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
@@ -25,6 +34,7 @@ class Holding:
         copies: How many ranks hold the very same part, over all dimensions.
         compared: Whether every rank is expected to have a gradient for it when one has.
         flat: Whether it lies in a flat parameter of FSDP1, cut anywhere.
+        place: Which of the parts this rank has; ranks with the same place have copies.
     """
 
     split: frozenset[int] = frozenset()
@@ -33,6 +43,7 @@ class Holding:
     copies: int = 1
     compared: bool = True
     flat: bool = False
+    place: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
@@ -43,13 +54,14 @@ class Topology:
         dimensions: Every rank reduces over its own, in this order.
         meshes: Dimensions of the parameters' meshes: their ranks hold parts of the same ones.
         holdings: By ``id`` of a parameter.
-        matched: Which patterns of ``partitioned`` and ``duplicated`` have parameters here.
+        is_grid: Whether reducing over one dimension after the other counts every rank once;
+            otherwise there is one dimension of all ranks.
     """
 
     dimensions: list[Dimension] = field(default_factory=list)
     meshes: list[Dimension] = field(default_factory=list)
     holdings: dict[int, Holding] = field(default_factory=dict)
-    matched: set[str] = field(default_factory=set)
+    is_grid: bool = True
 
 
 class Declared:
@@ -109,14 +121,8 @@ class Declared:
         return found
 
 
-def topology_of(
-    parameters: Sequence[Tensor],
-    names: Callable[[], Sequence[str | None]],
-    module: nn.Module | None,
-    partitioned: Declared,
-    duplicated: Declared,
-) -> Topology:
-    """Find out how this rank's parameters are held; asks no other rank.
+class Survey:
+    """Finds out how this rank's parameters are held; asks no other rank.
 
     Args:
         parameters: As they are now.
@@ -124,16 +130,7 @@ def topology_of(
         module: Where FSDP1 is looked for.
         partitioned: Groups whose ranks hold different parameters under a pattern.
         duplicated: Groups whose ranks hold copies, which ``partitioned`` would count as different.
-
-    Raises:
-        ArgumentValueError: GC010, for a flat parameter without its module, or declarations that
-            cannot be.
     """
-    return _Survey(parameters, names, module, partitioned, duplicated).topology()
-
-
-class _Survey:
-    """Goes through the parameters, and numbers dimensions as they appear."""
 
     def __init__(
         self,
@@ -145,88 +142,181 @@ class _Survey:
     ) -> None:
         self._parameters = parameters
         self._partitioned, self._duplicated = partitioned, duplicated
-        self._names = names
         self._flat = flat_groups(module)
         self._numbers: dict[tuple[int, ...], int] = {}
-        self._dimensions: list[Dimension] = []
         self._meshes: dict[tuple[int, ...], Dimension] = {}
         self._known: dict[ProcessGroup, Dimension] = {}
-        self._by_spec: dict[Any, tuple[frozenset[int], frozenset[int]]] = {}
-        self._matched: set[str] = set()
-
-    def topology(self) -> Topology:
-        declared = bool(self._partitioned.groups or self._duplicated.groups)
-        marked = bool(self._flat) or any(map(is_flattened, self._parameters))
-        names = self._names() if declared or marked else [None] * len(self._parameters)
-        found: list[_Found] = []
+        self._by_spec: dict[Any, _Found] = {}
+        self.dimensions: list[Dimension] = []
+        """Those of this rank, in the order in which they appear."""
+        self.matched: set[str] = set()
+        """Which patterns of ``partitioned`` and ``duplicated`` have parameters here."""
+        self.error: Exception | None = None
+        """What is wrong here alone, for every rank to hear of."""
+        declared = bool(partitioned.groups or duplicated.groups)
+        marked = bool(self._flat) or any(map(is_flattened, parameters))
+        self._names = names() if declared or marked else [None] * len(parameters)
         # Meshes before declarations: ranks of one stage share the former, and all know the latter.
-        for number, parameter in enumerate(self._parameters):
-            split, by_row = self._placed(parameter)
-            compared, flat = True, is_flattened(parameter)
-            if flat:
-                if id(parameter) not in self._flat:
-                    raise unknown_flat(names[number] or f"parameters[{number}]")
-                if (group := self._flat[id(parameter)]) is not None:
-                    split, compared = split | {self._number(group)}, False
-            found.append(_Found(id(parameter), split, by_row, compared, flat))
-        for groups in self._partitioned.groups.values():
+        self._found = [self._guarded(self._placed, number) for number in range(len(parameters))]
+        for groups in partitioned.groups.values():
             for group in groups:
                 self._number(group)
-        for number, each in enumerate(found if declared else ()):
-            self._declare(each, names[number], f"parameters[{number}]")
-        sizes = [dimension.size for dimension in self._dimensions]
-        return Topology(
-            self._dimensions,
-            list(self._meshes.values()),
-            {each.identity: each.holding(sizes) for each in found},
-            self._matched,
+        for number in range(len(parameters) if declared else 0):
+            self._guarded(self._declare, number)
+
+    def outline(self) -> Outline:
+        """Return what the other ranks need to know."""
+        foreign = {each.mesh for each in self._found if each.absent and each.mesh}
+        return Outline(
+            tuple(compact(dimension.ranks) for dimension in self.dimensions),
+            {part: found.weight(self._sizes) for found, part in self._parts().values()},
+            frozenset(foreign),
         )
 
-    def _placed(self, parameter: Tensor) -> tuple[frozenset[int], frozenset[int]]:
-        """Return over which dimensions a DTensor is split, and over which of them by rows."""
+    def fingerprints(self, named: Sequence[str]) -> dict[tuple[int, ...] | None, tuple[int, int]]:
+        """Return counts and checksums of the parameters that ranks should have alike.
+
+        Args:
+            named: What the parameters are called, those without a name too.
+
+        Returns:
+            By the ranks that should: those of a mesh, or None for every rank.
+        """
+        found: dict[tuple[int, ...] | None, tuple[int, int]] = {None: (0, 0)}
+        for each, parameter, name in zip(self._found, self._parameters, named, strict=True):
+            if each.absent or not each.compared:
+                continue
+            spec: Any = getattr(parameter, "_spec", None)
+            placements = None if spec is None else tuple(map(str, spec.placements))
+            said = f"{name} {tuple(parameter.shape)} {parameter.dtype} {placements}"
+            count, checksum = found.get(each.mesh, (0, 0))
+            found[each.mesh] = count + 1, zlib.crc32(said.encode(), checksum)
+        return found
+
+    def settled(self, outlines: Mapping[int, Outline] | None) -> Topology:
+        """Return who holds what, now that this rank knows of the others.
+
+        Args:
+            outlines: Those of all ranks that can be reached, by rank; None to take it that
+                dimensions are those of a grid.
+        """
+        meshes = list(self._meshes.values())
+        if outlines is None or each_counts_once(outlines):
+            holdings = {each.identity: each.holding(self._sizes, outlines) for each in self._found}
+            return Topology(self.dimensions, meshes, holdings)
+        parts = self._parts()
+        holdings = {}
+        for each in self._found:
+            copies = 1 if each.absent else copies_of(parts[each.key][1], outlines)
+            holdings[each.identity] = each.in_one_dimension(copies, outlines)
+        return Topology([Dimension.among(sorted(outlines))], meshes, holdings, is_grid=False)
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [dimension.size for dimension in self.dimensions]
+
+    def _parts(self) -> "dict[tuple[object, ...], tuple[_Found, Part]]":
+        """Return what this rank holds, by kind: parameters that are held alike are one part."""
+        kinds: dict[tuple[object, ...], list[int]] = {}
+        for number, each in enumerate(self._found):
+            if not each.absent:
+                kinds.setdefault(each.key, []).append(number)
+        parts: dict[tuple[object, ...], tuple[_Found, Part]] = {}
+        for key, numbers in kinds.items():
+            found, checksum = self._found[numbers[0]], 0
+            for number in numbers:
+                # Stages may call what they tie by different names.
+                name = "" if found.copies > 1 else self._names[number] or number
+                said = f"{name} {tuple(self._parameters[number].shape)}"
+                checksum = zlib.crc32(said.encode(), checksum)
+            parts[key] = found, (found.place, len(numbers), checksum)
+        return parts
+
+    def _guarded(self, look: "Callable[[int], _Found]", number: int) -> "_Found":
+        try:
+            return look(number)
+        except (ArgumentValueError, ArgumentTypeError) as error:
+            self.error = self.error or error
+            return _Found(id(self._parameters[number]), absent=True)
+
+    def _placed(self, number: int) -> "_Found":
+        """Find over which dimensions a parameter is split, as DTensor and FSDP1 tell."""
+        parameter = self._parameters[number]
+        found = replace(self._of_spec(parameter), identity=id(parameter))
+        if is_flattened(parameter):
+            found.flat = True
+            if id(parameter) not in self._flat:
+                raise unknown_flat(self._names[number] or f"parameters[{number}]")
+            if (group := self._flat[id(parameter)]) is not None:
+                found.split |= {self._number(group)}
+                found.place = (dist.get_group_rank(group, dist.get_rank()),)
+                found.compared = False
+        return found
+
+    def _of_spec(self, parameter: Tensor) -> "_Found":
         spec: Any = getattr(parameter, "_spec", None)
         if spec is None:
-            return frozenset(), frozenset()
+            return _Found()
         key = id(spec.mesh), spec.placements
         if key not in self._by_spec:
-            split, by_row = set(), set()
-            if spec.mesh.get_coordinate() is not None:
-                for mesh_dim, placement in enumerate(spec.placements):
-                    group = spec.mesh.get_group(mesh_dim)
-                    dimension = self._dimension(group)
-                    self._meshes[dimension.ranks] = dimension
-                    if placement.is_partial():
-                        raise ArgumentValueError(
-                            f"a parameter of shape {tuple(parameter.shape)} is placed as "
-                            f"{placement}: its ranks hold summands, and no rank the parameter"
-                        )
-                    if placement.is_replicate():
-                        continue
-                    number = self._number(group)
-                    split.add(number)
-                    if getattr(placement, "dim", None) == 0:
-                        by_row.add(number)
-            self._by_spec[key] = frozenset(split), frozenset(by_row)
+            self._by_spec[key] = self._of_mesh(spec, tuple(parameter.shape))
         return self._by_spec[key]
 
-    def _declare(self, found: "_Found", name: str | None, place: str) -> None:
-        where = place if name is None else name
+    def _of_mesh(self, spec: Any, shape: tuple[int, ...]) -> "_Found":
+        found = _Found(mesh=tuple(sorted(spec.mesh.mesh.flatten().tolist())))
+        coordinate = spec.mesh.get_coordinate()
+        if coordinate is None:
+            found.absent = True
+            return found
+        split, by_row, place = set(), set(), []
+        for mesh_dim, placement in enumerate(spec.placements):
+            group = spec.mesh.get_group(mesh_dim)
+            dimension = self._dimension(group)
+            self._meshes[dimension.ranks] = dimension
+            if placement.is_partial():
+                raise ArgumentValueError(
+                    f"a parameter of shape {shape} is placed as {placement}: its ranks hold "
+                    "summands, and no rank the parameter"
+                )
+            if placement.is_replicate():
+                continue
+            number = self._number(group)
+            split.add(number)
+            place.append(coordinate[mesh_dim])
+            if getattr(placement, "dim", None) == 0:
+                by_row.add(number)
+        found.split, found.by_row = frozenset(split), frozenset(by_row)
+        found.place = tuple(place)
+        return found
+
+    def _declare(self, number: int) -> "_Found":
+        found, name = self._found[number], self._names[number]
+        where = f"parameters[{number}]" if name is None else name
+        once: list[set[int]] = []
+        for pattern, groups in self._duplicated.of(name, where).items():
+            self.matched.add(pattern)
+            once += [set(self._dimension(group).ranks) for group in groups]
         for pattern, groups in self._partitioned.of(name, where).items():
-            self._matched.add(pattern)
+            self.matched.add(pattern)
             found.declared |= {self._number(group) for group in groups}
             found.compared = False
-        for pattern, groups in self._duplicated.of(name, where).items():
-            self._matched.add(pattern)
-            for group in groups:
-                ranks = set(self._dimension(group).ranks)
-                if not any(ranks <= set(self._dimensions[n].ranks) for n in found.declared):
-                    raise ArgumentValueError(
-                        f"duplicated[{pattern!r}] says that ranks {sorted(ranks)} hold copies of "
-                        f"{where}, and no group that it is partitioned over has all of them: it "
-                        "would be counted once in any case. Declare the groups over which ranks "
-                        "hold different parameters as partitioned, and copies among those only."
-                    )
-                found.copies *= len(ranks)
+        among = [set(self.dimensions[n].ranks) for n in found.declared]
+        for ranks in once:
+            if not any(ranks <= others for others in among):
+                raise ArgumentValueError(
+                    f"duplicated says that ranks {sorted(ranks)} hold copies of {where}, and no "
+                    "group that it is partitioned over has all of them: it would be counted once "
+                    "in any case. Declare the groups over which ranks hold different parameters "
+                    "as partitioned, and copies among those only."
+                )
+            found.copies *= len(ranks)
+        rank = dist.get_rank()
+        for n in sorted(found.declared):
+            members = self.dimensions[n].ranks
+            # Copies stand at the place of the first of them.
+            twins = [each for each in once if rank in each and each <= set(members)]
+            found.place += (members.index(min(twins[0]) if twins else rank),)
+        return found
 
     def _dimension(self, group: ProcessGroup) -> Dimension:
         if group not in self._known:
@@ -237,26 +327,59 @@ class _Survey:
         """Number a group; groups of the same ranks are one dimension, whoever made them."""
         dimension = self._dimension(group)
         if dimension.ranks not in self._numbers:
-            self._numbers[dimension.ranks] = len(self._dimensions)
-            self._dimensions.append(dimension)
+            self._numbers[dimension.ranks] = len(self.dimensions)
+            self.dimensions.append(dimension)
         return self._numbers[dimension.ranks]
 
 
 @dataclass
 class _Found:
-    """What is known of a parameter so far."""
+    """What is known of a parameter so far.
 
-    identity: int
-    split: frozenset[int]
-    by_row: frozenset[int]
-    compared: bool
-    flat: bool
+    Args:
+        identity: ``id`` of it.
+        mesh: The ranks of its mesh, if it is a DTensor.
+        absent: Whether this rank has no part of it.
+    """
+
+    identity: int = 0
+    split: frozenset[int] = frozenset()
+    by_row: frozenset[int] = frozenset()
+    place: tuple[int, ...] = ()
+    mesh: tuple[int, ...] | None = None
+    compared: bool = True
+    flat: bool = False
+    absent: bool = False
     declared: frozenset[int] = frozenset()
     copies: int = 1
 
-    def holding(self, sizes: list[int]) -> Holding:
+    @property
+    def key(self) -> tuple[object, ...]:
+        return self.place, self.split, self.declared, self.copies, self.mesh is None
+
+    def weight(self, sizes: list[int]) -> int:
+        """Return how often reducing over all dimensions counts it."""
         split = self.split | self.declared
-        copies = self.copies
-        for number, size in enumerate(sizes):
-            copies *= 1 if number in split else size
-        return Holding(split, self.by_row, self.declared, copies, self.compared, self.flat)
+        return prod((self.copies, *(size for n, size in enumerate(sizes) if n not in split)))
+
+    def holding(self, sizes: list[int], outlines: Mapping[int, Outline] | None) -> Holding:
+        return Holding(
+            self.split | self.declared,
+            self.by_row,
+            self.declared,
+            self.weight(sizes),
+            self._is_compared(outlines),
+            self.flat,
+            self.place,
+        )
+
+    def in_one_dimension(self, copies: int, outlines: Mapping[int, Outline]) -> Holding:
+        """Return the holding where there is one dimension, of all ranks."""
+        split = frozenset({0}) if self.split or self.declared or self.absent else frozenset()
+        declared = frozenset({0}) if self.declared else frozenset()
+        compared = self._is_compared(outlines)
+        return Holding(split, frozenset(), declared, copies, compared, self.flat, self.place)
+
+    def _is_compared(self, outlines: Mapping[int, Outline] | None) -> bool:
+        elsewhere = any(self.mesh in each.foreign for each in (outlines or {}).values())
+        return self.compared and not (self.absent or elsewhere)

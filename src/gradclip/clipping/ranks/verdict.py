@@ -15,7 +15,7 @@ from gradclip.clipping.response import Flag, host_waits_for
 from gradclip.clipping.tracing import callers_level
 from gradclip.errors import RankError, ReplicaError
 
-TAIL = 9
+TAIL = 10
 """How many numbers: those of ``Tail``; of what ranks hold alike the sum of powers, squared too."""
 
 _ALIKE = 1 + 1e-4
@@ -28,14 +28,19 @@ class Tail:
 
     Args:
         failed: Whether something was raised here.
+        surprised: Whether gradients are placed otherwise than the ranks expected.
         rank: Which rank it is.
-        whole: A checksum, of 16 bits, of which gradients there are that all ranks hold alike.
+        moment: Where it stands, in words that are the same on all ranks.
+        whole: A checksum, of 16 bits, of that and of which gradients there are that all ranks hold
+            alike.
         split: The same of those that ranks hold parts of.
         missing: The names of those that there are not.
     """
 
     failed: bool
+    surprised: bool
     rank: int
+    moment: str
     whole: int
     split: int
     missing: list[str]
@@ -48,6 +53,7 @@ class Tail:
             1.0,
             failed,
             failed * self.rank,
+            float(self.surprised),
             float(self.whole),
             float(self.whole**2),
             float(self.split),
@@ -75,32 +81,43 @@ class Verdict:
         self._gather = gather
         self._warned = False
         self._lagged: Lagged[Tail] = Lagged()
+        self.surprised = False
+        """Whether, as far as the host has read, ranks have to agree on placements anew."""
 
-    def of(self, sums: Tensor, tail: Tail, error: Exception | None) -> Flag:
+    def of(self, sums: Tensor, tail: Tail, error: Exception | None) -> Flag | None:
         """Return whether gradients may be stepped on, as far as other ranks know.
 
         Args:
-            sums: What the ranks' numbers add up to, (9,).
+            sums: What the ranks' numbers add up to, (10,).
             tail: This rank's own.
             error: What happened on this rank.
+
+        Returns:
+            None if ranks have to agree on placements, and to begin this step again.
         """
+        self.surprised = False
         if not host_waits_for(sums.device):
             self._read(sums.tolist(), tail, error)
-            return True
+            return None if self.surprised else True
         late = self._lagged.push(sums, tail)
         if error is not None:
             raise error
         if late is not None and not late[1].failed:  # of its own it was told at once
             self._read(*late, None)
-        ranks, failed, _, whole, whole_2, _, _, alike, alike_2 = sums.unbind()
+        ranks, failed, _, surprised, whole, whole_2, _, _, alike, alike_2 = sums.unbind()
         differ = (whole != ranks * tail.whole) | (whole_2 != ranks * tail.whole**2)
-        return ~((failed > 0) | differ | (alike_2 * ranks > alike * alike * _ALIKE))
+        spread = alike_2 * ranks > alike * alike * _ALIKE
+        return ~((failed > 0) | (surprised > 0) | differ | spread)
 
     def _read(self, sums: list[float], tail: Tail, error: Exception | None) -> None:
-        ranks, failed, rank, whole, whole_2, split, split_2, alike, alike_2 = sums
+        ranks, failed, rank, surprised, whole, whole_2, split, split_2, alike, alike_2 = sums
         if failed:
             self._tell(round(rank / failed), error)
+        if surprised:
+            self.surprised = True
+            return
         if (whole, whole_2) != (ranks * tail.whole, ranks * tail.whole**2):
+            self._tell_moments(tail)
             raise ReplicaError(
                 "some ranks have a gradient, and others have none, for parameters that every rank "
                 f"holds whole:\n{self._missing(tail)}\n  Their optimizers would part ways. Let "
@@ -137,6 +154,22 @@ class Verdict:
             raise error
         first = next(each for each in said if each is not None)
         raise RankError(f"rank {rank} could not clip, so no rank did: {first}")
+
+    def _tell_moments(self, tail: Tail) -> None:
+        """Raise if ranks do not stand at the same step.
+
+        Raises:
+            ReplicaError: GC211.
+        """
+        said = self._gather((tail.rank, tail.moment))
+        first, expected = said[0]
+        for rank, moment in said:
+            if moment != expected:
+                raise ReplicaError(
+                    f"ranks {first} and {rank} do not clip the same step: rank {first} has "
+                    f"{expected}, and rank {rank} {moment}. Load a state on every rank or on none, "
+                    "and give all the same grad_scale. No gradient was changed."
+                )
 
     @property
     def _is_late(self) -> bool:

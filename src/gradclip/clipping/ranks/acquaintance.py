@@ -1,0 +1,87 @@
+"""Whether sums over one dimension after another count what every rank has once."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+Part: TypeAlias = tuple[tuple[int, ...], int, int]
+"""What ranks with copies say alike: where among those that split it, how many parameters, which."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What others need to know of how a rank holds its parameters.
+
+    Args:
+        dimensions: The ranks of each dimension that it reduces over, in order.
+        parts: What it holds, each kind once, and how often its dimensions would count each.
+        foreign: Meshes of parameters of which it has nothing, by their ranks.
+    """
+
+    dimensions: tuple[Sequence[int], ...]
+    parts: Mapping[Part, int]
+    foreign: frozenset[tuple[int, ...]]
+
+
+def compact(ranks: tuple[int, ...]) -> Sequence[int]:
+    """Return ranks as a range where they are one, since each rank of thousands tells of its own."""
+    step = ranks[1] - ranks[0] if len(ranks) > 1 else 1
+    as_range = range(ranks[0], ranks[-1] + 1, step)
+    return as_range if tuple(as_range) == ranks else ranks
+
+
+def connected(outlines: Mapping[int, Outline]) -> bool:
+    """Return whether all ranks that these ranks reduce with are among them."""
+    return all(outlines.keys() >= set(d) for each in outlines.values() for d in each.dimensions)
+
+
+def each_counts_once(outlines: Mapping[int, Outline]) -> bool:
+    """Return whether reducing in order, with the weights that go with it, counts every part once.
+
+    It does where dimensions are those of a grid, or of several grids over the same ranks.
+    """
+    times = _times_reached(outlines)
+    if times is None:
+        return False
+    counts = Counter(part for outline in outlines.values() for part in outline.parts)
+    return all(
+        weight == times * counts[part]
+        for outline in outlines.values()
+        for part, weight in outline.parts.items()
+    )
+
+
+def _times_reached(outlines: Mapping[int, Outline]) -> int | None:
+    """Return how often every rank reaches every rank when all reduce in order.
+
+    None if that differs, or if ranks would wait for each other for ever.
+    """
+    # A counter for each rank, all in one integer, so that sums of counters are one addition.
+    reached = {rank: 1 << number * _DIGIT for number, rank in enumerate(outlines)}
+    left = {rank: [d for d in each.dimensions if len(d) > 1] for rank, each in outlines.items()}
+    waiting = list(outlines)
+    while waiting:
+        moved: list[int] = []
+        for rank in waiting:
+            group = left[rank][0] if left[rank] else ()
+            if group and all(left[other] and left[other][0] == group for other in group):
+                together = sum(reached[other] for other in group)
+                for other in group:
+                    reached[other] = together
+                    left[other].pop(0)
+                moved += group
+        waiting = moved
+    if any(left.values()) or len(set(reached.values())) != 1:
+        return None
+    once = sum(1 << number * _DIGIT for number in range(len(outlines)))
+    times, rest = divmod(next(iter(reached.values())), once)
+    return None if rest else times
+
+
+_DIGIT = 32
+
+
+def copies_of(part: Part, outlines: Mapping[int, Outline]) -> int:
+    """Return how many ranks hold a part."""
+    return sum(part in outline.parts for outline in outlines.values())
