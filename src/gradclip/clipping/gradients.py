@@ -135,7 +135,8 @@ def collect(group: ParameterGroup, known: LayoutCache, *, placed: bool = True) -
         UnsupportedGradientError: GC020, for an integer, float8 or meta gradient, or one whose
             layout has no values to measure.
     """
-    found = [parameter.grad for parameter in group.parameters]
+    with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - of thousands of DTensors, it tells
+        found = [parameter.grad for parameter in group.parameters]
     found = group.local(found) if placed else [getattr(g, "_local_tensor", g) for g in found]
     layout = known.find(cast("list[Tensor]", found))  # what holds a None fits none
     if layout is not None:
