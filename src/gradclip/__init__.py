@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gradclip.clipping import clip_grads_with_norm_ as clip_grads_with_norm_
     from gradclip.clipping import get_total_norm as get_total_norm
     from gradclip.clipping import withhold as withhold
+    from gradclip.integrations.torch_optim import attach as attach
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "ObserveClip",
     "ValueClip",
     "__version__",
+    "attach",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
@@ -43,6 +45,8 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Import the engine, and torch with it, on the first use of one of its names."""
+    if name == "attach":
+        return import_module("gradclip.integrations.torch_optim").attach
     if name in __all__:
         return getattr(import_module("gradclip.clipping"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -405,7 +405,7 @@ clipped=True, skipped=False, nonfinite=0)
             thresholds = policy.element_limit
             clamped, left_S = self._clamping.finish(group, norms, counts, scale)
         if policy.writes:
-            apply.scale(self._backends, group.gradients, response, group.share)
+            self._scale(group, response)
         skipped: Flag = not counts if isinstance(counts, bool) else ~counts
         return ClipResult(
             measured_S=norms.norms_S,
@@ -420,6 +420,10 @@ clipped=True, skipped=False, nonfinite=0)
             left_S=left_S,
             found=group.found,
         )
+
+    def _scale(self, group: Group, response: Response) -> None:
+        """Multiply the gradients by what was decided."""
+        apply.scale(self._backends, group.gradients, response, group.share)
 
     # report
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradclip.clipping.ownership import unwrapped
+
 _UNSET = object()
 
 
@@ -37,7 +39,7 @@ def withhold(optimizer: torch.optim.Optimizer, skipped: Tensor | bool) -> Iterat
     >>> weight.tolist(), optimizer.state_dict()["state"]
     ([1.0, 1.0], {})
     """
-    inner = _unwrapped(optimizer)
+    inner = unwrapped(optimizer)
     if isinstance(skipped, Tensor) and _takes_found_inf(inner):
         with _found_inf(inner, skipped):
             yield
@@ -46,13 +48,6 @@ def withhold(optimizer: torch.optim.Optimizer, skipped: Tensor | bool) -> Iterat
         for parameter in _parameters(optimizer):
             parameter.grad = None
     yield
-
-
-def _unwrapped(optimizer: Any) -> Any:
-    """Return the optimizer that reads ``found_inf``, behind wrappers such as Accelerate's."""
-    while hasattr(getattr(optimizer, "optimizer", None), "param_groups"):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> chain[Tensor]:
@@ -69,15 +64,24 @@ def _takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
 @contextmanager
 def _found_inf(optimizer: Any, skipped: Tensor) -> Iterator[None]:
     """Set ``found_inf``, to exactly 1 whoever asked for it, and put back what was there."""
-    before = getattr(optimizer, "found_inf", _UNSET)
+    before = getattr(optimizer, "found_inf", None)
     flag = skipped.to(torch.float32).reshape(())
     if isinstance(before, Tensor):
         flag = torch.maximum(flag, before.to(flag.device).clamp(max=1.0).reshape(()))
-    optimizer.found_inf = flag
+    with lent(optimizer, "found_inf", flag):
+        yield
+
+
+@contextmanager
+def lent(optimizer: Any, name: str, value: Tensor) -> Iterator[None]:
+    """Give an optimizer an attribute, and put back what was there, unless it was set since."""
+    before = getattr(optimizer, name, _UNSET)
+    setattr(optimizer, name, value)
     try:
         yield
     finally:
-        if before is _UNSET:
-            del optimizer.found_inf
-        else:
-            optimizer.found_inf = before
+        if getattr(optimizer, name, None) is value:
+            if before is _UNSET:
+                delattr(optimizer, name)
+            else:
+                setattr(optimizer, name, before)

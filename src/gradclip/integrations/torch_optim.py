@@ -1,0 +1,265 @@
+"""Clips inside ``optimizer.step()``: one line for any torch optimizer, with a scaler or without."""
+
+from contextlib import ExitStack
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradclip.clipping import ClipResult, GradientClipper
+from gradclip.clipping.group import Group
+from gradclip.clipping.lagged import Lagged
+from gradclip.clipping.ownership import disowned, owned, unwrapped
+from gradclip.clipping.response import Response, host_waits_for
+from gradclip.clipping.step import lent, withhold
+from gradclip.errors import ArgumentTypeError, ArgumentValueError, DoubleClippingError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gradclip.clipping.arguments import Nonfinite
+    from gradclip.clipping.policies import PolicyLike
+    from gradclip.clipping.ranks.dimension import GroupLike
+
+__all__ = ["Attachment", "attach"]
+
+_Hook: TypeAlias = Any
+_SCALE_FLOOR = 1.0
+"""A loss scale at or below this does not explain an overflow."""
+
+
+def attach(
+    optimizer: torch.optim.Optimizer,
+    policy: "PolicyLike | Mapping[str, PolicyLike | None]",
+    *,
+    nonfinite: "Nonfinite" = "skip",
+    max_consecutive_skips: int = 25,
+    partitioned: "Mapping[str, GroupLike] | None" = None,
+    duplicated: "Mapping[str, GroupLike] | None" = None,
+    backend: str = "auto",
+) -> "Attachment":
+    """Clip the gradients of an optimizer before each of its steps, from now on.
+
+    Works for plain, foreach, fused and capturable optimizers, with and without ``GradScaler``, and
+    behind Accelerate's and Fabric's wrappers. Parameter groups that are added later are clipped
+    too. A step whose gradients hold a NaN or an infinity is not made: weights, moments and step
+    counts stay as they are.
+
+    Under a ``GradScaler`` a fused optimizer still holds scaled gradients: the norm is that of
+    unscaled ones, and where all gradients have one coefficient it is folded into the scale that
+    the optimizer divides by, so that no second pass is made.
+
+    Args:
+        optimizer: A torch optimizer whose step needs no closure, or a wrapper of one.
+        policy: As ``GradientClipper`` takes it. Patterns need names: make the optimizer of
+            ``model.named_parameters()``.
+        nonfinite: Likewise.
+        max_consecutive_skips: Likewise; overflows of an active ``GradScaler`` do not count until
+            its scale is down to 1.
+        partitioned: Likewise.
+        duplicated: Likewise.
+        backend: Likewise.
+
+    Returns:
+        What was attached: ``last`` is the result of the last step, ``remove()`` takes it off. As a
+        context manager it is removed where the context ends.
+
+    Raises:
+        ArgumentTypeError: GC011, something that is no torch optimizer, or needs a closure.
+        ArgumentValueError: GC010, an optimizer that steps inside the backward pass.
+        DoubleClippingError: GC101, something clips its gradients already.
+
+    Note:
+        ``copy.deepcopy(optimizer)`` copies no hooks, so a copy clips nothing: attach it anew.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+    >>> handle = attach(optimizer, 1.0)
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> optimizer.step()
+    >>> handle.last
+    ClipResult(norm_pre=5, norm_post=1, threshold=1, coefficient=0.2, \
+clipped=True, skipped=False, nonfinite=0)
+    """
+    inner = _checked(optimizer)
+    make = partial(
+        _Folding,
+        inner,
+        policy,
+        nonfinite=nonfinite,
+        max_consecutive_skips=max_consecutive_skips,
+        partitioned=partitioned,
+        duplicated=duplicated,
+        backend=backend,
+    )
+    return Attachment(inner, make)
+
+
+class Attachment:
+    """A clipper that is called before each step of an optimizer; made by ``attach``.
+
+    Attributes:
+        optimizer: The torch optimizer.
+        clipper: What clips; its ``state_dict`` is the history to save.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, make: Any) -> None:
+        self.optimizer = optimizer
+        owned(optimizer, self, "gradclip.attach")
+        try:
+            self.clipper: _Folding = make()
+        except BaseException:
+            disowned(optimizer, self)
+            raise
+        self._step = ExitStack()
+        self._lent: Tensor | None = None
+        self._at_floor = False
+        self._scales: Lagged[None] = Lagged()
+        self._hooks: list[_Hook] = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    @property
+    def last(self) -> ClipResult | None:
+        """The result of the last step that was asked for; None before the first."""
+        return self.clipper.last
+
+    def remove(self) -> None:
+        """Take it off: the optimizer is as it was before; twice is harmless."""
+        self._step.close()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        disowned(self.optimizer, self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "attached to" if self._hooks else "removed from"
+        return f"<Attachment {state} {type(self.optimizer).__name__}, last {self.last}>"
+
+    def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _refuse_closure(args, kwargs)
+        scale = self._scale_of(optimizer)
+        # A scaler that found an infinity answers for it.
+        expected = getattr(optimizer, "found_inf", None) is not None and not self._at_floor
+        self.clipper.fold = scale is not None
+        result = self.clipper.clip(scale, overflow_expected=expected)
+        self._step.enter_context(withhold(optimizer, result.withheld))
+        if scale is not None and self.clipper.folded is not None:
+            self._lent = _divided(scale, self.clipper.folded, result)
+            self._step.enter_context(lent(optimizer, "grad_scale", self._lent))
+
+    def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+        self._step.close()
+        self._lent = None
+
+    def _scale_of(self, optimizer: Any) -> Tensor | None:
+        """Return what a scaler multiplied the gradients by, if they still are."""
+        left, self._lent = self._lent, None
+        self._step.close()  # where the last step raised, nobody did
+        scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+        if scale is None:
+            return None
+        if left is not None:
+            # GradScaler left the scale of that step too, and multiplied the new one with it.
+            scale = optimizer.grad_scale = scale / left
+        self._see_floor(scale)
+        return scale
+
+    def _see_floor(self, scale: Tensor) -> None:
+        """Note whether the scale can still fall: on an accelerator some steps late."""
+        if not host_waits_for(scale.device):
+            self._at_floor = float(scale) <= _SCALE_FLOOR
+        elif (late := self._scales.push(scale, None)) is not None:
+            self._at_floor = late[0][0] <= _SCALE_FLOOR
+
+
+class _Folding(GradientClipper):
+    """A clipper that can leave it to the optimizer to multiply by the one coefficient there is."""
+
+    fold = False
+    """Whether the optimizer divides by a scale, and so can."""
+    folded: Response | None = None
+    """What it has to multiply by in this step; None where that was done here."""
+
+    def _scale(self, group: Group, response: Response) -> None:
+        alone = not self._by_pattern and group.policy.scope == "group"
+        self.folded = None
+        if self.fold and alone and group.policy.element_limit is None:
+            self.folded = response
+        else:
+            super()._scale(group, response)
+
+
+def _divided(scale: Tensor, response: Response, result: ClipResult) -> Tensor:
+    """Return the scale that makes the optimizer multiply by a coefficient as well: float32, 0-d.
+
+    Where the step is withheld the coefficient is 0, and the scale stays.
+    """
+    if response.number is not None:
+        return scale / (1.0 if result.withheld else response.number)
+    coefficient = torch.where(result.skipped, 1.0, response.coefficients_S[0])
+    return (scale / coefficient.to(scale.device)).to(scale.dtype)
+
+
+def _checked(optimizer: object) -> Any:
+    """Return the torch optimizer whose steps can be hooked.
+
+    Raises:
+        ArgumentTypeError: GC011, there is none, or its step needs a closure.
+        ArgumentValueError: GC010, it steps inside the backward pass.
+        DoubleClippingError: GC101, it is DeepSpeed's.
+    """
+    inner = unwrapped(optimizer)
+    if "deepspeed" in type(optimizer).__module__ or "deepspeed" in type(inner).__module__:
+        raise DoubleClippingError(
+            "this optimizer is DeepSpeed's, which clips inside engine.step() (at 1.0 where "
+            "gradient_clipping is not set). Tell it the limit before the engine is made: "
+            "gradclip.integrations.deepspeed.lower(accelerator, policy). Nothing was attached."
+        )
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise ArgumentTypeError(
+            f"optimizer is of type {type(optimizer).__qualname__}: expected a torch optimizer"
+        )
+    if isinstance(inner, torch.optim.LBFGS):
+        raise ArgumentTypeError(
+            "LBFGS computes gradients inside step(closure), after an attachment has clipped: call "
+            "GradientClipper.clip() at the end of the closure instead"
+        )
+    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    if getattr(inner, "_overlap_with_ddp", False) or any(
+        hasattr(parameter, "_in_backward_optimizers") for parameter in parameters
+    ):
+        raise ArgumentValueError(
+            "these parameters are stepped inside the backward pass, tensor by tensor, before a "
+            "norm of all gradients is known, so nothing can be clipped by it. Step after "
+            "backward(): without _apply_optimizer_in_backward, or overlap_with_ddp=False."
+        )
+    return inner
+
+
+def _refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a closure; the first argument is the optimizer itself.
+
+    Raises:
+        ArgumentTypeError: GC011.
+    """
+    if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:
+        raise ArgumentTypeError(
+            f"{type(args[0]).__name__}.step was given a closure, which computes gradients after an "
+            "attachment has clipped. Call backward() and then step(), or clip at the end of the "
+            "closure with GradientClipper.clip(). No gradient was changed."
+        )
