@@ -40,7 +40,9 @@ def run(code):
 
 
 def test_the_public_names_are_these():
-    assert sorted(gradclip.__all__) == sorted([*ENGINE, "__version__", "config", "errors"])
+    assert sorted(gradclip.__all__) == sorted(
+        [*ENGINE, "__version__", "attach", "config", "errors"]
+    )
     assert all(getattr(gradclip, name) is not None for name in gradclip.__all__)
     assert set(gradclip.__all__) <= set(dir(gradclip))
 

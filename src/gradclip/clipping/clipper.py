@@ -30,7 +30,14 @@ from gradclip.clipping.nonfinite import (
     too_many_skips,
 )
 from gradclip.clipping.overlap import DisjointCheck
-from gradclip.clipping.parameters import ParameterGroup, Parameters, ParameterSource, as_source
+from gradclip.clipping.ownership import check_unowned
+from gradclip.clipping.parameters import (
+    OptimizerParameters,
+    ParameterGroup,
+    Parameters,
+    ParameterSource,
+    as_source,
+)
 from gradclip.clipping.policies import Policy, PolicyLike, as_policies
 from gradclip.clipping.ranks import may_be_shared
 from gradclip.clipping.ranks.alone import Alone, Peers
@@ -86,6 +93,7 @@ class GradientClipper:
         ArgumentTypeError: GC011, for an argument of the wrong kind.
         ArgumentValueError: GC010, for one out of range, patterns that do not fit the names, or
             ranks that give different arguments.
+        DoubleClippingError: GC101, for an optimizer that an attachment clips.
 
     Note:
         Where ranks hold parameters together, making a clipper and each ``clip`` are collective:
@@ -114,6 +122,7 @@ clipped=True, skipped=False, nonfinite=0)
         self._skips = SkipCounter(check_count(max_consecutive_skips))
         self._backends = choose(backend)
         self._source = as_source(params)
+        self._check_owner()
         self._parameters = Parameters(self._source, list(self._policies) if by_pattern else None)
         self._by_pattern = by_pattern
         orders = {policy.order for policy in self._policies.values() if policy}
@@ -198,6 +207,12 @@ clipped=True, skipped=False, nonfinite=0)
         if counts is not False:
             self._recent.append(self.last.measured_S)
         return self.last
+
+    def _check_owner(self) -> None:
+        """Refuse to clip what an attachment clips before every step; to measure it is fine."""
+        writes = any(policy.writes for policy in self._policies.values() if policy)
+        if writes and isinstance(self._source, OptimizerParameters):
+            check_unowned(self._source.optimizer, self, "this GradientClipper")
 
     # collect
 

@@ -46,12 +46,14 @@ def check_unowned(optimizer: torch.optim.Optimizer, owner: object, said: str) ->
     Raises:
         DoubleClippingError: GC101, naming both; nothing was changed.
     """
-    known = _OWNERS.get(unwrapped(optimizer))
+    inner = unwrapped(optimizer)
+    # What only looks like an optimizer cannot be attached to.
+    known = _OWNERS.get(inner) if isinstance(inner, torch.optim.Optimizer) else None
     other = None if known is None else known[0]()
     if known is None or other is None or other is owner:
         return
     raise DoubleClippingError(
-        f"the gradients of this {type(unwrapped(optimizer)).__name__} are already clipped before "
+        f"the gradients of this {type(inner).__name__} are already clipped before "
         f"every step, by {known[1]}; {said} would clip them again, and a second limit silently "
         "changes what the first one means. Keep one of them: remove() takes an attachment off, and "
         "limits by parameter go into one policy. No gradient was changed."

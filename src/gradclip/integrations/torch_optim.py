@@ -195,6 +195,9 @@ class _Folding(GradientClipper):
     folded: Response | None = None
     """What it has to multiply by in this step; None where that was done here."""
 
+    def _check_owner(self) -> None:
+        """Do nothing: the attachment that makes it is the owner."""
+
     def _scale(self, group: Group, response: Response) -> None:
         alone = not self._by_pattern and group.policy.scope == "group"
         self.folded = None

@@ -21,11 +21,13 @@ from gradclip.clipping import (
     Policy,
     ValueClip,
 )
+from gradclip.clipping.ownership import check_unowned
 from gradclip.clipping.parameters import OptimizerParameters
 from gradclip.clipping.policies import BUILT_IN
 from gradclip.config import Ceiling, ClassType, ConfigOf, NormOrder
 from gradclip.errors import ArgumentValueError, DoubleClippingError
 from gradclip.hook import HookContext
+from gradclip.integrations.accelerate import OverflowWatch, unscale_once
 from gradclip.integrations.deepspeed import EngineWatch, engine_of, lower
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
 from gradclip.pipeline.shortcuts import unwrapped
@@ -35,9 +37,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ["GradientClippingHook", "GradientClippingHookConfig"]
-
-_SCALE_FLOOR = 1.0
-"""A loss scale at or below this does not explain an overflow."""
 
 
 class GradientClippingHook(PipelineHooks):
@@ -84,8 +83,7 @@ clipped=True, skipped=False, nonfinite=0)
         self._state: Mapping[str, Any] | None = None
         self._result: ClipResult | None = None
         self._stepped = False
-        self._at_floor = False
-        self._unsettled = False
+        self._overflows = OverflowWatch()
         self.register_hook(
             "on_step",
             HookContext.from_callable("clip gradients", self._forget, self._after_step),
@@ -139,8 +137,7 @@ clipped=True, skipped=False, nonfinite=0)
 
     def _after_optimizer_step(self, arg: PipelineHookArgs) -> None:
         self._stepped = True
-        if arg.is_optimizer_step_committed:
-            self._unsettled = False
+        self._overflows.settle(made=arg.is_optimizer_step_committed)
 
     def _clip(self, arg: PipelineHookArgs) -> None:
         if arg.exception is not None:
@@ -162,11 +159,12 @@ clipped=True, skipped=False, nonfinite=0)
         if engine is not None:
             arg.clip_result = self._result = self._observe(engine, arg)
             return
+        check_unowned(arg.optimizer, self, "GradientClippingHook")
         clipper = self._bound(arg)
         scaler = None if arg.accelerator is None else arg.accelerator.scaler
         if arg.accelerator is not None and scaler is not None:
-            _unscale(arg.accelerator, arg.optimizer)
-        self._result = clipper.clip(overflow_expected=self._overflow_expected(scaler))
+            unscale_once(arg.accelerator, arg.optimizer)
+        self._result = clipper.clip(overflow_expected=self._overflows.expects(scaler))
         arg.clip_result = self._result
 
     def _bound(self, arg: PipelineHookArgs) -> GradientClipper:
@@ -204,27 +202,6 @@ clipped=True, skipped=False, nonfinite=0)
                 "clipped: run the backward pass with accelerator.backward(loss), inside on_step"
             )
         return result
-
-    def _overflow_expected(self, scaler: Any) -> bool:
-        """Whether a loss scaler would explain an overflow: while its scale can still fall.
-
-        The scale is read, on the host, only after a step that was not seen to be committed.
-        """
-        if scaler is None or not scaler.is_enabled():
-            return False
-        if self._unsettled:
-            self._at_floor = scaler.get_scale() <= _SCALE_FLOOR
-        self._unsettled = True
-        return not self._at_floor
-
-
-def _unscale(accelerator: "Accelerator", optimizer: "torch.optim.Optimizer") -> None:
-    try:
-        accelerator.unscale_gradients(optimizer)
-    except RuntimeError as error:
-        # torch's words for gradients that somebody unscaled earlier in this step.
-        if "already been called" not in str(error):
-            raise
 
 
 def _read_none(policies: Any) -> Any:

@@ -1,0 +1,151 @@
+"""A loop on Accelerate: windows, scalers, skips, and its wrappers around optimizers."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+
+from gradclip import attach
+from gradclip.errors import ArgumentTypeError, DoubleClippingError
+from gradclip.integrations.accelerate import AcceleratorClipper
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def batch(step, bad=None):
+    inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+    targets = 30 * inputs.sum(1, keepdim=True)
+    if step == bad:
+        inputs[0, 0] = math.nan
+    return inputs, targets
+
+
+def give_scaler(accelerator, optimizer):
+    """Put a scaler where Accelerate has one on a GPU: on a CPU fp16 has none."""
+    accelerator.scaler = optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    accelerator.native_amp = True
+    accelerator.state._mixed_precision = "fp16"
+    optimizer.__setstate__(optimizer.__dict__)
+
+
+def train(clip, *, bad=None, steps=8, accumulate=2, scaler=False):
+    """Run the documented loop; ``clip`` makes what is called in the place of Accelerate's."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    module = model()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.05)
+    module, optimizer = accelerator.prepare(module, optimizer)
+    if scaler:
+        give_scaler(accelerator, optimizer)
+    clipper = clip(accelerator, optimizer, module)
+    said, losses, skips = [], [], []
+    for step in range(steps):
+        inputs, targets = batch(step, bad)
+        with accelerator.accumulate(module):
+            loss = nn.functional.mse_loss(module(inputs), targets)
+            accelerator.backward(loss)
+            said.append(clipper() if callable(clipper) else clipper.clip())
+            optimizer.step()
+            if not callable(clipper):
+                skips.append(clipper.step_was_skipped)
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    weights = [p.detach().clone() for p in module.parameters()]
+    return said, losses, skips, weights
+
+
+def accelerates_own(accelerator, optimizer, module):
+    def clip():
+        if accelerator.sync_gradients:
+            accelerator.clip_grad_norm_(module.parameters(), 0.7)
+
+    return clip
+
+
+def ours(accelerator, optimizer, module):
+    return AcceleratorClipper(accelerator, optimizer, 0.7, model=module)
+
+
+@pytest.mark.parametrize("scaler", [False, True])
+def test_it_is_accelerates_own_where_both_are_right(scaler):
+    said, losses, skips, _ = train(ours, scaler=scaler)
+    _, expected, _, _ = train(accelerates_own, scaler=scaler)
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert [each is not None for each in said] == [False, True] * 4  # the boundary only
+    assert skips == [False] * 8
+
+
+@pytest.mark.parametrize("scaler", [False, True])
+def test_a_step_that_is_no_number_is_not_made(scaler):
+    """Accelerate's own flag does not know of it."""
+    _, _, skips, weights = train(ours, bad=3, steps=4, scaler=scaler)
+    _, _, _, before = train(ours, steps=2, scaler=scaler)
+    assert skips == [False, False, False, True]
+    assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+
+
+def test_it_unscales_once_also_where_the_loop_did():
+    accelerator = Accelerator(cpu=True)
+    module = model()
+    optimizer = accelerator.prepare(torch.optim.SGD(module.parameters(), lr=0.1))
+    give_scaler(accelerator, optimizer)
+    clipper = AcceleratorClipper(accelerator, optimizer, 1e9)
+    inputs, targets = batch(0)
+    loss = nn.functional.mse_loss(module(inputs), targets)
+    accelerator.backward(loss)
+    accelerator.unscale_gradients(optimizer)
+    found = float(clipper.clip().norm_pre)
+    wanted = torch.autograd.grad(
+        nn.functional.mse_loss(module(inputs), targets), list(module.parameters())
+    )
+    assert found == pytest.approx(torch.cat([g.flatten() for g in wanted]).norm().item(), rel=1e-6)
+
+
+def test_attach_unwraps_the_prepared_optimizer_and_keeps_to_the_boundary():
+    """The wrapper passes for an optimizer, and has no working hooks of its own."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    module, optimizer = accelerator.prepare(model(), torch.optim.SGD(model().parameters(), lr=0.0))
+    with pytest.raises(AttributeError):
+        optimizer.register_step_pre_hook(lambda *_: None)
+    handle = attach(optimizer, 1.0)
+    seen = []
+    for step in range(4):
+        inputs, targets = batch(step)
+        with accelerator.accumulate(module):
+            accelerator.backward(nn.functional.mse_loss(module(inputs), targets))
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            seen.append(handle.clipper.step)
+    assert seen == [0, 1, 1, 2]
+    with pytest.raises(DoubleClippingError, match=r"gradclip\.attach"):
+        AcceleratorClipper(accelerator, optimizer, 1.0)
+
+
+def test_the_history_is_saved_with_the_loop(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    _, optimizer = accelerator.prepare(model(), torch.optim.SGD(model().parameters()))
+    clipper = AcceleratorClipper(accelerator, optimizer, 1.0)
+    accelerator.register_for_checkpointing(clipper)
+    clipper.clipper.step = 5
+    accelerator.save_state(tmp_path / "there")
+    clipper.clipper.step = 0
+    accelerator.load_state(tmp_path / "there", load_kwargs={"weights_only": False})
+    assert clipper.clipper.step == 5
+
+
+def test_what_is_no_accelerator_is_refused():
+    with pytest.raises(ArgumentTypeError, match=r"accelerate.Accelerator"):
+        AcceleratorClipper(None, torch.optim.SGD(model().parameters()), 1.0)

@@ -1,0 +1,375 @@
+"""Clipping inside ``optimizer.step()``, for every kind of optimizer, with and without a scaler."""
+
+import copy
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import gradclip
+from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip, attach
+from gradclip.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    DoubleClippingError,
+    NonFiniteGradientError,
+    TooManySkipsError,
+)
+
+KINDS = {
+    "SGD": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+    "AdamW": (torch.optim.AdamW, {"lr": 0.05}),
+    "Adagrad": (torch.optim.Adagrad, {"lr": 0.05}),
+}
+FLAGS = {"plain": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def loss_of(module, step, bad=None):
+    inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+    targets = 30 * inputs.sum(1, keepdim=True)
+    if step == bad:
+        inputs[0, 0] = math.inf
+    return nn.functional.mse_loss(module(inputs), targets)
+
+
+def assert_same(module, other, **tolerance):
+    for a, b in zip(module.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, **({"rtol": 0, "atol": 0} | tolerance))
+
+
+def step_count(optimizer):
+    return {float(each["step"]) for each in optimizer.state.values() if "step" in each}
+
+
+@pytest.mark.parametrize("policy", [0.7, ValueClip(clip_value=0.5), NormClip(max_norm=0)])
+@pytest.mark.parametrize("scaled", ["", "scaler", "unscaled"])
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_unscale_clip_and_step_by_hand(kind, flags, scaled, policy):
+    """Also with AMP and a fused optimizer: Lightning#15501, #21435."""
+    make, options = KINDS[kind]
+    ours, theirs = model(), model()
+    mine = make(ours.parameters(), **options, **FLAGS[flags])
+    other = make(theirs.parameters(), **options, **FLAGS[flags])
+    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in range(2)]
+    handle, by_hand = attach(mine, policy), GradientClipper(theirs, policy)
+    for step in range(6):
+        bad = None if policy == ValueClip(clip_value=0.5) else 2
+        if not scaled:
+            loss_of(ours, step, bad).backward()
+            mine.step()
+            loss_of(theirs, step, bad).backward()
+            expected = by_hand.clip()
+            with gradclip.withhold(other, expected.skipped):
+                other.step()
+        else:
+            scalers[0].scale(loss_of(ours, step, bad)).backward()
+            if scaled == "unscaled":
+                scalers[0].unscale_(mine)
+            scalers[0].step(mine)
+            scalers[0].update()
+            scalers[1].scale(loss_of(theirs, step, bad)).backward()
+            scalers[1].unscale_(other)
+            expected = by_hand.clip(overflow_expected=True)
+            scalers[1].step(other)
+            scalers[1].update()
+        if not (scaled and step == 2):  # a plain optimizer is not even asked then
+            for name in ("norm_pre", "norm_post"):
+                pair = getattr(handle.last, name), getattr(expected, name)
+                torch.testing.assert_close(*pair, rtol=1e-6, atol=0, equal_nan=True)
+        mine.zero_grad()
+        other.zero_grad()
+    folds = scaled == "scaler" and flags == "fused"
+    assert_same(ours, theirs, **({"rtol": 1e-6, "atol": 1e-6} if folds else {}))
+    assert step_count(mine) == step_count(other)
+    assert not {"grad_scale", "found_inf"} & vars(mine).keys()
+
+
+def test_no_second_pass_is_made_under_a_scaler_and_fused():
+    """The coefficient is in the scale: gradients are written by the optimizer alone."""
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([weight], lr=0.0, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    seen = []
+    attach(optimizer, 1.0)
+    optimizer.register_step_pre_hook(
+        lambda opt, *_: seen.append((weight.grad.clone(), float(opt.grad_scale)))
+    )
+    scaler.scale((weight * 3).sum()).backward()
+    scaler.step(optimizer)
+    gradient, scale = seen[0]
+    assert torch.equal(gradient, torch.full((4,), 24.0))
+    assert math.isclose(scale, 8 * 6, rel_tol=1e-5)
+    assert torch.allclose(weight.grad, torch.full((4,), 0.5), rtol=1e-5)
+
+
+def test_without_a_scaler_nothing_is_folded():
+    """A scale would make the fused kernel write every gradient back."""
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([weight], lr=0.0, fused=True)
+    attach(optimizer, 1.0)
+    optimizer.register_step_pre_hook(lambda opt, *_: seen.append(hasattr(opt, "grad_scale")))
+    seen = []
+    weight.grad = torch.full((4,), 3.0)
+    optimizer.step()
+    assert seen == [False]
+
+
+def test_patterns_are_applied_in_place_under_a_scaler():
+    module = model()
+    optimizer = torch.optim.SGD(module.named_parameters(), lr=0.0, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    handle = attach(optimizer, {"0.*": 0.5, "*": None})
+    scaler.scale(loss_of(module, 0)).backward()
+    scaler.step(optimizer)
+    parts = [p.grad.flatten() for p in module[0].parameters()]
+    assert math.isclose(torch.cat(parts).norm(), 0.5, rel_tol=1e-5)
+    assert handle.last.groups.keys() == {"0.*", "*"} - {"*"}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_that_is_skipped_changes_nothing(kind, flags, first):
+    """Zeroed gradients would still move AdamW; fused SGD would leave its momentum uninitialised."""
+    make, options = KINDS[kind]
+    module = model()
+    optimizer = make(module.parameters(), **options, **FLAGS[flags])
+    handle = attach(optimizer, 1.0)
+    if not first:
+        loss_of(module, 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before, state = copy.deepcopy(module), copy.deepcopy(optimizer.state_dict()["state"])
+    loss_of(module, 1, bad=1).backward()
+    optimizer.step()
+    assert bool(handle.last.skipped)
+    assert_same(module, before)
+    after = optimizer.state_dict()["state"]
+    assert after.keys() == state.keys()
+    for key, entries in state.items():
+        for name, value in entries.items():
+            assert torch.equal(torch.as_tensor(after[key][name]), torch.as_tensor(value))
+    optimizer.zero_grad()
+    loss_of(module, 2).backward()
+    optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
+    assert not bool(handle.last.skipped)
+
+
+def test_several_optimizers_on_one_scaler():
+    module = model()
+    optimizers = [torch.optim.AdamW(module[n].parameters(), lr=0.1, fused=True) for n in (0, 2)]
+    handles = [attach(optimizer, 0.5) for optimizer in optimizers]
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    for step in range(3):
+        scaler.scale(loss_of(module, step)).backward()
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    assert [float(handle.last.norm_post) for handle in handles] == pytest.approx([0.5, 0.5])
+    assert handles[0].last.norm_pre != handles[1].last.norm_pre
+
+
+def test_parameters_that_are_added_later_are_clipped():
+    first, second = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([first], lr=1.0)
+    handle = attach(optimizer, 1.0)
+    optimizer.add_param_group({"params": [second]})
+    first.grad, second.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+    optimizer.step()
+    assert float(handle.last.norm_pre) == 5.0
+
+
+def test_removing_it_leaves_everything_as_it_was():
+    module = model()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+    attributes, hooks = vars(optimizer).keys(), len(optimizer._optimizer_step_pre_hooks)
+    before = set(attributes)
+    with attach(optimizer, 1.0) as handle:
+        loss_of(module, 0).backward()
+        optimizer.step()
+        assert handle.last is not None
+    assert set(vars(optimizer)) == before
+    assert len(optimizer._optimizer_step_pre_hooks) == hooks == 0
+    assert len(optimizer._optimizer_step_post_hooks) == 0
+    handle.remove()
+    assert "removed from AdamW" in repr(handle)
+    last = handle.last
+    loss_of(module, 1).backward()
+    optimizer.step()
+    assert handle.last is last
+    attach(optimizer, 1.0)  # nobody owns it now
+
+
+def test_nothing_is_kept_alive():
+    module = model()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    handle = attach(optimizer, 1.0)
+    dead = weakref.ref(optimizer), weakref.ref(handle)
+    del handle, optimizer
+    gc.collect()
+    assert [each() for each in dead] == [None, None]
+
+
+# what is refused
+
+
+@pytest.mark.parametrize("how", ["attach", "clipper", "hook"])
+def test_a_second_clipper_is_named(how):
+    from gradclip.pipeline.hooks import (  # noqa: PLC0415
+        GradientClippingHookConfig,
+        PipelineHookArgs,
+        PipelineHooks,
+    )
+
+    module = model()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    attach(optimizer, 1.0)
+    loss_of(module, 0).backward()
+    before = [p.grad.clone() for p in module.parameters()]
+    hooks = PipelineHooks.from_hooks(GradientClippingHookConfig(clip_mode="norm", max_norm=0.5))
+
+    def by_hook():
+        with hooks.begin("on_step", PipelineHookArgs(optimizer=optimizer)):
+            pass
+
+    second = {
+        "attach": lambda: attach(optimizer, 0.5),
+        "clipper": lambda: GradientClipper(optimizer, 0.5),
+        "hook": by_hook,
+    }
+    with pytest.raises(DoubleClippingError, match=r"SGD are already clipped.*gradclip\.attach"):
+        second[how]()
+    assert all(torch.equal(p.grad, g) for p, g in zip(module.parameters(), before, strict=True))
+    GradientClipper(optimizer, ObserveClip())  # to measure is fine
+
+
+def test_a_closure_is_refused_before_anything_changed():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    handle = attach(optimizer, 1.0)
+    weight.grad = torch.full((2,), 3.0)
+    for call in (lambda: optimizer.step(lambda: None), lambda: optimizer.step(closure=int)):
+        with pytest.raises(ArgumentTypeError, match=r"SGD\.step was given a closure"):
+            call()
+    assert weight.tolist() == [1.0, 1.0]
+    assert handle.last is None
+    optimizer.step(None)  # as Accelerate calls it
+    assert handle.last is not None
+    with pytest.raises(ArgumentTypeError, match="LBFGS"):
+        attach(torch.optim.LBFGS([weight]), 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_what_is_no_optimizer_or_steps_in_the_backward_pass():
+    from torch.distributed.optim import _apply_optimizer_in_backward  # noqa: PLC0415
+
+    with pytest.raises(ArgumentTypeError, match="expected a torch optimizer"):
+        attach([nn.Parameter(torch.ones(2))], 1.0)
+    module = model()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    _apply_optimizer_in_backward(torch.optim.SGD, module.parameters(), {"lr": 0.1})
+    with pytest.raises(ArgumentValueError, match="inside the backward pass"):
+        attach(optimizer, 1.0)
+    attach(torch.optim.SGD(model().parameters()), 1.0)
+    with pytest.raises(gradclip.errors.GradClipError):
+        attach(torch.optim.SGD(model().parameters()), -1.0)
+
+
+def test_an_attachment_that_fails_owns_nothing():
+    optimizer = torch.optim.SGD(model().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="-1"):
+        attach(optimizer, -1.0)
+    attach(optimizer, 1.0)
+
+
+def test_a_copy_of_the_optimizer_has_no_hooks():
+    """A trap that cannot be closed: the documentation names it."""
+    optimizer = torch.optim.SGD(model().parameters(), lr=0.1)
+    attach(optimizer, 1.0)
+    assert len(copy.deepcopy(optimizer)._optimizer_step_pre_hooks) == 0
+    assert "deepcopy" in attach.__doc__
+
+
+# errors on the way
+
+
+def test_raise_leaves_gradients_weights_and_attributes():
+    module = model()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    attach(optimizer, 1.0, nonfinite="raise")
+    scaler.scale(loss_of(module, 0)).backward()
+    next(module.parameters()).grad[0, 0] = math.nan
+    before = copy.deepcopy(module)
+    with pytest.raises(NonFiniteGradientError, match="NaN: 1"):
+        scaler.step(optimizer)
+    assert_same(module, before)
+
+
+def test_a_step_that_raised_leaves_no_scale_behind():
+    """torch keeps the scale of such a step, and multiplies it with the next."""
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([weight], lr=0.0, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    handle = attach(optimizer, 1.0)
+    calls = []
+
+    def fail_once(*_):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("on the way")
+
+    optimizer.register_step_pre_hook(fail_once)
+    scaler.scale((weight * 3).sum()).backward()
+    with pytest.raises(RuntimeError, match="on the way"):
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    scaler.scale((weight * 3).sum()).backward()
+    scaler.step(optimizer)
+    assert math.isclose(handle.last.norm_pre, 6.0, rel_tol=1e-6)
+    assert torch.allclose(weight.grad, torch.full((4,), 0.5), rtol=1e-5)
+
+
+def test_overflows_of_a_scaler_do_not_count_until_its_floor():
+    module = model()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    attach(optimizer, 1.0, max_consecutive_skips=1)
+    for step in range(3):  # 8, 4, 2
+        scaler.scale(loss_of(module, step, bad=step)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    raised = None
+    for step in range(3, 7):  # from 1 on, two count
+        scaler.scale(loss_of(module, step, bad=step)).backward()
+        try:
+            scaler.step(optimizer)
+        except TooManySkipsError:
+            raised = step
+            break
+        scaler.update()
+        optimizer.zero_grad()
+    assert raised in {4, 5}
+
+
+def test_the_history_is_the_clippers():
+    optimizer = torch.optim.SGD(model().parameters(), lr=0.1)
+    handle = attach(optimizer, 1.0)
+    state = handle.clipper.state_dict()
+    assert state["step"] == 0
+    handle.clipper.load_state_dict({**state, "step": 7})
+    assert handle.clipper.step == 7
