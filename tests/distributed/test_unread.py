@@ -12,7 +12,7 @@ import torch
 
 import oracle
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
-from gradclip.clipping import clamping, response
+from gradclip.clipping import clamping, group, response
 from gradclip.clipping import clipper as clipper_module
 from gradclip.clipping.kernels import foreach
 from gradclip.clipping.lagged import LAG, Lagged
@@ -46,7 +46,7 @@ class OnCpu(Lagged):
 def unread():
     """Tell the engine that reading a number would make it wait."""
     foreach._on_cpu = lambda batch: False
-    for module in (clipper_module, clamping, response, verdict):
+    for module in (clipper_module, clamping, group, response, verdict):
         module.host_waits_for = lambda device: True
     Lagged.push, Lagged.pop = OnCpu.push, OnCpu.pop
 

@@ -3,7 +3,7 @@
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping
-from math import inf, isfinite, isnan
+from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -42,7 +42,7 @@ from gradclip.clipping.policies import Policy, PolicyLike, as_policies
 from gradclip.clipping.ranks import may_be_shared
 from gradclip.clipping.ranks.alone import Alone, Peers
 from gradclip.clipping.reduction import Measured, combine
-from gradclip.clipping.response import Flag, Response, as_flag, as_known, host_waits_for
+from gradclip.clipping.response import Flag, Response, all_of, as_flag, host_waits_for
 from gradclip.clipping.result import ClipResult
 from gradclip.clipping.state import STATE_VERSION, read_state
 from gradclip.clipping.tracing import callers_level, untraced
@@ -364,10 +364,10 @@ clipped=True, skipped=False, nonfinite=0)
 
         Its verdicts are those of all ranks, so what one raises, all raise.
         """
-        finite = [_is_finite(g, m.norms_S) for g, m in zip(groups, measured, strict=True)]
+        finite = [g.is_bounded(m.norms_S) for g, m in zip(groups, measured, strict=True)]
         if self._nonfinite == "raise" and not all(map(bool, finite)):
             raise nonfinite_error(self._report(groups))
-        counts = _all(
+        counts = all_of(
             [sound, *(f for f, group in zip(finite, groups, strict=True) if group.policy.writes)]
         )
         if self._nonfinite == "skip":
@@ -497,21 +497,3 @@ clipped=True, skipped=False, nonfinite=0)
                 is changed then.
         """
         self.step, self._skips.in_a_row, self._states = read_state(state, self.state_dict())
-
-
-def _is_finite(group: Group, norms_S: Tensor) -> Flag:
-    """Return whether nothing was found that the policy cannot bound; a clamp bounds infinities."""
-    if group.unbounded is not None:
-        return as_known(group.unbounded == 0)
-    clamps = group.policy.element_limit is not None
-    if not host_waits_for(norms_S.device):
-        return not any(isnan(norm) if clamps else not norm < inf for norm in norms_S.tolist())
-    return (~norms_S.isnan() if clamps else norms_S < inf).all()
-
-
-def _all(flags: list[Flag]) -> Flag:
-    known = [flag for flag in flags if isinstance(flag, bool)]
-    others = [flag for flag in flags if not isinstance(flag, bool)]
-    if not others:
-        return all(known)
-    return others[0] if len(others) == 1 else torch.stack(others).all()

@@ -1,6 +1,7 @@
 """The gradients of one name pattern at one call, with the policy that bounds them."""
 
 from dataclasses import dataclass, field
+from math import inf, isnan
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from gradclip.clipping.gradients import Gradients
 from gradclip.clipping.kernels import Backends, Clamped
 from gradclip.clipping.policies import Policy
 from gradclip.clipping.reduction import Apart, Measured, Norm, Scopes, Together, per_tensor
+from gradclip.clipping.response import Flag, as_known, host_waits_for
 
 if TYPE_CHECKING:
     from gradclip.clipping.ranks.share import Share
@@ -99,6 +101,19 @@ class Group:
         if scale is not None:
             norms_S = norms_S / scale
         return Measured(norms_S, norm.order, self.witness_T)
+
+    def is_bounded(self, norms_S: Tensor) -> Flag:
+        """Return whether nothing was found that the policy cannot bound.
+
+        Args:
+            norms_S: What was measured; a policy that clamps bounds infinities.
+        """
+        if self.unbounded is not None:
+            return as_known(self.unbounded == 0)
+        clamps = self.policy.element_limit is not None
+        if host_waits_for(norms_S.device):
+            return (~norms_S.isnan() if clamps else norms_S < inf).all()
+        return not any(isnan(norm) if clamps else not norm < inf for norm in norms_S.tolist())
 
     @property
     def witness_T(self) -> Tensor:

@@ -1,6 +1,6 @@
 """From a decision to coefficients: ``where(n > tau, c / n, 1)``, with room for rounding."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
@@ -41,6 +41,15 @@ def as_flag(flag: Flag, device: torch.device) -> Tensor:
 def as_known(flag: Tensor) -> Flag:
     """Return a flag as bool where reading it costs nothing."""
     return flag if host_waits_for(flag.device) else bool(flag)
+
+
+def all_of(flags: Sequence[Flag]) -> Flag:
+    """Return whether all are true: as bool where that is known without reading a tensor."""
+    others = [flag for flag in flags if not isinstance(flag, bool)]
+    known = all(flag for flag in flags if isinstance(flag, bool))
+    if not (others and known):
+        return known
+    return others[0] if len(others) == 1 else torch.stack(others).all()
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
-from gradclip.clipping import clamping, response
+from gradclip.clipping import clamping, group, response
 from gradclip.clipping import clipper as clipper_module
 from gradclip.clipping.kernels import foreach
 from gradclip.clipping.nonfinite import SkipCounter
@@ -43,7 +43,7 @@ POLICIES = {
 def unseen():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(foreach, "_on_cpu", lambda batch: False)
-        for module in (clipper_module, clamping, response):
+        for module in (clipper_module, clamping, group, response):
             patch.setattr(module, "host_waits_for", lambda device: True)
         patch.setattr(SkipCounter, "record", lambda self, skipped, *, expected: False)
         yield
