@@ -12,7 +12,7 @@
     |-- OverlappingGradientsError (ValueError)   GC021  gradients that share bytes
     |-- CaptureError (RuntimeError)              GC022  a CUDA graph is captured too early
     |-- StateError (ValueError)                  GC030  a state that belongs to something else
-    |-- DoubleClippingError (ValueError)         GC101  two clipping hooks, or DeepSpeed's and one
+    |-- DoubleClippingError (ValueError)         GC101  two clippers of the same gradients
     |-- NonFiniteGradientError (RuntimeError)    GC201  a NaN or an infinity in the gradients
     |   `-- TooManySkipsError                    GC202  too many steps in a row were skipped
     |-- RankError (RuntimeError)                 GC210  another rank could not clip
