@@ -110,7 +110,7 @@ class StateError(GradClipError, ValueError):
 
 
 class DoubleClippingError(GradClipError, ValueError):
-    """Two owners of one limit: two clipping hooks, or DeepSpeed, which clips by itself."""
+    """Two owners of one limit: hooks, attachments, callbacks, or an engine that clips by itself."""
 
     code = "GC101"
 

@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from gradclip import GradientClipper, clip_grad_norm_
+from gradclip import GradientClipper, NormClip, clip_grad_norm_
+from gradclip.clipping.policies import Decision
 from gradclip.errors import (
     ArgumentValueError,
     NonFiniteGradientError,
@@ -401,3 +402,31 @@ def two_jobs(rank):
 def test_replicas_are_those_of_their_job():
     said = together(two_jobs, 4, env={"GRADCLIP_DEBUG": "1"})
     assert said[0] == said[1] != said[2] == said[3]
+
+
+class Remembering(NormClip):
+    """A policy with a history: the norms that it has seen, added up."""
+
+    clip_mode: str = "remembering"
+
+    def initial_state(self, scopes, device):
+        return {"seen": torch.zeros(scopes, dtype=torch.float64, device=device)}
+
+    def decide(self, norms_S, counts, state):
+        return Decision(self.max_norm, self.max_norm, {"seen": state["seen"] + norms_S})
+
+
+def histories_differ(rank):
+    clipper = GradientClipper([("weight", plain(torch.ones(3)))], Remembering(max_norm=1e9))
+    clipper.clip()
+    clipper.clip()
+    if rank == 1:
+        state = clipper.state_dict()
+        state["states"]["*"]["seen"] += 1.0
+        clipper.load_state_dict(state)
+    with pytest.raises(ReplicaError, match=r"history of '\*', seen differs between ranks 0 and 1"):
+        clipper.clip()
+
+
+def test_histories_that_differ_are_named():
+    together(histories_differ, 2, env={"GRADCLIP_DEBUG": "1"})
