@@ -173,6 +173,7 @@ clipped=True, skipped=False, nonfinite=0)
 
         All are raised before any gradient is changed, but for the last on an accelerator.
         """
+        self._check_owner()
         with torch.no_grad():
             return self._clip(grad_scale, overflow_expected=overflow_expected)
 
@@ -240,8 +241,7 @@ clipped=True, skipped=False, nonfinite=0)
             groups = self._collect(peers)
             home = home or self._home(groups)
             for device in {device for group in groups for device in group.gradients.devices}:
-                # refuses what it cannot serve, before anything is written
-                self._backends.on(device)
+                self._backends.on(device)  # refuses what it cannot serve, before any is written
             if isinstance(scale, Tensor):
                 scale = scale.to(home)
             self._read(groups, scale, home, peers)

@@ -55,7 +55,9 @@ def _parameters(optimizer: torch.optim.Optimizer) -> chain[Tensor]:
 
 
 def _takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
-    if not all(group.get("fused") for group in optimizer.param_groups):
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    # Of an optimizer that steps another one, only the inner one has it.
+    if not (fused and getattr(optimizer, "_step_supports_amp_scaling", False)):
         return False
     with_gradients = [p for p in _parameters(optimizer) if p.grad is not None]
     return bool(with_gradients) and all(optimizer.state.get(p) for p in with_gradients)

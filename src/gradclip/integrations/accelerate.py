@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gradclip.clipping.policies import PolicyLike
     from gradclip.clipping.ranks.dimension import GroupLike
 
-__all__ = ["AcceleratorClipper", "OverflowWatch", "unscale_once"]
+__all__ = ["AcceleratorClipper", "OverflowWatch", "Unscaling"]
 
 _SCALE_FLOOR = 1.0
 """A loss scale at or below this does not explain an overflow."""
@@ -86,7 +86,7 @@ class AcceleratorClipper:
             )
         self.accelerator = accelerator
         self._optimizer = optimizer
-        self._overflows = OverflowWatch()
+        self._overflows, self._unscale = OverflowWatch(), Unscaling()
         self._last: ClipResult | None = None
         self._watch: EngineWatch | None = None
         engine = engine_of(accelerator, model)
@@ -119,7 +119,10 @@ class AcceleratorClipper:
         """
         if not self.accelerator.sync_gradients or self._last is None:
             return False
-        skipped = bool(self._last.withheld) or self.accelerator.optimizer_step_was_skipped
+        skipped = bool(self._last.withheld)
+        if self.accelerator.scaler is not None:  # it skips whatever is not finite
+            skipped = skipped or bool(self._last.nonfinite > 0)
+            skipped = skipped or getattr(self._optimizer, "step_was_skipped", False)
         self._overflows.settle(made=not skipped)
         return skipped
 
@@ -140,7 +143,7 @@ class AcceleratorClipper:
             return self._last
         scaler = self.accelerator.scaler
         if scaler is not None:
-            unscale_once(self.accelerator, self._optimizer)
+            self._unscale(self.accelerator, self._optimizer)
         self._last = self.clipper.clip(overflow_expected=self._overflows.expects(scaler))
         if bool(self._last.withheld):
             for parameter in chain.from_iterable(
@@ -183,10 +186,25 @@ class OverflowWatch:
             self._unsettled = False
 
 
-def unscale_once(accelerator: "Accelerator", optimizer: "torch.optim.Optimizer") -> None:
-    """Unscale the gradients of an optimizer, unless somebody did earlier in this step."""
-    try:
-        accelerator.unscale_gradients(optimizer)
-    except RuntimeError as error:
-        if "already been called" not in str(error):  # torch's words for that
-            raise
+class Unscaling:
+    """Unscales the gradients of an optimizer, unless the loop did earlier in this step."""
+
+    def __init__(self) -> None:
+        self._ours: object = None
+
+    def __call__(self, accelerator: "Accelerator", optimizer: "torch.optim.Optimizer") -> None:
+        """Unscale.
+
+        Raises:
+            RuntimeError: torch's own, where there was no step since the last call: what was added
+                to the gradients since then is still scaled.
+        """
+        # A scaler begins a new record of what was unscaled at each update.
+        record = getattr(accelerator.scaler, "_per_optimizer_states", None)
+        try:
+            accelerator.unscale_gradients(optimizer)
+        except RuntimeError as error:
+            if "already been called" not in str(error) or record is self._ours is not None:
+                raise
+        else:
+            self._ours = record

@@ -1,8 +1,9 @@
 """Clips inside ``optimizer.step()``: one line for any torch optimizer, with a scaler or without."""
 
+import sys
 from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from gradclip.clipping import ClipResult, GradientClipper
 from gradclip.clipping.group import Group
 from gradclip.clipping.lagged import Lagged
-from gradclip.clipping.ownership import disowned, owned, unwrapped
+from gradclip.clipping.ownership import check_unowned, disowned, owned, unwrapped
 from gradclip.clipping.response import Response, host_waits_for
 from gradclip.clipping.step import lent, withhold
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, DoubleClippingError
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["Attachment", "attach"]
 
 _Hook: TypeAlias = Any
+_SAID = "gradclip.attach"
+_COARSE = 2.0**-80
+"""A coefficient below this may not have a scale in float32."""
 _SCALE_FLOOR = 1.0
 """A loss scale at or below this does not explain an overflow."""
 
@@ -107,13 +111,13 @@ class Attachment:
 
     def __init__(self, optimizer: torch.optim.Optimizer, make: Any) -> None:
         self.optimizer = optimizer
-        owned(optimizer, self, "gradclip.attach")
-        try:
-            self.clipper: _Folding = make()
-        except BaseException:
-            disowned(optimizer, self)
-            raise
+        check_unowned(optimizer, self, _SAID)
+        self.clipper: _Folding = make()
+        if self.clipper.writes:
+            owned(optimizer, self, _SAID)
         self._step = ExitStack()
+        self._under_way: FrameType | None = None
+        self._given: tuple[Any, Any] = None, None
         self._lent: Tensor | None = None
         self._at_floor = False
         self._scales: Lagged[None] = Lagged()
@@ -124,12 +128,15 @@ class Attachment:
 
     @property
     def last(self) -> ClipResult | None:
-        """The result of the last step that was asked for; None before the first."""
+        """The result of the last step that was asked for; None before the first.
+
+        A ``GradScaler`` that finds an overflow does not ask an optimizer that is not fused.
+        """
         return self.clipper.last
 
     def remove(self) -> None:
         """Take it off: the optimizer is as it was before; twice is harmless."""
-        self._step.close()
+        self._end()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -151,36 +158,58 @@ class Attachment:
         return f"<Attachment {state} {type(self.optimizer).__name__}, last {self.last}>"
 
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _refuse_closure(args, kwargs)
-        scale = self._scale_of(optimizer)
+        step = sys._getframe(1)  # noqa: SLF001 - nothing else tells one step from another
+        if self._under_way is not None:
+            if _is_within(step, self._under_way):
+                return  # step() calls that of its base class, whose hooks are the same
+            self._end()  # the last step raised, so nobody did
+        _check_call(args, kwargs)
+        scale, found_inf = _attributes(optimizer)
+        self._see_floor(scale)
         # A scaler that found an infinity answers for it.
-        expected = getattr(optimizer, "found_inf", None) is not None and not self._at_floor
-        self.clipper.fold = scale is not None
-        result = self.clipper.clip(scale, overflow_expected=expected)
+        expected = found_inf is not None and not self._at_floor
+        try:
+            self.clipper.fold = scale is not None
+            result = self.clipper.clip(scale, overflow_expected=expected)
+        except BaseException:
+            _forget_scaler(optimizer)
+            raise
+        finally:
+            self.clipper.fold = False
+        self._under_way, self._given = step, (scale, found_inf)
         self._step.enter_context(withhold(optimizer, result.withheld))
         if scale is not None and self.clipper.folded is not None:
             self._lent = _divided(scale, self.clipper.folded, result)
             self._step.enter_context(lent(optimizer, "grad_scale", self._lent))
 
     def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+        if sys._getframe(1) is self._under_way:  # noqa: SLF001
+            self._under_way = self._lent = None
+            self._step.close()
+
+    def _end(self) -> None:
+        """End a step that raised: ``GradScaler`` leaves what it gave to the optimizer then."""
+        if self._under_way is None:
+            return
         self._step.close()
-        self._lent = None
+        (old_scale, old_found), during, optimizer = self._given, self._lent, self.optimizer
+        self._under_way = self._lent = None
+        scale, found_inf = _attributes(optimizer)
+        if old_found is None:
+            return  # there was no scaler
+        if found_inf is old_found:
+            _forget_scaler(optimizer)
+        elif scale is old_scale:
+            optimizer.grad_scale = None  # type: ignore[attr-defined]  # the next was unscaled
+        elif scale is not None:
+            # The next scale was multiplied with what was there.
+            left = old_scale if during is None else during
+            optimizer.grad_scale = scale if left is None else scale / left  # type: ignore[attr-defined]
 
-    def _scale_of(self, optimizer: Any) -> Tensor | None:
-        """Return what a scaler multiplied the gradients by, if they still are."""
-        left, self._lent = self._lent, None
-        self._step.close()  # where the last step raised, nobody did
-        scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-        if scale is None:
-            return None
-        if left is not None:
-            # GradScaler left the scale of that step too, and multiplied the new one with it.
-            scale = optimizer.grad_scale = scale / left
-        self._see_floor(scale)
-        return scale
-
-    def _see_floor(self, scale: Tensor) -> None:
+    def _see_floor(self, scale: Tensor | None) -> None:
         """Note whether the scale can still fall: on an accelerator some steps late."""
+        if scale is None:
+            return
         if not host_waits_for(scale.device):
             self._at_floor = float(scale) <= _SCALE_FLOOR
         elif (late := self._scales.push(scale, None)) is not None:
@@ -198,13 +227,26 @@ class _Folding(GradientClipper):
     def _check_owner(self) -> None:
         """Do nothing: the attachment that makes it is the owner."""
 
+    @property
+    def writes(self) -> bool:
+        """Whether gradients can change at all."""
+        return any(policy.writes for policy in self._policies.values() if policy)
+
     def _scale(self, group: Group, response: Response) -> None:
-        alone = not self._by_pattern and group.policy.scope == "group"
         self.folded = None
-        if self.fold and alone and group.policy.element_limit is None:
+        if self.fold and self._can_fold(group, response):
             self.folded = response
         else:
             super()._scale(group, response)
+
+    def _can_fold(self, group: Group, response: Response) -> bool:
+        """Return whether there is one coefficient, and a float32 scale is precise enough for it."""
+        if self._by_pattern or group.policy.scope != "group":
+            return False
+        if group.policy.element_limit is not None:
+            return False
+        single = self._peers.precision(group.gradients)[0] is torch.float32
+        return single and (response.number is None or not 0 < response.number < _COARSE)
 
 
 def _divided(scale: Tensor, response: Response, result: ClipResult) -> Tensor:
@@ -213,9 +255,9 @@ def _divided(scale: Tensor, response: Response, result: ClipResult) -> Tensor:
     Where the step is withheld the coefficient is 0, and the scale stays.
     """
     if response.number is not None:
-        return scale / (1.0 if result.withheld else response.number)
+        return (scale / (1.0 if result.withheld else response.number)).to(torch.float32)
     coefficient = torch.where(result.skipped, 1.0, response.coefficients_S[0])
-    return (scale / coefficient.to(scale.device)).to(scale.dtype)
+    return (scale / coefficient.to(scale.device)).to(torch.float32)
 
 
 def _checked(optimizer: object) -> Any:
@@ -254,15 +296,53 @@ def _checked(optimizer: object) -> Any:
     return inner
 
 
-def _refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse a closure; the first argument is the optimizer itself.
+def _check_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse what computes gradients, or scales, after the hook; the first argument is itself.
 
     Raises:
         ArgumentTypeError: GC011.
     """
+    name = type(args[0]).__name__
     if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:
         raise ArgumentTypeError(
-            f"{type(args[0]).__name__}.step was given a closure, which computes gradients after an "
-            "attachment has clipped. Call backward() and then step(), or clip at the end of the "
-            "closure with GradientClipper.clip(). No gradient was changed."
+            f"{name}.step was given a closure, which computes gradients after an attachment has "
+            "clipped. Call backward() and then step(), or clip at the end of the closure with "
+            "GradientClipper.clip(). No gradient was changed."
         )
+    if kwargs.get("grad_scaler") is not None:
+        raise ArgumentTypeError(
+            f"{name}.step takes the GradScaler itself (torch's contract before grad_scale), so an "
+            "attachment does not know what its gradients are multiplied by. Call "
+            "scaler.unscale_(optimizer) and GradientClipper.clip() before the step. No gradient "
+            "was changed."
+        )
+
+
+def _attributes(optimizer: Any) -> tuple[Any, Any]:
+    """Return what a scaler gave to a fused optimizer: its scale, and whether it found infinities.
+
+    Raises:
+        ArgumentTypeError: GC011, for a scale that is no tensor.
+    """
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is not None and not isinstance(scale, Tensor):
+        raise ArgumentTypeError(
+            f"optimizer.grad_scale is {scale!r}: expected a float32 tensor, as GradScaler sets it"
+        )
+    return scale, getattr(optimizer, "found_inf", None)
+
+
+def _forget_scaler(optimizer: Any) -> None:
+    """Do what ``GradScaler`` does after a step that did not raise."""
+    for name in ("grad_scale", "found_inf"):
+        if hasattr(optimizer, name):
+            delattr(optimizer, name)
+
+
+def _is_within(frame: FrameType | None, outer: FrameType) -> bool:
+    """Return whether a frame was called, however deep, from another one that still runs."""
+    while frame is not None:
+        if frame is outer:
+            return True
+        frame = frame.f_back
+    return False

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from gradclip import attach
+from gradclip import ObserveClip, attach
 from gradclip.errors import ArgumentTypeError, DoubleClippingError
 from gradclip.integrations.accelerate import AcceleratorClipper
 
@@ -111,6 +111,45 @@ def test_it_unscales_once_also_where_the_loop_did():
         nn.functional.mse_loss(module(inputs), targets), list(module.parameters())
     )
     assert found == pytest.approx(torch.cat([g.flatten() for g in wanted]).norm().item(), rel=1e-6)
+
+
+def test_gradients_that_were_added_since_are_still_scaled():
+    """A loop that drops a step without an update has to know: torch says so."""
+    accelerator = Accelerator(cpu=True)
+    module = model()
+    optimizer = accelerator.prepare(torch.optim.SGD(module.parameters(), lr=0.1))
+    give_scaler(accelerator, optimizer)
+    clipper = AcceleratorClipper(accelerator, optimizer, 1.0)
+    for step in range(2):
+        inputs, targets = batch(step)
+        accelerator.backward(nn.functional.mse_loss(module(inputs), targets))
+        if step == 0:
+            clipper.clip()
+            optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="already been called"):
+        clipper.clip()
+
+
+def test_each_optimizer_says_whether_it_stepped():
+    accelerator = Accelerator(cpu=True)
+    modules = [model(), model()]
+    optimizers = accelerator.prepare(
+        *(torch.optim.SGD(module.parameters(), lr=0.1, fused=True) for module in modules)
+    )
+    give_scaler(accelerator, optimizers[0])
+    give_scaler(accelerator, optimizers[1])
+    optimizers[0].scaler = accelerator.scaler
+    policies = [ObserveClip(), 1.0]
+    clippers = [
+        AcceleratorClipper(accelerator, optimizer, policy)
+        for optimizer, policy in zip(optimizers, policies, strict=True)
+    ]
+    for number, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):
+        inputs, targets = batch(0, bad=0 if number == 0 else None)
+        accelerator.backward(nn.functional.mse_loss(module(inputs), targets))
+        clippers[number].clip()
+        optimizer.step()
+    assert [clipper.step_was_skipped for clipper in clippers] == [True, False]
 
 
 def test_attach_unwraps_the_prepared_optimizer_and_keeps_to_the_boundary():

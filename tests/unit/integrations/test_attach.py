@@ -343,6 +343,135 @@ def test_a_step_that_raised_leaves_no_scale_behind():
     assert torch.allclose(weight.grad, torch.full((4,), 0.5), rtol=1e-5)
 
 
+def scaled_step(scaler, optimizer, weight, value, how=""):
+    """Step on gradients of a value, as if the loss had been scaled."""
+    weight.grad = torch.full((4,), value * scaler.get_scale())
+    if how == "unscaled":
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+
+
+def fused(**options):
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    return weight, optimizer, scaler, attach(optimizer, 1.0, **options)
+
+
+@pytest.mark.parametrize("then", ["scaler", "unscaled", "plain", "removed"])
+@pytest.mark.parametrize("how", ["ours", "other", "other, unscaled"])
+def test_after_a_step_that_raised_the_next_is_right(how, then):
+    """GradScaler leaves its attributes where a step raises, and multiplies them into the next."""
+    if (how, then) == ("other, unscaled", "scaler"):
+        pytest.skip("torch multiplies by None then, before anybody is asked")
+    weight, optimizer, scaler, handle = fused(nonfinite="raise")
+    if how == "ours":
+        with pytest.raises(NonFiniteGradientError):
+            scaled_step(scaler, optimizer, weight, math.nan)
+    else:
+        bad = optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            scaled_step(scaler, optimizer, weight, 5.0, how.removeprefix("other, "))
+        bad.remove()
+    scaler.update()
+    if then == "removed":
+        handle.remove()
+        assert not {"grad_scale", "found_inf"} & vars(optimizer).keys()
+    if then == "plain":
+        weight.grad = torch.full((4,), 0.25)
+        optimizer.step()
+    else:
+        scaled_step(scaler, optimizer, weight, 0.25, then)
+    assert torch.allclose(weight, torch.full((4,), -0.25), rtol=1e-6)
+    if then != "removed":
+        assert handle.last.norm_pre.item() == pytest.approx(0.5)
+
+
+class Derived(torch.optim.AdamW):
+    """Its step calls that of its base, so its hooks are called twice."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_step_within_a_step_is_one(scaled):
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # torch hooks classes when first made
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = Derived([weight], lr=0.1, fused=True)
+    handle = attach(optimizer, 1.0, max_consecutive_skips=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+    scaler.scale(torch.zeros(()))
+    scaled_step(scaler, optimizer, weight, 5.0)
+    scaler.update()
+    assert handle.last.norm_pre.item() == pytest.approx(10.0)
+    assert bool(handle.last.clipped)
+    assert handle.clipper.step == 1
+    if not scaled:
+        weight.grad = torch.full((4,), math.nan)
+        optimizer.step()
+        assert bool(handle.last.skipped)
+        weight.grad = torch.full((4,), math.nan)
+        with pytest.raises(TooManySkipsError):
+            optimizer.step()
+
+
+def test_what_a_float32_scale_cannot_hold_is_clipped_in_place():
+    weight, optimizer, scaler, handle = fused()
+    handle.remove()
+    handle = attach(optimizer, 1e-3)
+    scaled_step(scaler, optimizer, weight, 1e32)
+    assert torch.allclose(weight, torch.full((4,), -5e-4), rtol=1e-5)
+    wide = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    optimizer = torch.optim.SGD([wide], lr=1.0, fused=True)
+    attach(optimizer, 1.0)
+    wide.grad = torch.full((4,), 5.0 * 1024, dtype=torch.float64)
+    scaler.update()
+    scaler.step(optimizer)
+    assert wide.detach().norm().item() <= 1.0
+
+
+def test_measuring_is_not_owning():
+    optimizer = torch.optim.SGD(model().parameters(), lr=0.1)
+    attach(optimizer, ObserveClip())
+    attach(optimizer, 1.0)
+    with pytest.raises(DoubleClippingError):
+        attach(optimizer, 1.0)
+
+
+def test_a_clipper_that_was_made_before_is_refused_when_it_clips():
+    module = model()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    clipper = GradientClipper(optimizer, 1.0)
+    attach(optimizer, 0.5)
+    loss_of(module, 0).backward()
+    with pytest.raises(DoubleClippingError, match="this GradientClipper would clip them again"):
+        clipper.clip()
+
+
+def test_the_scaler_itself_is_refused():
+    class Old(torch.optim.SGD):
+        _step_supports_amp_scaling = True
+
+        def step(self, closure=None, *, grad_scaler=None):
+            return super().step(closure)
+
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = Old([weight], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(()))
+    attach(optimizer, 1.0)
+    with (
+        pytest.warns(FutureWarning, match="GradScaler"),
+        pytest.raises(ArgumentTypeError, match="takes the GradScaler itself"),
+    ):
+        scaled_step(scaler, optimizer, weight, 1.0)
+    optimizer.grad_scale = 8.0
+    with pytest.raises(ArgumentTypeError, match=r"optimizer\.grad_scale is 8\.0"):
+        optimizer.step()
+
+
 def test_overflows_of_a_scaler_do_not_count_until_its_floor():
     module = model()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, fused=True)

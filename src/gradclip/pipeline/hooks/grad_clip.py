@@ -27,7 +27,7 @@ from gradclip.clipping.policies import BUILT_IN
 from gradclip.config import Ceiling, ClassType, ConfigOf, NormOrder
 from gradclip.errors import ArgumentValueError, DoubleClippingError
 from gradclip.hook import HookContext
-from gradclip.integrations.accelerate import OverflowWatch, unscale_once
+from gradclip.integrations.accelerate import OverflowWatch, Unscaling
 from gradclip.integrations.deepspeed import EngineWatch, engine_of, lower
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
 from gradclip.pipeline.shortcuts import unwrapped
@@ -83,7 +83,7 @@ clipped=True, skipped=False, nonfinite=0)
         self._state: Mapping[str, Any] | None = None
         self._result: ClipResult | None = None
         self._stepped = False
-        self._overflows = OverflowWatch()
+        self._overflows, self._unscale = OverflowWatch(), Unscaling()
         self.register_hook(
             "on_step",
             HookContext.from_callable("clip gradients", self._forget, self._after_step),
@@ -163,7 +163,7 @@ clipped=True, skipped=False, nonfinite=0)
         clipper = self._bound(arg)
         scaler = None if arg.accelerator is None else arg.accelerator.scaler
         if arg.accelerator is not None and scaler is not None:
-            unscale_once(arg.accelerator, arg.optimizer)
+            self._unscale(arg.accelerator, arg.optimizer)
         self._result = clipper.clip(overflow_expected=self._overflows.expects(scaler))
         arg.clip_result = self._result
 
