@@ -170,6 +170,10 @@ def test_the_arg_can_still_be_copied_and_is_of_their_kind():
     assert run.args[0].optimizer.optimizer is run.inner
 
 
+def test_the_trainer_can_show_its_hooks():
+    assert "GradientClippingHook" in repr(Run().trainer(ROWS).hooks)
+
+
 def test_it_has_their_attributes():
     hook = GradientClippingHookConfig(clip_mode="norm", max_norm=2, norm_type=1)()
     assert isinstance(hook, PipelineHooks)
@@ -285,9 +289,9 @@ def test_a_failed_run_can_go_on_inside_the_handler_of_its_error():
 HALF = [ROWS[number].half().float() for number in (0, 3, 4)]
 
 
-def scaled():
+def scaled(**fields):
     """An accelerator with a loss scaler; on the CPU Accelerate makes none itself."""
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True, **fields)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     accelerator.native_amp = True
     accelerator.state._mixed_precision = "fp16"
@@ -313,6 +317,16 @@ def test_an_overflow_lowers_the_scale_and_nothing_else(optimizer):
     assert run.state() == alone.state()
 
 
+def test_the_scale_is_not_read_while_steps_are_made(monkeypatch):
+    accelerator = scaled()
+    reads = []
+    monkeypatch.setattr(accelerator.scaler, "get_scale", lambda: reads.append(1) or 256.0)
+    Run(accelerator=accelerator).on([HALF[0], HALF[1]])
+    assert not reads
+    Run(accelerator=accelerator).on([HALF[0], INF, HALF[1]])
+    assert len(reads) == 1
+
+
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_nothing_steps_after_a_failure_under_a_scaler(where):
     run = Run(accelerator=scaled(), forward=failing(where))
@@ -324,12 +338,26 @@ def test_nothing_steps_after_a_failure_under_a_scaler(where):
 # Under FSDP1, with a frozen parameter
 
 
-def under_fsdp1(rank, grad_clip):
-    """Train on a row for each rank; return this rank's part of the sum of squares, and the norm."""
+def under_fsdp1(rank, grad_clip, poisoned=None):
+    """Train on a row for each rank.
+
+    Args:
+        rank: This process.
+        grad_clip: The configuration.
+        poisoned: A rank whose gradient, under a loss scaler, gets a NaN that no other rank sees.
+
+    Returns:
+        The sum of squares of this rank's part of the gradients where the optimizer steps, the norm
+        that clipping found, and whether this rank's part of the weights changed.
+    """
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=1, auto_wrap_policy="no_wrap", use_orig_params=True
     )
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    accelerator = (
+        Accelerator(cpu=True, fsdp_plugin=plugin)
+        if poisoned is None
+        else scaled(fsdp_plugin=plugin)
+    )
     # Accelerate goes this way on accelerators alone; all behind this switch is its own code.
     for state in (PartialState(), accelerator.state):
         state.distributed_type = DistributedType.FSDP
@@ -341,8 +369,15 @@ def under_fsdp1(rank, grad_clip):
         # Of norm 1: the gradient of the first layer, half of it on each rank, has the row's norm.
         model[1].weight.fill_(1 / 8).requires_grad_(False)
     model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    # Its decay moves the weights even where the gradients are zeros.
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
     left, norms = [], []
+
+    def poison(_):
+        for p in model.parameters():
+            if rank == poisoned and p.grad is not None:
+                p.grad.view(-1)[0] = math.nan
 
     def note(optimizer, *_):
         gradients = [p.grad for g in optimizer.param_groups for p in g["params"]]
@@ -350,6 +385,7 @@ def under_fsdp1(rank, grad_clip):
 
     optimizer.register_step_pre_hook(note)
     watching = PipelineHooks()
+    watching.register_hook("on_batch", HookContext.from_callable(after=poison))
     watching.register_hook(
         "on_step",
         HookContext.from_callable(
@@ -369,20 +405,32 @@ def under_fsdp1(rank, grad_clip):
         hooks=watching,
         max_epoch=1,
     )()
-    return left, [None if result is None else float(result.norm_pre) for result in norms]
+    changed = any(
+        not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)
+    )
+    return left, [None if result is None else float(result.norm_pre) for result in norms], changed
 
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_fsdp1_is_clipped_by_one_norm_where_a_parameter_is_frozen(ours):
     """Their hook hands Accelerate a filtered list, and every rank clips by a norm of its own."""
     runs = together(under_fsdp1, 2, CLIP if ours else THEIRS, limit=100)
-    after = math.sqrt(sum(squares for (squares,), _ in runs))
+    after = math.sqrt(sum(squares for (squares,), _, _ in runs))
     _, norm = truth((ROWS[0].double() + 3 * ROWS[3].double()) / 2, 1.0, 2)
     if ours:
-        assert [norms for _, norms in runs] == [[pytest.approx(norm, rel=1e-6)]] * 2
+        assert [norms for _, norms, _ in runs] == [[pytest.approx(norm, rel=1e-6)]] * 2
         assert after == pytest.approx(1.0, rel=1e-6)
     else:
         assert after > 1.2
+    assert [changed for _, _, changed in runs] == [True, True]
+
+
+@pytest.mark.parametrize("poisoned", [0, 1])
+def test_a_nan_on_one_rank_keeps_every_rank_from_stepping_under_a_scaler(poisoned):
+    """Its own scaler tells a rank nothing of the others."""
+    runs = together(under_fsdp1, 2, CLIP, poisoned, limit=100)
+    assert all(math.isnan(norm) for _, (norm,), _ in runs)
+    assert [changed for _, _, changed in runs] == [False, False]
 
 
 # Files

@@ -41,8 +41,8 @@ class GradientClippingHook(theirs.PipelineHooks):  # type: ignore[misc]
 
     What it clips, and when, is as in ``gradclip.pipeline.hooks.GradientClippingHook``. The result
     is on the ``clip_result`` of the ``on_step`` arg. A step on a NaN or an infinity is not made,
-    nor is one after an error in the batch: weights, moments and the scheduler stay as they are,
-    and the gradients are dropped. One number is read from the device per step: whether to skip.
+    nor is one after an error in the batch: weights, moments and the scheduler stay as they are.
+    One number is read from the device per step: whether to skip.
 
     Args:
         cfg: What to clip to.
@@ -72,7 +72,8 @@ class GradientClippingHook(theirs.PipelineHooks):  # type: ignore[misc]
 
     def _before_step(self, arg: Any) -> None:
         # Their dataclass has no such field, and copies itself from its attributes.
-        arg.__class__ = PipelineHookArgs
+        if type(arg) is theirs.PipelineHookArgs:
+            arg.__class__ = PipelineHookArgs
         arg.clip_result = None
         # Their hooks are not told of an error, but run while it is being handled.
         self._outer_error = sys.exception()
