@@ -1,6 +1,8 @@
 """gradclip inside the trainer of RoboOrchardLab 0.4.0: the real one, on a CPU."""
 
+import gc
 import math
+import weakref
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -280,6 +282,20 @@ def test_a_failed_run_can_go_on_inside_the_handler_of_its_error():
     except Stop:
         trainer()
     assert run.state() == Run().on([ROWS[0], *ROWS[:3]]).state()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_no_error_is_kept_alive(again):
+    """What ran out of memory must be free for the next attempt."""
+    trainer = Run(forward=failing("forward")).trainer(ROWS[:2])
+    try:
+        trainer()
+    except Stop as error:
+        failure = weakref.ref(error)
+        if again:
+            trainer()
+    gc.collect()
+    assert failure() is None
 
 
 # Under a loss scaler

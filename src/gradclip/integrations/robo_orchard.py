@@ -86,9 +86,12 @@ class GradientClippingHook(theirs.PipelineHooks):  # type: ignore[misc]
 
     def _after_step(self, arg: Any) -> None:
         error = sys.exception()
-        if error is not None and error is not self._outer_error:
+        outer, self._outer_error = self._outer_error, None
+        if error is not None and error is not outer:
             _hold(arg, "optimizer", "lr_scheduler")
             self._leave_step(error)
+            # An error that was kept would keep its frames alive, and the tensors in them.
+            self._arg = mixin.PipelineHookArgs()
             return
         self._leave_step(None)
         arg.clip_result = self._arg.clip_result
