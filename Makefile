@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integrations test-gpu check format bench bench-gpu clean
+ROBO := .venv-robo
+.PHONY: help demo test test-integrations test-robo-orchard test-gpu check format bench bench-gpu clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -15,10 +16,13 @@ demo: $(VENV)/.demo  ## train a small model without and with clipping, under a m
 
 # One thread each: two processes with threads of their own on two cores wait for each other.
 test: $(VENV)/.dev  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/integrations
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/integrations --ignore tests/robo_orchard
 
 test-integrations: $(VENV)/.integrations  ## run the tests of the frameworks that gradclip meets
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations
+
+test-robo-orchard: $(ROBO)/.installed  ## run gradclip inside the pipeline of RoboOrchardLab 0.4.0
+	OMP_NUM_THREADS=1 $(ROBO)/bin/python -m pytest -o addopts=-q -o filterwarnings=default tests/robo_orchard
 
 # On the machine's own python, whose torch knows the GPU; compute-sanitizer comes with CUDA.
 test-gpu:  ## on a GPU: the kernels, no host waits, CUDA graphs; with SANITIZER=compute-sanitizer, checked
@@ -50,7 +54,7 @@ bench-gpu:  ## measure on a CUDA device, with the machine's own python and its t
 	PYTHONPATH=src $(PYTHON) benchmarks/report.py
 
 clean:  ## remove the environment and what the tools left
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(ROBO) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +72,14 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.integrations: $(VENV)/.dev
 	$(PIP) setuptools wheel
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-build-isolation deepspeed transformers
+	@touch $@
+
+# It pins older releases of what the other tests use, so it has an environment of its own. It asks
+# for numpy 1, and the newest pyarrow, which datasets would take, for numpy 2.
+$(ROBO)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(ROBO)
+	$(ROBO)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 \
+		'transformers<5' robo-orchard-lab==0.4.0 'pyarrow<22' pytest pytest-timeout -e '.[pipeline]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.dev

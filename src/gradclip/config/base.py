@@ -27,6 +27,7 @@ from gradclip.config.class_type import (
 from gradclip.config.fields import make_numbers_strict, refuse_unknown_fields
 from gradclip.config.parse import Format, parse
 from gradclip.config.report import Document, explain
+from gradclip.config.robo_orchard import CONFIG_TYPE
 from gradclip.config.write import write
 from gradclip.errors import ClassTypeError, ConfigError, GradClipError
 
@@ -163,13 +164,14 @@ def _build(data: Any, expected: type[ConfigT], context: Any) -> ConfigT:
     if not isinstance(data, Mapping):
         message = f"expected a mapping with the fields of {expected.__name__}"
         raise _invalid(expected, (), message, data)
-    if "class_type" not in data:
+    key = CONFIG_TYPE if CONFIG_TYPE in data else "class_type"
+    if key not in data:
         if expected is Config:
             message = "`class_type` is missing\nit says what to build, as module:Class"
             raise _invalid(expected, (), message, data)
         return expected.model_validate(data, context=context)
     try:
-        cls = as_class(data["class_type"], context)
+        cls = as_class(data[key], context)
         config = cls if issubclass(cls, Config) else configuration_of(cls)
         if config is None:
             raise ClassTypeError(  # noqa: TRY301, reported like those of as_class
@@ -178,12 +180,12 @@ def _build(data: Any, expected: type[ConfigT], context: Any) -> ConfigT:
             )
         if not issubclass(config, expected):
             raise ClassTypeError(  # noqa: TRY301
-                f"class_type {data['class_type']!r} is configured by {config.__name__}, and here "
+                f"{key} {data[key]!r} is configured by {config.__name__}, and here "
                 f"a {expected.__name__} is expected"
             )
     except ClassTypeError as error:
-        raise _invalid(expected, ("class_type",), error, data["class_type"]) from None
-    fields = {key: value for key, value in data.items() if key != "class_type"}
+        raise _invalid(expected, (key,), error, data[key]) from None
+    fields = {name: value for name, value in data.items() if name != key}
     if config is not cls:
         fields = {"class_type": cls, **fields}
     return config.model_validate(fields, context=context)

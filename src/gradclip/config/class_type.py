@@ -3,7 +3,7 @@
 A name is looked up among the classes that running code made configurable. Only two things widen
 that: the packages where gradclip keeps its own configurable classes, which are imported whole, and
 the packages that the caller of ``load`` allows. A file can therefore choose among classes; it
-cannot make Python import or run anything else.
+cannot make Python import or run anything else. RoboOrchardLab's names stand for gradclip's.
 """
 
 import re
@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
+from gradclip.config.robo_orchard import translated
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, ClassTypeError
 
 __all__ = [
@@ -92,7 +93,8 @@ def resolve(
         known: Classes that the caller holds already, by name.
 
     Returns:
-        The class; its ``__module__`` and ``__qualname__`` are those in ``name``.
+        The class; its ``__module__`` and ``__qualname__`` are those in ``name``, or in what that
+        is translated to.
 
     Raises:
         ClassTypeError: GC002, the name is malformed, not allowed, or not that of a class.
@@ -108,6 +110,8 @@ def resolve(
         return known[name]
     if (cls := _registry.get(name)) is not None:
         return cls
+    if (ours := translated(name)) is not None:
+        return _mirrored(name, ours)
     module, qualname = match["module"], match["qualname"]
     for root in ROOTS:
         if _within(module, root):
@@ -144,6 +148,22 @@ def check_allow(allow: Collection[str]) -> Collection[str]:
         if not isinstance(prefix, str) or _MODULE.fullmatch(prefix) is None:
             raise ArgumentValueError(f"allow has {prefix!r}: expected dotted package names")
     return allow
+
+
+def _mirrored(name: str, ours: str) -> type:
+    """Find the class of gradclip that stands for one of RoboOrchardLab, or is re-exported there."""
+    module, _, qualname = ours.partition(":")
+    if root := next((root for root in ROOTS if _within(module, root)), None):
+        _import(name, root)
+        for known, cls in sorted(_registry.items()):
+            place, _, own = known.partition(":")
+            if own == qualname and _within(place, module):
+                return cls
+    raise _refusal(
+        name,
+        f"it would be read as {_short(ours)}, and gradclip has no configurable class of that name; "
+        "nothing of RoboOrchardLab was imported for it",
+    )
 
 
 def _walk(name: str, module: ModuleType, qualname: str) -> type:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -20,6 +21,13 @@ def test_the_trainer_without_accelerate_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "gradclip.pipeline.trainer", raising=False)
     with pytest.raises(MissingDependencyError, match=r"gradclip\[pipeline\]"):
         gradclip.pipeline.HookBasedTrainer  # noqa: B018 - the attribute is imported
+
+
+def test_the_adapter_without_robo_orchard_lab_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "robo_orchard_lab", None)
+    monkeypatch.delitem(sys.modules, "gradclip.integrations.robo_orchard", raising=False)
+    with pytest.raises(MissingDependencyError, match=r"pip install robo-orchard-lab==0\.4\.0"):
+        import_module("gradclip.integrations.robo_orchard")
 
 
 def test_every_public_name_is_there():

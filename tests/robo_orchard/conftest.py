@@ -1,0 +1,16 @@
+"""Accelerate keeps its state in the process; no test may see that of another."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+
+collect_ignore = [] if find_spec("robo_orchard_lab") else ["test_robo_orchard.py"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
