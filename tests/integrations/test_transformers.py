@@ -1,6 +1,7 @@
 """transformers.Trainer and TRL: the callback clips, in runs that are real and short."""
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers_runs import (
     LIMIT,
     STEPS,
@@ -513,6 +514,42 @@ def test_other_stateful_callbacks_are_still_restored(tmp_path):
         made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4") if resumes else None)
     assert {"EarlyStoppingCallback", "gradclip"} <= made.state.stateful_callbacks.keys()
     assert made.state.stateful_callbacks["gradclip"]["step"] == STEPS
+
+
+# What the page says.
+
+
+def documented(number):
+    """Return the code before and after a diff of the page's section."""
+    section = DOCS.read_text().split("\n## transformers and TRL\n")[1].split("\n## ")[0]
+    lines = re.findall(r"```diff\n(.*?)```", section, re.DOTALL)[number].splitlines()
+    return [
+        "\n".join(line[1:] for line in lines if not line.startswith(other)) for other in ("+", "-")
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory'")  # there is no accelerator
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_diff_of_the_page(tmp_path, monkeypatch, number):
+    monkeypatch.chdir(tmp_path)
+    runs = []
+    for code in documented(number):
+        known = {
+            "Trainer": Trainer,
+            "TrainingArguments": TrainingArguments,
+            "model": Model(),
+            "dataset": dataset(20),
+        }
+        exec(code, known)
+        runs.append(known["trainer"])
+    own, ours = runs
+
+    assert losses(ours) == pytest.approx(losses(own), rel=1e-6)
+    assert len(losses(ours)) == 4
+    for entry in ours.state.log_history[:-1]:
+        assert 0 < entry["clip/norm_post"] <= 1.0 < entry["clip/norm_pre"]
+        assert entry["clip/norm_pre"] == pytest.approx(entry["grad_norm"], rel=1e-5)
+    assert "clip/norm_pre" not in own.state.log_history[0]
 
 
 # Without transformers.
