@@ -75,7 +75,7 @@ def _found_inf(optimizer: Any, skipped: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def lent(optimizer: Any, name: str, value: Tensor) -> Iterator[None]:
+def lent(optimizer: Any, name: str, value: object) -> Iterator[None]:
     """Give an optimizer an attribute, and put back what was there, unless it was set since."""
     before = getattr(optimizer, name, _UNSET)
     setattr(optimizer, name, value)

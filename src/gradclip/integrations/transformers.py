@@ -1,0 +1,274 @@
+"""``transformers.Trainer`` and the trainers of TRL: a callback clips, the trainer does not.
+
+The trainer's own clipping stays off (``max_grad_norm=0``). It then still measures every gradient
+itself, before the callback does; ``ClippingTrainerMixin`` spares that.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gradclip.clipping import ClipResult, GradientClipper, withhold
+from gradclip.clipping.ownership import disowned, owned, unwrapped
+from gradclip.clipping.parameters import OptimizerParameters
+from gradclip.clipping.step import lent
+from gradclip.errors import MissingDependencyError
+from gradclip.integrations.deepspeed import EngineWatch, engine_of, uses_deepspeed
+from gradclip.integrations.transformers_history import KEY, exported, restore
+from gradclip.integrations.transformers_limits import lower_limit, refuse_other_clipping
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise MissingDependencyError(
+        "GradientClippingCallback is for transformers.Trainer, which is not installed\n"
+        "  pip install 'gradclip[transformers]'"
+    ) from error
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from gradclip.clipping.arguments import Nonfinite
+    from gradclip.clipping.policies import PolicyLike
+    from gradclip.clipping.ranks.dimension import GroupLike
+
+__all__ = ["ClippingTrainerMixin", "GradientClippingCallback"]
+
+_SCALE_FLOOR = 1.0
+"""A loss scale at or below this does not explain an overflow."""
+
+
+class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
+    """Clips where an accumulation window ends, right before the trainer steps.
+
+    A step whose gradients hold a NaN or an infinity changes neither weights nor moments nor the
+    scheduler. Whether it is one is read from the device once per step; all else when the trainer
+    logs: ``clip/norm_pre`` and ``clip/norm_post`` of the last step, ``clip/fraction``, the part of
+    the steps since the last log that was clipped, and ``clip/skipped``, how many were not made.
+
+    Args:
+        policy: As ``GradientClipper`` takes it; patterns are matched against the model's names.
+        nonfinite: Likewise.
+        max_consecutive_skips: Likewise; overflows of an active ``GradScaler`` do not count until
+            its scale is down to 1.
+        partitioned: Likewise.
+        duplicated: Likewise.
+        backend: Likewise.
+
+    Attributes:
+        clipper: What clips while the trainer trains; None else, and where DeepSpeed clips.
+        last: The result of the last optimizer step; None before the first.
+
+    Raises:
+        ArgumentTypeError: GC011, for an argument of the wrong kind.
+        ArgumentValueError: GC010, for one out of range.
+        DoubleClippingError: GC101, before the first step: ``max_grad_norm`` is set, or something
+            else of gradclip clips this optimizer, or DeepSpeed does.
+    """
+
+    def __init__(
+        self,
+        policy: "PolicyLike | Mapping[str, PolicyLike | None]",
+        *,
+        nonfinite: "Nonfinite" = "skip",
+        max_consecutive_skips: int = 25,
+        partitioned: "Mapping[str, GroupLike] | None" = None,
+        duplicated: "Mapping[str, GroupLike] | None" = None,
+        backend: str = "auto",
+    ) -> None:
+        self._policy = policy
+        self._skipping: dict[str, Any] = {
+            "nonfinite": nonfinite,
+            "max_consecutive_skips": max_consecutive_skips,
+        }
+        # What is wrong with them is said now, and not after the model was loaded.
+        GradientClipper([], policy, **self._skipping, backend=backend)
+        self._make = partial(
+            GradientClipper,
+            policy=policy,
+            **self._skipping,
+            partitioned=partitioned,
+            duplicated=duplicated,
+            backend=backend,
+        )
+        self.clipper: GradientClipper | None = None
+        self.last: ClipResult | None = None
+        self._accelerator: Accelerator | None = None
+        self._watch: EngineWatch | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._step = ExitStack()
+        self._skipped = False
+        self._steps = 0
+        self._clipped_and_skipped: Tensor | None = None
+
+    def lower_into(self, accelerator: "Accelerator", max_grad_norm: float | None) -> None:
+        """Write the limit into DeepSpeed's configuration, before the engine is made.
+
+        ``ClippingTrainerMixin`` calls it. Without DeepSpeed it does nothing.
+
+        Args:
+            accelerator: The trainer's.
+            max_grad_norm: Of its arguments; transformers writes it over ``"auto"``.
+
+        Raises:
+            DoubleClippingError: GC101, DeepSpeed has another limit, or cannot do what is asked.
+        """
+        self._accelerator = accelerator if uses_deepspeed(accelerator) else None
+        if self._accelerator is not None:
+            nonfinite = self._skipping["nonfinite"]
+            lower_limit(self._accelerator, self._policy, nonfinite, max_grad_norm)
+
+    def report(self) -> dict[str, float]:
+        """Return what is logged of the steps since the last call; empty if there were none."""
+        if self.last is None or self._clipped_and_skipped is None:
+            return {}
+        clipped, skipped = self._clipped_and_skipped.tolist()
+        steps, self._steps, self._clipped_and_skipped = self._steps, 0, None
+        stats = self.last.to_host()
+        return {
+            "clip/norm_pre": stats.norm_pre,
+            "clip/norm_post": stats.norm_post,
+            "clip/fraction": clipped / steps,
+            "clip/skipped": skipped,
+        }
+
+    def on_train_begin(
+        self, args: Any, state: Any, *_: Any, model: Any, optimizer: Any, **__: Any
+    ) -> None:
+        """Bind to the optimizer that the trainer prepared, and refuse a second clipper."""
+        self._release()
+        if self._accelerator is not None:
+            engine = engine_of(self._accelerator, model)
+            self._watch = EngineWatch(engine, self._policy, **self._skipping)
+            return
+        refuse_other_clipping(args.max_grad_norm, optimizer, self._policy)
+        owned(optimizer, self, "GradientClippingCallback")
+        self._optimizer = optimizer
+        try:
+            inner = unwrapped(optimizer)
+            self.clipper = self._make(params=OptimizerParameters(inner, module=model))
+            if (saved := state.stateful_callbacks.get(KEY)) is not None:
+                restore(self.clipper, saved, inner.param_groups[0]["params"][0].device)
+        except BaseException:
+            self._release()
+            raise
+
+    def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
+        """Clip, and keep the optimizer from stepping on a NaN or an infinity."""
+        self._step.close()  # where the last step raised, nobody did
+        if self._watch is not None:
+            result = self._watch.observe()  # DeepSpeed stepped in the backward pass
+            if result is None:
+                return
+            self.last = result
+        else:
+            assert self.clipper is not None
+            scaler = getattr(optimizer, "scaler", None)
+            if scaler is not None:
+                _unscale(scaler, unwrapped(optimizer))
+            expected = self._overflow_expected(scaler)
+            self.last = self.clipper.clip(overflow_expected=expected)
+            self._skipped = bool(self.last.withheld)
+            self._step.enter_context(withhold(optimizer, self._skipped))
+        self._count(self.last)
+
+    def on_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
+        """Tell Accelerate of a step that was not made, so that the scheduler waits too."""
+        self._step.close()
+        if self._skipped:
+            # What step_was_skipped returns; without a loss scaler nothing else ever sets it.
+            self._step.enter_context(lent(optimizer, "_is_overflow", value=True))
+
+    def on_step_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+        """Leave the clipper's history where the next checkpoint has it."""
+        self._step.close()
+        if self.clipper is not None:
+            state.stateful_callbacks[KEY] = exported(self.clipper)
+
+    def on_log(self, _args: Any, state: Any, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        """Add the numbers, if the mixin did not, to what the callbacks after this one log."""
+        if "loss" in logs and "clip/fraction" not in logs:
+            numbers = self.report()
+            logs.update(numbers)
+            state.log_history[-1].update(numbers)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Let the optimizer go: another callback may clip it."""
+        self._release()
+
+    def _release(self) -> None:
+        self._step.close()
+        if self._optimizer is not None:
+            disowned(self._optimizer, self)
+        self._optimizer = self.clipper = self._watch = None
+        self._skipped = False
+        self._steps, self._clipped_and_skipped = 0, None
+
+    def _count(self, result: ClipResult) -> None:
+        flags = torch.stack((result.clipped, result.skipped)).to(torch.int64)
+        before = self._clipped_and_skipped
+        self._clipped_and_skipped = flags if before is None else before + flags
+        self._steps += 1
+
+    def _overflow_expected(self, scaler: Any) -> bool:
+        """Whether a loss scaler would explain an overflow: while its scale can still fall."""
+        if scaler is None or not scaler.is_enabled():
+            return False
+        # The scale waits for the device: it is asked for after a skipped step only.
+        return not (self._skipped and scaler.get_scale() <= _SCALE_FLOOR)
+
+
+class ClippingTrainerMixin:
+    """For a trainer with a ``GradientClippingCallback``: one measurement of the gradients, not two.
+
+    With ``max_grad_norm=0`` a Trainer measures by clipping to infinity, which reads and writes
+    every gradient again, and turns all of them NaN where one is infinite, before any callback sees
+    them. This leaves the measurement to the callback, whose norm is logged as ``grad_norm``. The
+    numbers reach every logger (TensorBoard, Weights & Biases), those that come before the
+    callback too, and under DeepSpeed the limit is lowered and the engine's norm observed.
+
+    It goes in front: ``class ClippedTrainer(ClippingTrainerMixin, SFTTrainer): pass``.
+    """
+
+    callback_handler: Any
+    accelerator: Any
+    args: Any
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train; under DeepSpeed the limit is lowered first."""
+        for callback in self._clipping():
+            callback.lower_into(self.accelerator, self.args.max_grad_norm)
+        return super().train(*args, **options)  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """Log, with the numbers of clipping beside a loss."""
+        if "loss" in logs:
+            for callback in self._clipping():
+                numbers = callback.report()
+                logs.update(numbers)
+                if numbers:
+                    logs["grad_norm"] = numbers["clip/norm_pre"]
+        super().log(logs, *args, **options)  # type: ignore[misc]
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if any(self._clipping()):
+            return grad_norm
+        return super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
+
+    def _clipping(self) -> Iterator[GradientClippingCallback]:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, GradientClippingCallback):
+                yield callback
+
+
+def _unscale(scaler: Any, optimizer: torch.optim.Optimizer) -> None:
+    try:
+        scaler.unscale_(optimizer)
+    except RuntimeError as error:
+        # torch's words for gradients that the trainer's measurement unscaled already.
+        if "already been called" not in str(error):
+            raise
