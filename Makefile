@@ -67,7 +67,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 # needs transformers to use it.
 $(VENV)/.integrations: $(VENV)/.dev
 	$(PIP) setuptools wheel
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-build-isolation deepspeed transformers
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-build-isolation deepspeed transformers lightning
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.dev

@@ -261,5 +261,6 @@ def _refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise ArgumentTypeError(
             f"{type(args[0]).__name__}.step was given a closure, which computes gradients after an "
             "attachment has clipped. Call backward() and then step(), or clip at the end of the "
-            "closure with GradientClipper.clip(). No gradient was changed."
+            "closure with GradientClipper.clip(). Lightning's Trainer gives one itself: use "
+            "gradclip.integrations.lightning.GradientClippingCallback. No gradient was changed."
         )
