@@ -7,13 +7,17 @@ the CPU, where the layers have to be told their device.
 import warnings
 
 import torch
+from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.strategies import ModelParallelStrategy as FabricParallel
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning_runs import BATCH, LIMIT, Net, fused_adamw, half, loader, momentum, trainer
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
+import gradclip
+from gradclip.clipping.parameters import clean_name
 from gradclip.integrations.lightning import GradientClippingCallback
 
 RANKS, STEPS = 2, 6
@@ -146,3 +150,35 @@ def fits_fsdp2_in_half(rank):
 
 def quiet():
     warnings.filterwarnings("ignore")
+
+
+def fits_fabric(rank):
+    """Train under Fabric with FSDP2, clipped by an attachment; then try to attach to FSDP1."""
+    quiet()
+    strategy = FabricParallel(shard, data_parallel_size=RANKS, tensor_parallel_size=1)
+    plugins = [LightningEnvironment()]
+    fabric = Fabric(accelerator="cpu", strategy=strategy, devices=RANKS, plugins=plugins)
+    fabric.launch()
+    model = fabric.setup_module(Net())
+    model.mark_forward_method("loss_of")
+    optimizer = fabric.setup_optimizers(momentum(model.named_parameters()))
+    handle = gradclip.attach(optimizer, LIMIT)
+    norms = []
+    for batch in loader(STEPS, BATCH, rank, RANKS):
+        fabric.backward(model.loss_of(batch))
+        optimizer.step()
+        optimizer.zero_grad()
+        norms.append(float(handle.last.norm_pre))
+    flat = FullyShardedDataParallel(Net().up, device_id=torch.device("cpu"), use_orig_params=True)
+    refusal = "nothing"
+    try:
+        gradclip.attach(momentum(flat.named_parameters()), LIMIT)
+    except Exception as error:  # noqa: BLE001 - which one it is, is what the test asks
+        refusal = f"{type(error).__name__}: {error}"
+    return norms, {clean_name(name): each for name, each in whole(model).items()}, refusal
+
+
+def shard(module, mesh):
+    for layer in (module.up, module.norm, module.down):
+        fully_shard(layer, mesh=mesh["data_parallel"])
+    return module

@@ -1,13 +1,20 @@
 """Small trainings under Lightning, on the CPU: what the tests of the callback share."""
 
+import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 BATCHES, BATCH = 8, 4
 LIMIT = 0.5
+QUIET = [  # what Lightning says of small trainings, and what torch says of Lightning
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+]
+SAME = {"rtol": 1e-6, "atol": 1e-6}
+CLOSE = {"rel": 1e-6, "abs": 1e-6}
 
 
 def loader(batches=BATCHES, batch=BATCH, rank=0, ranks=1):
@@ -110,3 +117,59 @@ def moments(optimizer):
         for group in optimizer.param_groups
         for parameter in group["params"]
     ]
+
+
+class Manual(Net):
+    """Steps two optimizers by itself, of which the second has a limit that never clips."""
+
+    def __init__(self, limit=None):
+        super().__init__()
+        self.automatic_optimization = False
+        self.limit = limit
+
+    def training_step(self, batch):
+        for optimizer in self.optimizers():
+            loss = self.loss_of(batch)
+            self.losses.append(float(loss.detach()))
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            if self.limit is not None:
+                self.clip_gradients(optimizer, gradient_clip_val=self.limit)
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return momentum(self.up.named_parameters()), adamw(self.down.parameters())
+
+
+class Keep(Callback):
+    """Keeps the result of every step, and weights and moments before and after each batch."""
+
+    def __init__(self, clipping):
+        self.clipping = clipping
+        self.results, self.before, self.after = [], [], []
+        self.last = None
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.before.append((weights(pl_module), moments(trainer.optimizers[0])))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.after.append((weights(pl_module), moments(trainer.optimizers[0])))
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if self.clipping.last is not self.last:
+            self.last = self.clipping.last
+            self.results.append(self.last.to_host())
+
+
+def same(first, second):
+    torch.testing.assert_close(first, first, rtol=0, atol=0)  # no NaN that would pass for unequal
+    try:
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+    except AssertionError:
+        return False
+    return True
+
+
+def steps(state):
+    """Return the moments that a step has made: none is as good as zeros."""
+    return [{k: v for k, v in each.items() if v.abs().sum() > 0} for each in state[1]]

@@ -11,9 +11,11 @@ from lightning_ranks import (
     fits_fsdp2,
     fits_fsdp2_in_half,
 )
-from lightning_runs import BATCH, LIMIT, Net, loader, momentum, trainer, weights
+from lightning_runs import BATCH, LIMIT, QUIET, Net, loader, momentum, trainer, weights
 
 from processes import together
+
+pytestmark = QUIET
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +26,6 @@ def reference():
     return model
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 @pytest.mark.parametrize("fits", [fits_ddp, fits_fsdp1, fits_fsdp2])
 def test_two_ranks_end_where_one_process_clipped_by_lightning_does(reference, fits):
     """Lightning#21928, #19235, #13339: its own norm clipping is refused, or lost, under FSDP."""
