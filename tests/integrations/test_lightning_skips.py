@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning_runs import (
     BATCHES,
     CLOSE,
@@ -122,6 +123,15 @@ def test_a_nan_changes_neither_weights_nor_moments(make, value, when):
         assert same(before[1], after[1]) == (number == when)
 
 
+class GivenBack(Callback):
+    """Counts the batches after which nothing withholds what comes next."""
+
+    batches = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.batches += getattr(trainer.optimizers[0], "found_inf", None) is None
+
+
 @pytest.mark.parametrize("plugins", [[], [half()]], ids=["float32", "scaler"])
 def test_where_no_verdict_is_read_a_fused_step_is_withheld_on_the_device(monkeypatch, plugins):
     """As on a GPU: verdicts stay tensors, and found_inf tells the optimizer, and is taken back."""
@@ -137,12 +147,13 @@ def test_where_no_verdict_is_read_a_fused_step_is_withheld_on_the_device(monkeyp
     monkeypatch.setattr(LightningStep, "_see_floor", lambda self, scaler, withheld: None)
     clipping = GradientClippingCallback(LIMIT)
     keep = Keep(clipping)
-    made = fit(Net(fused_adamw, broken={3: torch.nan}), clipping, keep, plugins=plugins)
+    given_back = GivenBack()
+    fit(Net(fused_adamw, broken={3: torch.nan}), clipping, keep, given_back, plugins=plugins)
     assert isinstance(clipping.last.withheld, torch.Tensor)
     assert [each.skipped for each in keep.results] == [n == 3 for n in range(BATCHES)]
     for number, (before, after) in enumerate(zip(keep.before, keep.after, strict=True)):
         assert same(before, after) == (number == 3)
-    assert getattr(made.optimizers[0], "found_inf", None) is None
+    assert given_back.batches == BATCHES
 
 
 def test_a_nan_raises_where_it_is_asked_to():

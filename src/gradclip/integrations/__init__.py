@@ -1,1 +1,1 @@
-"""How gradclip meets other libraries: one module each, which imports its library in functions."""
+"""How gradclip meets other libraries: one module each, and no other imports its library."""
