@@ -96,7 +96,7 @@ def trained(rank, model, strategy, plugins=()):
     return model.losses, keep.results, keep.states
 
 
-def fit_on(rank, model, *callbacks, plugins=(), **options):
+def fit_on(rank, model, *callbacks, plugins=(), ckpt_path=None, **options):
     made = trainer(
         *callbacks,
         devices=RANKS,
@@ -104,7 +104,8 @@ def fit_on(rank, model, *callbacks, plugins=(), **options):
         use_distributed_sampler=False,
         **options,
     )
-    made.fit(model, loader(STEPS, BATCH, rank, RANKS))
+    made.fit(model, loader(STEPS, BATCH, rank, RANKS), ckpt_path=ckpt_path)
+    return made
 
 
 def fits_ddp(rank):
@@ -137,6 +138,18 @@ def fits_fsdp2(rank):
     model = Sharded(momentum)
     losses, results, _ = trained(rank, model, fsdp2())
     return losses, results, whole(model)
+
+
+def resumes_fsdp2(rank, folder):
+    """Save after an epoch, go on for another; return how many steps the clippers counted."""
+    quiet()
+    strategies = fsdp2(), fsdp2()
+    first, second = GradientClippingCallback(LIMIT), GradientClippingCallback(LIMIT)
+    made = fit_on(rank, Sharded(momentum), first, strategy=strategies[0])
+    made.save_checkpoint(f"{folder}/last.ckpt")
+    going_on = {"max_epochs": 2, "ckpt_path": f"{folder}/last.ckpt"}
+    fit_on(rank, Sharded(momentum), second, strategy=strategies[1], **going_on)
+    return first.clippers[0].step, second.clippers[0].step
 
 
 def fits_fsdp2_in_half(rank):

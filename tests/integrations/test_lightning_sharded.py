@@ -10,6 +10,7 @@ from lightning_ranks import (
     fits_fsdp1,
     fits_fsdp2,
     fits_fsdp2_in_half,
+    resumes_fsdp2,
 )
 from lightning_runs import BATCH, LIMIT, QUIET, Net, loader, momentum, trainer, weights
 
@@ -51,3 +52,9 @@ def test_what_one_rank_finds_no_rank_steps_on_under_a_fused_optimizer_and_a_scal
         assert unchanged == [n == OVERFLOW for n in steps]
         assert [each.skipped for each in results[1:]] == [n == OVERFLOW for n in steps]
         assert scale == 512.0
+
+
+def test_a_sharded_run_is_resumed_with_its_history(tmp_path):
+    """Such a strategy restores a checkpoint after fitting has started, not before."""
+    found = together(resumes_fsdp2, RANKS, str(tmp_path), limit=60)
+    assert found == [(STEPS, 2 * STEPS)] * RANKS
