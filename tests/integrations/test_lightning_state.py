@@ -58,8 +58,16 @@ def test_an_optimizer_that_takes_the_place_of_another_is_clipped_too():
                 trainer.strategy.optimizers = [momentum(pl_module.named_parameters())]
 
     clipping = GradientClippingCallback(LIMIT)
-    fit(Net(), Replace(), clipping)
-    assert [clipper.step for clipper in clipping.clippers] == [4, 4]
+    given = []
+
+    def make(parameters):
+        given.append(adamw(parameters))
+        return given[-1]
+
+    made = fit(Net(make), Replace(), clipping)
+    assert [clipper.step for clipper in clipping.clippers] == [4]
+    assert "gradclip/norm_pre" in made.callback_metrics
+    assert not given[0]._optimizer_step_pre_hooks
     assert float(clipping.last.norm_post) == pytest.approx(LIMIT)
 
 

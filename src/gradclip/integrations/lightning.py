@@ -110,8 +110,7 @@ class GradientClippingCallback(Callback):
         self._release()
         self._steps = []
         self._bound = True
-        for optimizer in trainer.optimizers:
-            self._bind(trainer, optimizer)
+        self._bind(trainer)
         if self._state is not None:
             self._load(self._state)
 
@@ -134,10 +133,10 @@ class GradientClippingCallback(Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and pl_module.automatic_optimization and not self._ran_backward:
             return  # training_step returned None: Lightning neither unscales nor steps
-        step = self._step_of(trainer, optimizer)
-        self.last = step.clip(scaler)
+        number = self._number_of(trainer, optimizer)
+        self.last = self._steps[number].clip(scaler)
         if not trainer.barebones:  # where log() only warns
-            self._log(pl_module, self._steps.index(step), self.last)
+            self._log(pl_module, number, self.last)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         """Take the hooks off the optimizers."""
@@ -160,20 +159,27 @@ class GradientClippingCallback(Callback):
         else:
             self._state = state_dict
 
-    def _bind(self, trainer: Any, optimizer: Any) -> LightningStep:
+    def _bind(self, trainer: Any) -> None:
+        """Have a step for each optimizer that there is now, in their order."""
+        known = {id(step.optimizer): step for step in self._steps}
+        self._steps = []
+        for optimizer in trainer.optimizers:
+            step = known.pop(id(optimizer), None)
+            self._steps.append(self._made(trainer, optimizer) if step is None else step)
+        for gone in known.values():
+            gone.release()
+
+    def _made(self, trainer: Any, optimizer: Any) -> LightningStep:
         refuse_kind(optimizer)
         # FSDP1's parameters do not tell which ranks have the rest, and few optimizers have names.
         source = OptimizerParameters(optimizer, module=trainer.model)
-        step = LightningStep(optimizer, partial(self._make, source), owner=self)
-        self._steps.append(step)
-        return step
+        return LightningStep(optimizer, partial(self._make, source), owner=self)
 
-    def _step_of(self, trainer: Any, optimizer: Any) -> LightningStep:
-        """Return what belongs to an optimizer; one that was put in since is bound now."""
-        for step in self._steps:
-            if step.optimizer is optimizer:
-                return step
-        return self._bind(trainer, optimizer)
+    def _number_of(self, trainer: Any, optimizer: Any) -> int:
+        """Return which optimizer it is; one that was put in another's place is bound now."""
+        if all(step.optimizer is not optimizer for step in self._steps):
+            self._bind(trainer)
+        return [step.optimizer for step in self._steps].index(optimizer)
 
     def _load(self, state: Mapping[str, Any]) -> None:
         states = state["clippers"]
