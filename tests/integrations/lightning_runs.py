@@ -84,6 +84,7 @@ def trainer(*callbacks, **options):
         "devices": 1,
         "max_epochs": 1,
         "logger": False,
+        "log_every_n_steps": 1,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from gradclip.clipping import ClipResult, GradientClipper
 from gradclip.clipping.arguments import check_count, check_nonfinite
 from gradclip.clipping.parameters import OptimizerParameters
@@ -42,7 +44,8 @@ class GradientClippingCallback(Callback):
     step, at the end of an accumulation window. A step whose gradients hold a NaN or an infinity is
     not made: weights, moments and step counts stay as they are.
 
-    What happened is logged as ``gradclip/norm_pre`` and ``gradclip/norm_post`` at each step, and
+    What happened is logged as ``gradclip/norm_pre`` and ``gradclip/norm_post`` at the steps that
+    Lightning logs (``log_every_n_steps``), and
     ``gradclip/clip_fraction`` (the share of steps that were clipped) and ``gradclip/skipped`` (how
     many were not made) for each epoch; with several optimizers as ``gradclip/0/norm_pre`` and so
     on. The histories of the clippers are saved in Lightning's checkpoints.
@@ -135,8 +138,18 @@ class GradientClippingCallback(Callback):
             return  # training_step returned None: Lightning neither unscales nor steps
         number = self._number_of(trainer, optimizer)
         self.last = self._steps[number].clip(scaler)
-        if not trainer.barebones:  # where log() only warns
+        # Lightning takes longer to note a number than gradclip to clip a small model.
+        if trainer._logger_connector.should_update_logs and not trainer.barebones:  # noqa: SLF001
             self._log(pl_module, number, self.last)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log what the steps of the epoch came to."""
+        for number, step in enumerate(self._steps):
+            count, clipped, skipped = step.tally()
+            if count and not trainer.barebones:
+                log = partial(pl_module.log, on_step=False, on_epoch=True)
+                log(f"{self._prefix(number)}/clip_fraction", clipped / count)
+                log(f"{self._prefix(number)}/skipped", skipped.to(torch.float32))
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         """Take the hooks off the optimizers."""
@@ -198,14 +211,11 @@ class GradientClippingCallback(Callback):
             step.release()
         self._bound = False
 
+    def _prefix(self, number: int) -> str:
+        return "gradclip" if len(self._steps) == 1 else f"gradclip/{number}"
+
     def _log(self, pl_module: Any, number: int, result: ClipResult) -> None:
-        """Hand tensors to Lightning, which reads them on the host only where a logger writes."""
-        prefix = "gradclip" if len(self._steps) == 1 else f"gradclip/{number}"
-        dtype = result.norm_pre.dtype
-        # Averages weigh steps, not samples; and no size needs to be guessed from the batch.
-        log = partial(pl_module.log, batch_size=1)
-        log(f"{prefix}/norm_pre", result.norm_pre, on_step=True, on_epoch=False)
-        log(f"{prefix}/norm_post", result.norm_post, on_step=True, on_epoch=False)
-        log(f"{prefix}/clip_fraction", result.clipped.to(dtype), on_step=False, on_epoch=True)
-        skipped = result.skipped.to(dtype)
-        log(f"{prefix}/skipped", skipped, on_step=False, on_epoch=True, reduce_fx="sum")
+        """Hand tensors to Lightning, which reads them on the host when it writes them."""
+        prefix = self._prefix(number)
+        pl_module.log(f"{prefix}/norm_pre", result.norm_pre, on_step=True, on_epoch=False)
+        pl_module.log(f"{prefix}/norm_post", result.norm_post, on_step=True, on_epoch=False)

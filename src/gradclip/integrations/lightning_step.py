@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gradclip.clipping import ClipResult, GradientClipper
 from gradclip.clipping.lagged import Lagged
@@ -52,6 +53,8 @@ class LightningStep:
         self._kept = ExitStack()
         self._skips: Lagged[None] = Lagged()
         self._at_floor = False
+        self._count = 0
+        self._clipped = self._skipped = torch.zeros((), dtype=torch.int64)
         self._hooks: list[Any] = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -76,7 +79,17 @@ class LightningStep:
         else:
             self._withheld = result.withheld
             self._see_floor(scaler, result.withheld)
+        self._count += 1
+        self._clipped = result.clipped + self._clipped  # a host's zero goes to any device
+        self._skipped = result.skipped + self._skipped
         return result
+
+    def tally(self) -> tuple[int, Tensor, Tensor]:
+        """Return how many steps there were since it was last asked, clipped, and skipped."""
+        counts = self._count, self._clipped, self._skipped
+        self._count = 0
+        self._clipped = self._skipped = torch.zeros((), dtype=torch.int64)
+        return counts
 
     def release(self) -> None:
         """Take the hooks off; twice is harmless. The clipper stays, with its history."""
