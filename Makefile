@@ -71,7 +71,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 # needs transformers to use it.
 $(VENV)/.integrations: $(VENV)/.dev
 	$(PIP) setuptools wheel
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-build-isolation deepspeed transformers trl
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-build-isolation deepspeed transformers trl lightning
 	@touch $@
 
 # It pins older releases of what the other tests use, so it has an environment of its own. It asks

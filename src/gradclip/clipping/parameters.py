@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from gradclip.clipping.ranks.shards import Shards
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
 
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_WRAPPERS = frozenset(
+    {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+)
 
 _PAIR = 2
 
@@ -105,7 +107,7 @@ class OptimizerParameters:
 
 
 def clean_name(name: str) -> str:
-    """Strip what wrappers (DDP, FSDP1, ``torch.compile``, checkpointing) put into a name.
+    """Strip what wrappers (DDP, FSDP1, ``torch.compile``, checkpointing, Fabric) put into a name.
 
     >>> clean_name("module._orig_mod.layers.0._fsdp_wrapped_module.weight")
     'layers.0.weight'

@@ -1,5 +1,5 @@
 """How gradclip meets other libraries: one module each, which imports its library in functions.
 
 Only a module whose class derives from one of its library's imports that where it begins
-(``transformers``), so import the module that you need.
+(``transformers``, ``lightning``, ``robo_orchard``), so import the module that you need.
 """

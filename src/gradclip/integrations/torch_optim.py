@@ -307,7 +307,8 @@ def _check_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise ArgumentTypeError(
             f"{name}.step was given a closure, which computes gradients after an attachment has "
             "clipped. Call backward() and then step(), or clip at the end of the closure with "
-            "GradientClipper.clip(). No gradient was changed."
+            "GradientClipper.clip(). Lightning's Trainer gives one itself: use "
+            "gradclip.integrations.lightning.GradientClippingCallback. No gradient was changed."
         )
     if kwargs.get("grad_scaler") is not None:
         raise ArgumentTypeError(

@@ -1,0 +1,122 @@
+"""One optimizer under Lightning: clipped, and kept from stepping on a NaN."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip.clipping import ClipResult, GradientClipper
+from gradclip.clipping.lagged import Lagged
+from gradclip.clipping.ownership import disowned, owned
+from gradclip.clipping.response import Flag
+from gradclip.clipping.step import withhold
+
+_SCALE_FLOOR = 1.0
+"""A loss scale at or below this does not explain an overflow."""
+
+
+class LightningStep:
+    """The clipper of one optimizer, and the step that it may withhold.
+
+    Without a loss scaler Lightning calls ``optimizer.step(closure)``, and clipping happens at the
+    end of the closure: the step is withheld there and then. With one it calls the closure first
+    and then ``scaler.step(optimizer)``, which sets ``found_inf`` anew: there a hook of torch
+    withholds, so that what either found counts. Another hook gives everything back after the step.
+
+    Args:
+        optimizer: A torch optimizer.
+        make: Makes its clipper.
+        owner: What clips, by name of its class in errors.
+
+    Raises:
+        DoubleClippingError: GC101, something clips its gradients already.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        make: Callable[[], GradientClipper],
+        *,
+        owner: object,
+    ) -> None:
+        self.optimizer = optimizer
+        self._owner = owner
+        owned(optimizer, owner, type(owner).__name__)
+        try:
+            self.clipper = make()
+        except BaseException:
+            disowned(optimizer, owner)
+            raise
+        self._withheld: Flag | None = None
+        self._kept = ExitStack()
+        self._skips: Lagged[None] = Lagged()
+        self._at_floor = False
+        self._count = 0
+        self._clipped = self._skipped = torch.zeros((), dtype=torch.int64)
+        self._hooks: list[Any] = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def clip(self, scaler: Any) -> ClipResult:
+        """Clip now, and withhold the step that follows if it has to be.
+
+        Args:
+            scaler: The ``GradScaler`` of the precision plugin, if it has one.
+        """
+        if scaler is not None and getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            # Lightning leaves it to fused optimizers. The scaler has to look at the gradients
+            # before a NaN is zeroed, or it would step and keep its scale; its own look before the
+            # step then falls away, so that this costs no pass.
+            scaler.unscale_(self.optimizer)
+        expected = scaler is not None and scaler.is_enabled() and not self._at_floor
+        result = self.clipper.clip(overflow_expected=expected)
+        self._kept.close()  # where the last step was not made, or raised, nobody did
+        if scaler is None:
+            self._keep(result.withheld)
+        else:
+            self._withheld = result.withheld
+            self._see_floor(scaler, result.withheld)
+        self._count += 1
+        self._clipped = result.clipped + self._clipped  # a host's zero goes to any device
+        self._skipped = result.skipped + self._skipped
+        return result
+
+    def tally(self) -> tuple[int, Tensor, Tensor]:
+        """Return how many steps there were since it was last asked, clipped, and skipped."""
+        counts = self._count, self._clipped, self._skipped
+        self._count = 0
+        self._clipped = self._skipped = torch.zeros((), dtype=torch.int64)
+        return counts
+
+    def release(self) -> None:
+        """Take the hooks off; twice is harmless. The clipper stays, with its history."""
+        self._kept.close()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        disowned(self.optimizer, self._owner)
+
+    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG002
+        withheld, self._withheld = self._withheld, None
+        if withheld is not None:
+            self._keep(withheld)
+
+    def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG002
+        self._kept.close()
+
+    def _keep(self, withheld: Flag) -> None:
+        self._kept.enter_context(withhold(self.optimizer, withheld))
+
+    def _see_floor(self, scaler: Any, withheld: Flag) -> None:
+        """After a skip, note whether the scale can still fall: on an accelerator some steps late.
+
+        The scale is read on the host, and so only then.
+        """
+        if not isinstance(withheld, bool):
+            late = self._skips.push(withheld, None)
+            withheld = late is not None and bool(late[0][0])
+        if withheld:
+            self._at_floor = scaler.get_scale() <= _SCALE_FLOOR
