@@ -135,13 +135,13 @@ class GivenBack(Callback):
 @pytest.mark.parametrize("plugins", [[], [half()]], ids=["float32", "scaler"])
 def test_where_no_verdict_is_read_a_fused_step_is_withheld_on_the_device(monkeypatch, plugins):
     """As on a GPU: verdicts stay tensors, and found_inf tells the optimizer, and is taken back."""
-    from gradclip.clipping import clipper, response  # noqa: PLC0415
+    from gradclip.clipping import clipper, group, response  # noqa: PLC0415
     from gradclip.clipping.kernels import foreach  # noqa: PLC0415
     from gradclip.clipping.nonfinite import SkipCounter  # noqa: PLC0415
     from gradclip.integrations.lightning_step import LightningStep  # noqa: PLC0415
 
     monkeypatch.setattr(foreach, "_on_cpu", lambda batch: False)
-    for module in (clipper, response):
+    for module in (clipper, group, response):
         monkeypatch.setattr(module, "host_waits_for", lambda device: True)
     monkeypatch.setattr(SkipCounter, "record", lambda self, skipped, *, expected: False)
     monkeypatch.setattr(LightningStep, "_see_floor", lambda self, scaler, withheld: None)

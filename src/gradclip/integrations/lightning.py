@@ -16,6 +16,7 @@ from gradclip.clipping.policies import as_policies
 from gradclip.errors import MissingDependencyError, StateError
 from gradclip.integrations.lightning_refusals import refuse_kind, refuse_rivals
 from gradclip.integrations.lightning_step import LightningStep
+from gradclip.integrations.owned import OwnedClipper
 
 try:
     from lightning.pytorch import Callback
@@ -86,7 +87,7 @@ class GradientClippingCallback(Callback):
         as_policies(policy)
         self._policy = policy
         self._make = partial(
-            GradientClipper,
+            OwnedClipper,
             policy=policy,
             nonfinite=check_nonfinite(nonfinite),
             max_consecutive_skips=check_count(max_consecutive_skips),

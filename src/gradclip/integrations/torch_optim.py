@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 import torch
 from torch import Tensor
 
-from gradclip.clipping import ClipResult, GradientClipper
+from gradclip.clipping import ClipResult
 from gradclip.clipping.group import Group
 from gradclip.clipping.lagged import Lagged
 from gradclip.clipping.ownership import check_unowned, disowned, owned, unwrapped
 from gradclip.clipping.response import Response, host_waits_for
 from gradclip.clipping.step import lent, withhold
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, DoubleClippingError
+from gradclip.integrations.owned import OwnedClipper
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -216,16 +217,13 @@ class Attachment:
             self._at_floor = late[0][0] <= _SCALE_FLOOR
 
 
-class _Folding(GradientClipper):
+class _Folding(OwnedClipper):
     """A clipper that can leave it to the optimizer to multiply by the one coefficient there is."""
 
     fold = False
     """Whether the optimizer divides by a scale, and so can."""
     folded: Response | None = None
     """What it has to multiply by in this step; None where that was done here."""
-
-    def _check_owner(self) -> None:
-        """Do nothing: the attachment that makes it is the owner."""
 
     @property
     def writes(self) -> bool:

@@ -18,6 +18,7 @@ from gradclip.clipping.parameters import OptimizerParameters
 from gradclip.clipping.step import lent
 from gradclip.errors import MissingDependencyError
 from gradclip.integrations.deepspeed import EngineWatch, engine_of, uses_deepspeed
+from gradclip.integrations.owned import OwnedClipper
 from gradclip.integrations.transformers_history import KEY, exported, restore
 from gradclip.integrations.transformers_limits import lower_limit, refuse_other_clipping
 
@@ -88,7 +89,7 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
         # What is wrong with them is said now, and not after the model was loaded.
         GradientClipper([], policy, **self._skipping, backend=backend)
         self._make = partial(
-            GradientClipper,
+            OwnedClipper,
             policy=policy,
             **self._skipping,
             partitioned=partitioned,
