@@ -8,9 +8,6 @@ It needs deepspeed and transformers beside gradclip, and runs on a CPU as well:
 compiles an operator of DeepSpeed, for about half a minute.
 """
 
-import os
-import sys
-
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
@@ -80,9 +77,7 @@ def main() -> None:
         max_epoch=3,
     )()
     accelerator.print(f"gradient_clipping {accelerator.deepspeed_config['gradient_clipping']}")
-    accelerator.wait_for_everyone()
-    sys.stdout.flush()
-    os._exit(0)  # over gloo an ordinary exit of several processes aborts now and then
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
