@@ -9,6 +9,7 @@ from gradclip.clipping.ownership import unwrapped
 from gradclip.clipping.parameters import OptimizerParameters
 from gradclip.errors import ArgumentTypeError
 from gradclip.integrations.deepspeed import EngineWatch, engine_of
+from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling
 
 if TYPE_CHECKING:
     import torch
@@ -19,10 +20,7 @@ if TYPE_CHECKING:
     from gradclip.clipping.policies import PolicyLike
     from gradclip.clipping.ranks.dimension import GroupLike
 
-__all__ = ["AcceleratorClipper", "OverflowWatch", "Unscaling"]
-
-_SCALE_FLOOR = 1.0
-"""A loss scale at or below this does not explain an overflow."""
+__all__ = ["AcceleratorClipper"]
 
 
 class AcceleratorClipper:
@@ -123,7 +121,7 @@ class AcceleratorClipper:
         if self.accelerator.scaler is not None:  # it skips whatever is not finite
             skipped = skipped or bool(self._last.nonfinite > 0)
             skipped = skipped or getattr(self._optimizer, "step_was_skipped", False)
-        self._overflows.settle(made=not skipped)
+        self._overflows.settle(skipped)
         return skipped
 
     def clip(self) -> ClipResult | None:
@@ -142,8 +140,7 @@ class AcceleratorClipper:
             self._last = self._watch.observe()
             return self._last
         scaler = self.accelerator.scaler
-        if scaler is not None:
-            self._unscale(self.accelerator, self._optimizer)
+        self._unscale(scaler, self._optimizer)
         self._last = self.clipper.clip(overflow_expected=self._overflows.expects(scaler))
         if bool(self._last.withheld):
             for parameter in chain.from_iterable(
@@ -159,52 +156,3 @@ class AcceleratorClipper:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         self.clipper.load_state_dict(state)
-
-
-class OverflowWatch:
-    """Tells whether a loss scaler would explain an overflow: while its scale can still fall.
-
-    The scale is read, on the host, only after a step that was not seen to be made.
-    """
-
-    def __init__(self) -> None:
-        self._at_floor = False
-        self._unsettled = False
-
-    def expects(self, scaler: Any) -> bool:
-        """Return whether an overflow at this step would be the scaler's doing."""
-        if scaler is None or not scaler.is_enabled():
-            return False
-        if self._unsettled:
-            self._at_floor = scaler.get_scale() <= _SCALE_FLOOR
-        self._unsettled = True
-        return not self._at_floor
-
-    def settle(self, *, made: bool) -> None:
-        """Note that the step was made, if it was."""
-        if made:
-            self._unsettled = False
-
-
-class Unscaling:
-    """Unscales the gradients of an optimizer, unless the loop did earlier in this step."""
-
-    def __init__(self) -> None:
-        self._ours: object = None
-
-    def __call__(self, accelerator: "Accelerator", optimizer: "torch.optim.Optimizer") -> None:
-        """Unscale.
-
-        Raises:
-            RuntimeError: torch's own, where there was no step since the last call: what was added
-                to the gradients since then is still scaled.
-        """
-        # A scaler begins a new record of what was unscaled at each update.
-        record = getattr(accelerator.scaler, "_per_optimizer_states", None)
-        try:
-            accelerator.unscale_gradients(optimizer)
-        except RuntimeError as error:
-            if "already been called" not in str(error) or record is self._ours is not None:
-                raise
-        else:
-            self._ours = record

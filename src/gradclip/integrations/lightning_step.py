@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping import ClipResult, GradientClipper
-from gradclip.clipping.lagged import Lagged
 from gradclip.clipping.ownership import disowned, owned
 from gradclip.clipping.response import Flag
 from gradclip.clipping.step import withhold
-
-_SCALE_FLOOR = 1.0
-"""A loss scale at or below this does not explain an overflow."""
+from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling
 
 
 class LightningStep:
@@ -51,8 +48,7 @@ class LightningStep:
             raise
         self._withheld: Flag | None = None
         self._kept = ExitStack()
-        self._skips: Lagged[None] = Lagged()
-        self._at_floor = False
+        self._overflows, self._unscale = OverflowWatch(), Unscaling()
         self._count = 0
         self._clipped = self._skipped = torch.zeros((), dtype=torch.int64)
         self._hooks: list[Any] = [
@@ -70,15 +66,14 @@ class LightningStep:
             # Lightning leaves it to fused optimizers. The scaler has to look at the gradients
             # before a NaN is zeroed, or it would step and keep its scale; its own look before the
             # step then falls away, so that this costs no pass.
-            scaler.unscale_(self.optimizer)
-        expected = scaler is not None and scaler.is_enabled() and not self._at_floor
-        result = self.clipper.clip(overflow_expected=expected)
+            self._unscale(scaler, self.optimizer)
+        result = self.clipper.clip(overflow_expected=self._overflows.expects(scaler))
         self._kept.close()  # where the last step was not made, or raised, nobody did
         if scaler is None:
             self._keep(result.withheld)
         else:
             self._withheld = result.withheld
-            self._see_floor(scaler, result.withheld)
+            self._overflows.settle(result.withheld)
         self._count += 1
         self._clipped = result.clipped + self._clipped  # a host's zero goes to any device
         self._skipped = result.skipped + self._skipped
@@ -109,14 +104,3 @@ class LightningStep:
 
     def _keep(self, withheld: Flag) -> None:
         self._kept.enter_context(withhold(self.optimizer, withheld))
-
-    def _see_floor(self, scaler: Any, withheld: Flag) -> None:
-        """After a skip, note whether the scale can still fall: on an accelerator some steps late.
-
-        The scale is read on the host, and so only then.
-        """
-        if not isinstance(withheld, bool):
-            late = self._skips.push(withheld, None)
-            withheld = late is not None and bool(late[0][0])
-        if withheld:
-            self._at_floor = scaler.get_scale() <= _SCALE_FLOOR

@@ -14,8 +14,8 @@ import torch
 from gradclip.clipping import ClipResult, withhold
 from gradclip.config import ClassType
 from gradclip.errors import ArgumentValueError, MissingDependencyError
+from gradclip.integrations.wrapped import behind_accelerate
 from gradclip.pipeline.hooks import grad_clip, mixin
-from gradclip.pipeline.shortcuts import unwrapped
 
 try:
     from robo_orchard_lab.pipeline.hooks import mixin as theirs
@@ -120,7 +120,7 @@ class GradientClippingHook(theirs.PipelineHooks):  # type: ignore[misc]
 
     def _guard(self, optimizer: Any) -> None:
         """Refuse, from now on, the optimizer's steps on gradients that are not clipped yet."""
-        inner = None if optimizer is None else unwrapped(optimizer)
+        inner = None if optimizer is None else behind_accelerate(optimizer)
         if inner is not self._guarded and isinstance(inner, torch.optim.Optimizer):
             inner.register_step_pre_hook(self._refuse_unclipped)
             self._guarded = inner

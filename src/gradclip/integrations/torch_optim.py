@@ -16,6 +16,7 @@ from gradclip.clipping.ownership import check_unowned, disowned, owned, unwrappe
 from gradclip.clipping.response import Response, host_waits_for
 from gradclip.clipping.step import lent, withhold
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, DoubleClippingError
+from gradclip.integrations.loss_scaling import SCALE_FLOOR
 from gradclip.integrations.owned import OwnedClipper
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ _Hook: TypeAlias = Any
 _SAID = "gradclip.attach"
 _COARSE = 2.0**-80
 """A coefficient below this may not have a scale in float32."""
-_SCALE_FLOOR = 1.0
-"""A loss scale at or below this does not explain an overflow."""
 
 
 def attach(
@@ -212,9 +211,9 @@ class Attachment:
         if scale is None:
             return
         if not host_waits_for(scale.device):
-            self._at_floor = float(scale) <= _SCALE_FLOOR
+            self._at_floor = float(scale) <= SCALE_FLOOR
         elif (late := self._scales.push(scale, None)) is not None:
-            self._at_floor = late[0][0] <= _SCALE_FLOOR
+            self._at_floor = late[0][0] <= SCALE_FLOOR
 
 
 class _Folding(OwnedClipper):

@@ -18,6 +18,7 @@ from gradclip.clipping.parameters import OptimizerParameters
 from gradclip.clipping.step import lent
 from gradclip.errors import MissingDependencyError
 from gradclip.integrations.deepspeed import EngineWatch, engine_of, uses_deepspeed
+from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling
 from gradclip.integrations.owned import OwnedClipper
 from gradclip.integrations.transformers_history import KEY, exported, restore
 from gradclip.integrations.transformers_limits import lower_limit, refuse_other_clipping
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
     from gradclip.clipping.ranks.dimension import GroupLike
 
 __all__ = ["ClippingTrainerMixin", "GradientClippingCallback"]
-
-_SCALE_FLOOR = 1.0
-"""A loss scale at or below this does not explain an overflow."""
 
 
 class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
@@ -101,6 +99,7 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
         self._accelerator: Accelerator | None = None
         self._watch: EngineWatch | None = None
         self._optimizer: torch.optim.Optimizer | None = None
+        self._overflows, self._unscale = OverflowWatch(), Unscaling()
         self._step = ExitStack()
         self._skipped = False
         self._steps = 0
@@ -169,11 +168,10 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
         else:
             assert self.clipper is not None
             scaler = getattr(optimizer, "scaler", None)
-            if scaler is not None:
-                _unscale(scaler, unwrapped(optimizer))
-            expected = self._overflow_expected(scaler)
-            self.last = self.clipper.clip(overflow_expected=expected)
+            self._unscale(scaler, optimizer)
+            self.last = self.clipper.clip(overflow_expected=self._overflows.expects(scaler))
             self._skipped = bool(self.last.withheld)
+            self._overflows.settle(self._skipped)
             self._step.enter_context(withhold(optimizer, self._skipped))
         self._count(self.last)
 
@@ -214,13 +212,6 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
         before = self._clipped_and_skipped
         self._clipped_and_skipped = flags if before is None else before + flags
         self._steps += 1
-
-    def _overflow_expected(self, scaler: Any) -> bool:
-        """Whether a loss scaler would explain an overflow: while its scale can still fall."""
-        if scaler is None or not scaler.is_enabled():
-            return False
-        # The scale waits for the device: it is asked for after a skipped step only.
-        return not (self._skipped and scaler.get_scale() <= _SCALE_FLOOR)
 
 
 class ClippingTrainerMixin:
@@ -264,12 +255,3 @@ class ClippingTrainerMixin:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, GradientClippingCallback):
                 yield callback
-
-
-def _unscale(scaler: Any, optimizer: torch.optim.Optimizer) -> None:
-    try:
-        scaler.unscale_(optimizer)
-    except RuntimeError as error:
-        # torch's words for gradients that the trainer's measurement unscaled already.
-        if "already been called" not in str(error):
-            raise

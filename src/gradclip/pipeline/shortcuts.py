@@ -8,12 +8,14 @@ a small model: one divides the loss by 1, one searches the disk for an optional 
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from gradclip.integrations.wrapped import behind_accelerate
+
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
     from torch import Tensor, nn
 
-__all__ = ["accumulating", "backward", "step_scheduler", "stepping", "unwrapped"]
+__all__ = ["accumulating", "backward", "step_scheduler", "stepping"]
 
 _NOTHING = nullcontext()
 
@@ -43,7 +45,7 @@ def stepping(
         accelerator.has_lomo_optimizer or accelerator.distributed_type == "XLA"
     ):
         return optimizer
-    return unwrapped(optimizer)
+    return behind_accelerate(optimizer)
 
 
 def step_scheduler(accelerator: "Accelerator | None", scheduler: Any) -> None:
@@ -54,14 +56,6 @@ def step_scheduler(accelerator: "Accelerator | None", scheduler: Any) -> None:
         inner = scheduler.scheduler
         scheduler = scheduler if hasattr(inner, "total_steps") else inner
     scheduler.step()
-
-
-def unwrapped(optimizer: "torch.optim.Optimizer") -> "torch.optim.Optimizer":
-    """Return the torch optimizer behind Accelerate's wrapper."""
-    inner: Any = optimizer
-    while type(inner).__module__.startswith("accelerate."):
-        inner = inner.optimizer
-    return inner  # type: ignore[no-any-return]
 
 
 def _is_plain(accelerator: "Accelerator") -> bool:

@@ -20,6 +20,7 @@ except ImportError as _error:
         "the trainer runs on Accelerate, which is not installed\n  pip install 'gradclip[pipeline]'"
     ) from _error
 
+from gradclip.integrations.wrapped import behind_accelerate
 from gradclip.pipeline.arguments import (
     arranged,
     check_accelerator,
@@ -45,7 +46,7 @@ from gradclip.pipeline.hooks.mixin import (
 from gradclip.pipeline.hooks.validation import ValidationHook
 from gradclip.pipeline.processes import default_accelerator, keep_distributed
 from gradclip.pipeline.progress_state import TrainerProgressState
-from gradclip.pipeline.shortcuts import accumulating, unwrapped
+from gradclip.pipeline.shortcuts import accumulating
 from gradclip.pipeline.training_state import load_training_state
 
 __all__ = ["HookBasedTrainer", "ResumeCheckpointConfig"]
@@ -193,7 +194,7 @@ class HookBasedTrainer:
         # Whatever ran with this accelerator or model before left its window and gradients behind.
         self.accelerator.step = progress.micro_step_id
         if progress.micro_step_id == 0:
-            unwrapped(self.optimizer).zero_grad()
+            behind_accelerate(self.optimizer).zero_grad()
         with self.hooks.begin("on_loop", self._new_arg()) as loop_arg:
             self._position.restore()
             while not progress.is_training_end(self.max_step, self.max_epoch):

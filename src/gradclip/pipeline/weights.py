@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradclip.errors import ArgumentValueError
-from gradclip.pipeline.shortcuts import unwrapped
+from gradclip.integrations.wrapped import behind_accelerate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,7 +55,7 @@ def gathered_weights(accelerator: "Accelerator") -> dict[str, Any]:
     for number, model in enumerate(_models(accelerator)):
         found[_file("model", number, "safetensors")] = _mapped(model.state_dict(), keep)
     for number, optimizer in enumerate(accelerator._optimizers):  # noqa: SLF001
-        state = _mapped(unwrapped(optimizer).state_dict(), keep)
+        state = _mapped(behind_accelerate(optimizer).state_dict(), keep)
         found[_file("optimizer", number, "bin")] = state
     for number, scheduler in enumerate(accelerator._schedulers):  # noqa: SLF001
         found[_file("scheduler", number, "bin")] = scheduler.state_dict()
@@ -78,7 +78,7 @@ def load_weights(folder: "Path", accelerator: "Accelerator") -> None:
     for number, model in enumerate(_models(accelerator)):
         _load_model(model, folder / _file("model", number, "safetensors"))
     for number, wrapped in enumerate(accelerator._optimizers):  # noqa: SLF001
-        optimizer = unwrapped(wrapped)
+        optimizer = behind_accelerate(wrapped)
         state = _load(folder / _file("optimizer", number, "bin"))
         optimizer.load_state_dict(_split_like_parameters(state, optimizer))
     for number, scheduler in enumerate(accelerator._schedulers):  # noqa: SLF001

@@ -27,10 +27,10 @@ from gradclip.clipping.policies import BUILT_IN
 from gradclip.config import Ceiling, ClassType, ConfigOf, NormOrder
 from gradclip.errors import ArgumentValueError, DoubleClippingError
 from gradclip.hook import HookContext
-from gradclip.integrations.accelerate import OverflowWatch, Unscaling
 from gradclip.integrations.deepspeed import EngineWatch, engine_of, lower
+from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling
+from gradclip.integrations.wrapped import behind_accelerate
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
-from gradclip.pipeline.shortcuts import unwrapped
 
 if TYPE_CHECKING:
     import torch
@@ -137,7 +137,7 @@ clipped=True, skipped=False, nonfinite=0)
 
     def _after_optimizer_step(self, arg: PipelineHookArgs) -> None:
         self._stepped = True
-        self._overflows.settle(made=arg.is_optimizer_step_committed)
+        self._overflows.settle(not arg.is_optimizer_step_committed)
 
     def _clip(self, arg: PipelineHookArgs) -> None:
         if arg.exception is not None:
@@ -162,8 +162,7 @@ clipped=True, skipped=False, nonfinite=0)
         check_unowned(arg.optimizer, self, "GradientClippingHook")
         clipper = self._bound(arg)
         scaler = None if arg.accelerator is None else arg.accelerator.scaler
-        if arg.accelerator is not None and scaler is not None:
-            self._unscale(arg.accelerator, arg.optimizer)
+        self._unscale(scaler, arg.optimizer)
         self._result = clipper.clip(overflow_expected=self._overflows.expects(scaler))
         arg.clip_result = self._result
 
@@ -173,7 +172,7 @@ clipped=True, skipped=False, nonfinite=0)
             return self.clipper
         assert arg.optimizer is not None
         clipper = GradientClipper(
-            OptimizerParameters(unwrapped(arg.optimizer), module=arg.model),
+            OptimizerParameters(behind_accelerate(arg.optimizer), module=arg.model),
             self._policy,
             nonfinite=self._nonfinite,
             max_consecutive_skips=self._max_consecutive_skips,

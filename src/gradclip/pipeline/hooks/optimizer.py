@@ -7,8 +7,9 @@ from gradclip.config import ClassType
 from gradclip.errors import ArgumentValueError
 from gradclip.hook import HookContext
 from gradclip.integrations.deepspeed import engine_of
+from gradclip.integrations.wrapped import behind_accelerate
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
-from gradclip.pipeline.shortcuts import step_scheduler, stepping, unwrapped
+from gradclip.pipeline.shortcuts import step_scheduler, stepping
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,7 @@ class OptimizerHook(PipelineHooks):
             step_scheduler(arg.accelerator, arg.lr_scheduler)
         if engine is None:
             # Not through Accelerate's wrapper: at a boundary it does the same, and slower.
-            unwrapped(arg.optimizer).zero_grad()
+            behind_accelerate(arg.optimizer).zero_grad()
 
 
 class OptimizerHookConfig(PipelineHooksConfig[OptimizerHook]):

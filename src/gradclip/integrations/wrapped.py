@@ -1,0 +1,19 @@
+"""What Accelerate's wrapper of an optimizer calls."""
+
+from typing import Any
+
+import torch
+
+__all__ = ["behind_accelerate"]
+
+
+def behind_accelerate(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer behind Accelerate's wrapper, which is the one that is stepped.
+
+    No other wrapper is looked behind (``clipping.ownership.unwrapped`` does): a Lookahead has an
+    optimizer of its own to step.
+    """
+    inner: Any = optimizer
+    while type(inner).__module__.startswith("accelerate."):
+        inner = inner.optimizer
+    return inner  # type: ignore[no-any-return]
