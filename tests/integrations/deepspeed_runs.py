@@ -1,10 +1,14 @@
-"""What ranks do in the tests of DeepSpeed: each function here runs on every rank."""
+"""Small real runs of DeepSpeed, for its tests."""
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from gradclip import GradientClipper
+from gradclip.pipeline.hooks import HookContext, PipelineHooks
+from processes import together
 
 RANKS, STEPS, BATCH = 2, 10, 4
 LIMIT = 0.05
@@ -69,3 +73,43 @@ def weights(engine):
             name: parameter.detach().float().clone()
             for name, parameter in engine.module.named_parameters()
         }
+
+
+def on_two(function, *args):
+    """Run a function on two ranks, and return what it returned: the same on both."""
+    first, second = together(function, RANKS, *args, limit=90, env={"DS_ACCELERATOR": "cpu"})
+    assert repr(first) == repr(second)
+    return first
+
+
+def by_hand(policy, lr=0.5):
+    """Train in one process, clipped by gradclip; return the results and the weights."""
+    model = Model()
+    optimizer = momentum(model, lr)
+    clipper = GradientClipper(model, policy)
+    results = []
+    for batch in loader(RANKS * BATCH):
+        forward(model, batch)[1].backward()
+        results.append(clipper.clip().to_host())
+        optimizer.step()
+        optimizer.zero_grad()
+    return results, dict(model.named_parameters())
+
+
+class Collect(PipelineHooks):
+    """Keeps what each optimizer step was: the result, whether it was made, and the rate after."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+        self.register_hook("on_step", HookContext.from_callable("collect", after=self.keep))
+
+    def keep(self, arg):
+        if arg.is_optimizer_step_boundary and arg.exception is None:
+            self.steps.append(
+                (
+                    None if arg.clip_result is None else arg.clip_result.to_host(),
+                    arg.is_optimizer_step_committed,
+                    arg.lr_scheduler and arg.lr_scheduler.get_last_lr()[0],
+                )
+            )
