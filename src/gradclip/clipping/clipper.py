@@ -43,7 +43,7 @@ from gradclip.clipping.ranks import may_be_shared
 from gradclip.clipping.ranks.alone import Alone, Peers
 from gradclip.clipping.reduction import Measured, combine
 from gradclip.clipping.response import Flag, Response, all_of, as_flag, host_waits_for
-from gradclip.clipping.result import ClipResult
+from gradclip.clipping.result import ClipResult, over_all
 from gradclip.clipping.state import STATE_VERSION, read_state
 from gradclip.clipping.tracing import callers_level, untraced
 from gradclip.errors import UnsupportedGradientError
@@ -202,7 +202,11 @@ clipped=True, skipped=False, nonfinite=0)
         ]
         self._settled = True
         self.step += 1
-        self.last = self._summarise(groups, results, totals)
+        self.last = results[0]  # there is just one
+        if self._by_pattern:
+            found = None if peers.is_alone else torch.stack([r.nonfinite for r in results]).sum()
+            patterns = [group.pattern for group in groups]
+            self.last = over_all(dict(zip(patterns, results, strict=True)), totals, found)
         if is_capturing(home):
             self.last.compute()
         if counts is not False:
@@ -439,37 +443,6 @@ clipped=True, skipped=False, nonfinite=0)
     def _scale(self, group: Group, response: Response) -> None:
         """Multiply the gradients by what was decided."""
         apply.scale(self._backends, group.gradients, response, group.share)
-
-    # report
-
-    def _summarise(
-        self, groups: list[Group], results: list[ClipResult], totals: list[Measured]
-    ) -> ClipResult:
-        """Return the only result, or one over all groups that has each of them."""
-        if not self._by_pattern:
-            return results[0]  # there is just one
-        left = [
-            result.remaining_S
-            if total.norm_type == result.norm_type
-            else torch.where(result.skipped, 0.0, total.norms_S * result.coefficients_S)
-            for total, result in zip(totals, results, strict=True)
-        ]
-        return ClipResult(
-            measured_S=torch.cat([total.norms_S for total in totals]),
-            thresholds=torch.cat([r.thresholds_S for r in results]),
-            response=torch.cat([r.coefficients_S for r in results]),
-            withheld=torch.stack([r.skipped for r in results]).any(),
-            witness_T=torch.cat([r.witness_T for r in results]),
-            norm_type=self._order,
-            dtype=max((r.dtype for r in results), key=lambda dtype: dtype.itemsize),
-            scope_names=tuple(name for result in results for name in result.scope_names),
-            groups={group.pattern: r for group, r in zip(groups, results, strict=True)},
-            clamped=torch.stack([r.clipped for r in results]).any(),
-            left_S=torch.cat(left),
-            found=None
-            if self._peers.is_alone
-            else torch.stack([r.nonfinite for r in results]).sum(),
-        )
 
     # state
 

@@ -1,13 +1,13 @@
 """What one call did: tensors that stay on the device, and their copy on the host."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from gradclip.clipping.reduction import combine
+from gradclip.clipping.reduction import Measured, combine
 from gradclip.clipping.response import Flag, Response, as_flag
 
 
@@ -203,3 +203,36 @@ def reported(value: Tensor, dtype: torch.dtype) -> Tensor:
         return value
     limited = value.clamp(max=torch.finfo(dtype).max)
     return torch.where(value.isinf(), value, limited).to(dtype)
+
+
+def over_all(
+    groups: Mapping[str, ClipResult], totals: Sequence[Measured], found: Tensor | None
+) -> ClipResult:
+    """Return one result over those of all name patterns, which has each of them.
+
+    Args:
+        groups: The result of each.
+        totals: For each, its norms in the order that all are added up in.
+        found: How many tensors were not finite on all ranks, where there are others.
+    """
+    results = list(groups.values())
+    left = [
+        result.remaining_S
+        if total.norm_type == result.norm_type
+        else torch.where(result.skipped, 0.0, total.norms_S * result.coefficients_S)
+        for total, result in zip(totals, results, strict=True)
+    ]
+    return ClipResult(
+        measured_S=torch.cat([total.norms_S for total in totals]),
+        thresholds=torch.cat([r.thresholds_S for r in results]),
+        response=torch.cat([r.coefficients_S for r in results]),
+        withheld=torch.stack([r.skipped for r in results]).any(),
+        witness_T=torch.cat([r.witness_T for r in results]),
+        norm_type=totals[0].norm_type,
+        dtype=max((r.dtype for r in results), key=lambda dtype: dtype.itemsize),
+        scope_names=tuple(name for result in results for name in result.scope_names),
+        groups=groups,
+        clamped=torch.stack([r.clipped for r in results]).any(),
+        left_S=torch.cat(left),
+        found=found,
+    )
