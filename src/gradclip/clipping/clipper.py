@@ -45,6 +45,7 @@ from gradclip.clipping.reduction import Measured, combine
 from gradclip.clipping.response import Flag, Response, all_of, as_flag, host_waits_for
 from gradclip.clipping.result import ClipResult, over_all
 from gradclip.clipping.state import STATE_VERSION, read_state
+from gradclip.clipping.traces import leave
 from gradclip.clipping.tracing import callers_level, untraced
 from gradclip.errors import UnsupportedGradientError
 
@@ -105,6 +106,8 @@ class GradientClipper:
     ClipResult(norm_pre=5, norm_post=1, threshold=1, coefficient=0.2, \
 clipped=True, skipped=False, nonfinite=0)
     """
+
+    _called = "a GradientClipper"
 
     def __init__(
         self,
@@ -200,6 +203,7 @@ clipped=True, skipped=False, nonfinite=0)
             self._apply(group, norms, response, scale)
             for group, norms, response in zip(groups, measured, responses, strict=True)
         ]
+        self._leave_traces(groups)
         self._settled = True
         self.step += 1
         self.last = results[0]  # there is just one
@@ -218,6 +222,17 @@ clipped=True, skipped=False, nonfinite=0)
         writes = any(policy.writes for policy in self._policies.values() if policy)
         if writes and isinstance(self._source, OptimizerParameters):
             check_unowned(self._source.optimizer, self, "this GradientClipper")
+
+    def _leave_traces(self, groups: list[Group]) -> None:
+        """Let those find out who clip before every step, and cannot know of this clipper."""
+        for group in groups:
+            if group.policy.writes:
+                leave(self._telling(group), f"{self._called} ({group.policy!r})")
+
+    def _telling(self, group: Group) -> list[Tensor]:
+        """Return gradients to tell others of: all at the first call, later one for the rest."""
+        tensors = group.gradients.tensors
+        return tensors[:1] if self._settled else tensors
 
     # collect
 

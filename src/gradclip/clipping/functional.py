@@ -39,6 +39,11 @@ _KNOWN = LayoutCache(capacity=32)
 class _Once(GradientClipper):
     """A clipper for one call, which profits from what earlier calls worked out."""
 
+    _called = "gradclip's clip_grad_norm_ or clip_grad_value_"
+
+    def _telling(self, group: Group) -> list[Tensor]:
+        return group.gradients.tensors[:1]  # each call is the first
+
     def _layouts(self, policy: Policy) -> LayoutCache:  # noqa: ARG002 - whole tensors in any case
         return _KNOWN
 

@@ -88,6 +88,7 @@ class GradientClippingCallback(Callback):
         self._policy = policy
         self._make = partial(
             OwnedClipper,
+            owner=type(self).__name__,
             policy=policy,
             nonfinite=check_nonfinite(nonfinite),
             max_consecutive_skips=check_count(max_consecutive_skips),

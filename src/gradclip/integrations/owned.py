@@ -1,12 +1,43 @@
-"""The clipper of an attachment or a callback, which owns the optimizer's gradients."""
+"""The clipper of an attachment, a callback or a hook, which owns the optimizer's gradients."""
+
+from typing import Any
 
 from gradclip.clipping import GradientClipper
+from gradclip.clipping.group import Group
+from gradclip.clipping.ranks.alone import Peers
+from gradclip.clipping.traces import check_none
 
 __all__ = ["OwnedClipper"]
 
 
 class OwnedClipper(GradientClipper):
-    """A clipper whose maker has noted itself as the owner (``clipping.ownership``)."""
+    """A clipper that is called before each step, by what has noted itself as the owner.
+
+    What ``clipping.ownership`` cannot know, a clipper of a module or of a list, is found by what
+    it did to the gradients.
+
+    Args:
+        owner: What calls it, by name in errors.
+        args: Those of ``GradientClipper``.
+        options: Likewise.
+
+    Raises:
+        DoubleClippingError: GC101, in ``clip``, if another clipper came first.
+    """
+
+    def __init__(self, *args: Any, owner: str, **options: Any) -> None:
+        self._owner = owner
+        super().__init__(*args, **options)
 
     def _check_owner(self) -> None:
         """Do nothing: whoever made it is the owner."""
+
+    def _collect(self, peers: Peers) -> list[Group]:
+        groups = super()._collect(peers)
+        for group in groups:
+            if group.policy.writes:
+                check_none(self._telling(group), self._owner)
+        return groups
+
+    def _leave_traces(self, groups: list[Group]) -> None:
+        """Do nothing: nobody else clips before the step."""

@@ -92,6 +92,7 @@ clipped=True, skipped=False, nonfinite=0)
         _Folding,
         inner,
         policy,
+        owner=_SAID,
         nonfinite=nonfinite,
         max_consecutive_skips=max_consecutive_skips,
         partitioned=partitioned,

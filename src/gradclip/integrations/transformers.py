@@ -88,6 +88,7 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
         GradientClipper([], policy, **self._skipping, backend=backend)
         self._make = partial(
             OwnedClipper,
+            owner=type(self).__name__,
             policy=policy,
             **self._skipping,
             partitioned=partitioned,

@@ -29,6 +29,7 @@ from gradclip.errors import ArgumentValueError, DoubleClippingError
 from gradclip.hook import HookContext
 from gradclip.integrations.deepspeed import EngineWatch, engine_of, lower
 from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling
+from gradclip.integrations.owned import OwnedClipper
 from gradclip.integrations.wrapped import behind_accelerate
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
 
@@ -171,9 +172,10 @@ clipped=True, skipped=False, nonfinite=0)
         if self.clipper is not None and arg.optimizer is self._optimizer:
             return self.clipper
         assert arg.optimizer is not None
-        clipper = GradientClipper(
+        clipper = OwnedClipper(
             OptimizerParameters(behind_accelerate(arg.optimizer), module=arg.model),
             self._policy,
+            owner="GradientClippingHook",
             nonfinite=self._nonfinite,
             max_consecutive_skips=self._max_consecutive_skips,
         )
