@@ -44,7 +44,7 @@ from gradclip.clipping.ranks.alone import Alone, Peers
 from gradclip.clipping.reduction import Measured, combine
 from gradclip.clipping.response import Flag, Response, all_of, as_flag, host_waits_for
 from gradclip.clipping.result import ClipResult, over_all
-from gradclip.clipping.state import STATE_VERSION, read_state
+from gradclip.clipping.state import STATE_VERSION, check_history, read_state
 from gradclip.clipping.traces import leave
 from gradclip.clipping.tracing import callers_level, untraced
 from gradclip.errors import UnsupportedGradientError
@@ -135,6 +135,7 @@ clipped=True, skipped=False, nonfinite=0)
         self._settled = False
         self._peers: Peers = Alone()
         self._states: dict[str, dict[str, Tensor]] = {}
+        self._loaded: set[str] = set()
         self._recent: deque[Tensor] = deque(maxlen=32)
         self._known: dict[str, LayoutCache] = {}
         self._check_disjoint = DisjointCheck()
@@ -409,8 +410,12 @@ clipped=True, skipped=False, nonfinite=0)
     def _decide(self, group: Group, norms: Measured, counts: Flag) -> Response:
         policy, norms_S = group.policy, norms.norms_S
         state = self._states.get(group.pattern)
-        if state is None:
-            state = policy.initial_state(len(norms_S), norms_S.device)
+        if state is None or group.pattern in self._loaded:
+            initial = policy.initial_state(len(norms_S), norms_S.device)
+            if state is not None:
+                check_history(group.pattern, state, initial, len(norms_S))
+            state = initial if state is None else state
+            self._loaded.discard(group.pattern)
         decision = policy.decide(norms_S, as_flag(counts, norms_S.device), state)
         self._states[group.pattern] = decision.state
         zeroes = self._nonfinite == "skip" or (policy.ceiling == 0 and not self._by_pattern)
@@ -482,6 +487,8 @@ clipped=True, skipped=False, nonfinite=0)
 
         Raises:
             StateError: GC030, if it is damaged, of another version, or of other policies; nothing
-                is changed then.
+                is changed then. The next ``clip`` raises it for a
+                history of other parameters.
         """
         self.step, self._skips.in_a_row, self._states = read_state(state, self.state_dict())
+        self._loaded = set(self._states)

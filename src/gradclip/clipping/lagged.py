@@ -26,6 +26,10 @@ class Lagged(Generic[_Note]):
         self.used = False
         """Whether anything was ever copied."""
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Copy and pickle without what is on its way."""
+        return Lagged, ()
+
     def push(self, values: Tensor, note: _Note) -> tuple[list[float], _Note] | None:
         """Begin to copy the numbers of this step; return those of ``LAG`` steps ago, if any."""
         if is_capturing(values.device):

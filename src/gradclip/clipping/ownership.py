@@ -10,10 +10,16 @@ from gradclip.errors import DoubleClippingError
 _OWNERS: "WeakKeyDictionary[torch.optim.Optimizer, tuple[ref[object], str]]" = WeakKeyDictionary()
 
 
+def wrapped(optimizer: Any) -> Any:
+    """Return what a wrapper such as Accelerate's or Fabric's wraps; None for what is none."""
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if hasattr(inner, "param_groups") else None
+
+
 def unwrapped(optimizer: Any) -> Any:
-    """Return the optimizer behind wrappers such as Accelerate's and Fabric's."""
-    while hasattr(getattr(optimizer, "optimizer", None), "param_groups"):
-        optimizer = optimizer.optimizer
+    """Return the optimizer behind all wrappers."""
+    while (inner := wrapped(optimizer)) is not None:
+        optimizer = inner
     return optimizer
 
 
@@ -55,6 +61,6 @@ def check_unowned(optimizer: torch.optim.Optimizer, owner: object, said: str) ->
     raise DoubleClippingError(
         f"the gradients of this {type(inner).__name__} are already clipped before "
         f"every step, by {known[1]}; {said} would clip them again, and a second limit silently "
-        "changes what the first one means. Keep one of them: remove() takes an attachment off, and "
-        "limits by parameter go into one policy. No gradient was changed."
+        "changes what the first one means. Keep one of them: remove() takes an attachment or a "
+        "callback off, and limits by parameter go into one policy. No gradient was changed."
     )

@@ -39,6 +39,10 @@ class ParameterSource(Protocol):
         """Return what those are called, None for what has no name; asked when they changed."""
         ...
 
+    def all_names(self) -> Names:
+        """Return what patterns may be meant for: others than those of its own, too."""
+        ...
+
 
 @dataclass(frozen=True)
 class ListedParameters:
@@ -61,6 +65,8 @@ class ListedParameters:
         """Return the names that were listed."""
         return [None] * len(self.listed) if self.labels is None else self.labels
 
+    all_names = names
+
 
 @dataclass(frozen=True)
 class ModuleParameters:
@@ -76,6 +82,8 @@ class ModuleParameters:
         """Return their names without the prefixes that wrappers add."""
         return [clean_name(name) for name, _ in self.module.named_parameters()]
 
+    all_names = names
+
 
 @dataclass(frozen=True)
 class OptimizerParameters:
@@ -83,27 +91,48 @@ class OptimizerParameters:
 
     Args:
         optimizer: Anything with ``param_groups``; read again at each call.
-        module: Gives names where the optimizer has none.
+        module: Gives the names, of which the optimizer may have some that are relative to a part.
+
+    Raises:
+        ArgumentValueError: GC010, for one that steps inside the backward pass.
     """
 
     optimizer: torch.optim.Optimizer
     module: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        if (
+            getattr(self.optimizer, "_overlap_with_ddp", False)
+            or type(self.optimizer).__name__ == "LayerWiseDummyOptimizer"  # of transformers
+            or any(hasattr(tensor, "_in_backward_optimizers") for tensor in self.tensors())
+        ):
+            raise ArgumentValueError(
+                "these parameters are stepped inside the backward pass, tensor by tensor, before a "
+                "norm of all gradients is known, so nothing can be clipped by it. Step after "
+                "backward(): without _apply_optimizer_in_backward, overlap_with_ddp=True, or a "
+                "layer-wise optimizer of transformers. No gradient was changed."
+            )
 
     def tensors(self) -> list[Tensor]:
         """Return the parameters of all groups, in order."""
         return [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
 
     def names(self) -> Names:
-        """Return the optimizer's own names, or the module's."""
+        """Return the module's names, or the optimizer's own."""
         module = self.module
         known = {} if module is None else {id(p): n for n, p in module.named_parameters()}
         names: Names = []
         for group in self.optimizer.param_groups:
             own = group.get("param_names") or (None,) * len(group["params"])
             for name, parameter in zip(own, group["params"], strict=True):
-                label = known.get(id(parameter)) if name is None else name
+                label = known.get(id(parameter), name)
                 names.append(None if label is None else clean_name(label))
         return names
+
+    def all_names(self) -> Names:
+        """Return its names, and those of the module: other optimizers may have the rest."""
+        others = () if self.module is None else self.module.named_parameters()
+        return [*self.names(), *(clean_name(name) for name, _ in others)]
 
 
 def clean_name(name: str) -> str:
@@ -280,14 +309,16 @@ class Parameters:
                 f"{tuple(parameter.shape)}, has no name. Pass an nn.Module, (name, tensor) pairs "
                 "(model.named_parameters()), or an optimizer made from them."
             )
-        for pattern in self._patterns or ():
-            if fnmatchcase(name, pattern):
-                return pattern
+        if (pattern := self._first_match(name)) is not None:
+            return pattern
         raise ArgumentValueError(
             f"no pattern of policy matches the parameter {name!r}; patterns: "
             f"{', '.join(map(repr, self._patterns or ()))}. It would silently go unclipped: add "
             '"*": NormClip(...) to bound the rest, or "*": None to leave it alone.'
         )
+
+    def _first_match(self, name: str) -> str | None:
+        return next((each for each in self._patterns or () if fnmatchcase(name, each)), None)
 
     def require_matches(self) -> None:
         """Raise if a pattern matches nothing, where no other process has what it could match.
@@ -295,8 +326,11 @@ class Parameters:
         Raises:
             ArgumentValueError: GC010.
         """
+        if not self._seen or all(group.parameters for group in self._groups.values()):
+            return
+        names = [name for name in self._source.all_names() if name is not None]
         for pattern in self._patterns or ():
-            if self._seen and not self._groups[pattern].parameters:
+            if not any(self._first_match(name) == pattern for name in names):
                 known = [name for group in self._groups.values() for name in group.names]
                 raise ArgumentValueError(
                     f"the pattern {pattern!r} of policy matches no parameter (or earlier patterns "

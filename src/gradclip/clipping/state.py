@@ -55,7 +55,31 @@ def read_state(
     )
 
 
+def check_history(
+    pattern: str, history: Mapping[str, Tensor], own: Mapping[str, Tensor], scopes: int
+) -> None:
+    """Check that a history that was loaded is of this policy and of as many scopes.
+
+    Args:
+        pattern: Whose it is.
+        history: What was loaded.
+        own: What the policy would begin with.
+        scopes: How many norms there are.
+
+    Raises:
+        StateError: GC030.
+    """
+    if history.keys() != own.keys():
+        raise _damaged(f"the history of {pattern!r} has {sorted(own)}, seen {sorted(history)}")
+    for name, tensor in own.items():
+        # What else a policy keeps may grow.
+        if len(tensor.shape) and len(tensor) == scopes and history[name].shape[:1] != (scopes,):
+            shape = tuple(history[name].shape)
+            raise _damaged(f"{name!r} of {pattern!r} is of {scopes} norms, seen the shape {shape}")
+
+
 def _damaged(reason: str) -> StateError:
     return StateError(
-        f"this state cannot be loaded into this clipper: {reason}. Nothing was changed."
+        f"this state cannot be loaded into this clipper: {reason}. No gradient and no history was "
+        "changed."
     )

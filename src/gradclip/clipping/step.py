@@ -1,14 +1,14 @@
 """The one way to keep an optimizer from stepping."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradclip.clipping.ownership import unwrapped
+from gradclip.clipping.ownership import unwrapped, wrapped
 
 _UNSET = object()
 
@@ -18,16 +18,19 @@ def withhold(optimizer: torch.optim.Optimizer, skipped: Tensor | bool) -> Iterat
     """Make ``optimizer.step()`` change nothing while the context lasts, if ``skipped`` is true.
 
     Weights, moments and step counts stay as they are. A fused optimizer whose state exists is
-    told through ``found_inf``, on the device; for any other the flag is read, and the gradients
-    are dropped (``.grad = None``), so that there is nothing to step on. Until its state exists a
-    fused optimizer is treated so too: torch's fused SGD would leave its first momentum
-    uninitialised.
+    told through ``found_inf``, on the device; for any other the flag is read, the gradients are
+    dropped (``.grad = None``), so that there is nothing to step on, and ``step`` does nothing.
+    Until its state exists a fused optimizer is treated so too: torch's fused SGD would leave its
+    first momentum uninitialised.
 
     Args:
         optimizer: A torch optimizer, or a wrapper with ``param_groups`` and ``step``.
         skipped: Whether the update should not happen: 0-d bool tensor, or a bool.
 
     Note:
+        Within a step that is under way, as in a hook of it, the gradients are dropped and no more:
+        what an optimizer counts without gradients (schedule-free ones do) goes on there.
+
         A ``step(closure)`` computes gradients anew, which nothing here withholds: do not call it.
         A ``GradScaler`` that steps a fused optimizer sets ``found_inf`` itself: pass a bool there.
 
@@ -44,10 +47,29 @@ def withhold(optimizer: torch.optim.Optimizer, skipped: Tensor | bool) -> Iterat
         with _found_inf(inner, skipped):
             yield
         return
-    if skipped:
-        for parameter in _parameters(optimizer):
-            parameter.grad = None
-    yield
+    if not skipped:
+        yield
+        return
+    for parameter in _parameters(optimizer):
+        parameter.grad = None
+    with ExitStack() as stack:
+        # Some count their steps themselves, whether there are gradients or not. An outermost
+        # wrapper is called all the same: Accelerate's has a loss scaler to update.
+        for each in list(_chain(optimizer))[1:] or [inner]:
+            stack.enter_context(lent(each, "step", _make_no_step))
+        yield
+
+
+def _chain(optimizer: Any) -> Iterator[Any]:
+    """Yield an optimizer and those that it wraps, outermost first."""
+    yield optimizer
+    while (inner := wrapped(optimizer)) is not None:
+        yield inner
+        optimizer = inner
+
+
+def _make_no_step(*_: Any, **__: Any) -> None:
+    """Stand in for a step that is withheld."""
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> chain[Tensor]:
@@ -77,7 +99,7 @@ def _found_inf(optimizer: Any, skipped: Tensor) -> Iterator[None]:
 @contextmanager
 def lent(optimizer: Any, name: str, value: object) -> Iterator[None]:
     """Give an optimizer an attribute, and put back what was there, unless it was set since."""
-    before = getattr(optimizer, name, _UNSET)
+    before = vars(optimizer).get(name, _UNSET)
     setattr(optimizer, name, value)
     try:
         yield

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.lagged import Lagged
-from gradclip.clipping.response import Flag
+from gradclip.clipping.response import Flag, host_waits_for
 from gradclip.integrations.wrapped import behind_accelerate
 
 __all__ = ["SCALE_FLOOR", "OverflowWatch", "Unscaling"]
@@ -38,10 +38,12 @@ class OverflowWatch:
 
     def settle(self, skipped: Flag) -> None:
         """Note whether the step was skipped; a flag on an accelerator is read some steps late."""
-        if isinstance(skipped, Tensor):
+        if isinstance(skipped, Tensor) and host_waits_for(skipped.device):
             late = self._skips.push(skipped, None)
             skipped = late is not None and bool(late[0][0])
-        self._unsettled = skipped
+        self._unsettled = bool(skipped)
+        if not skipped:
+            self._at_floor = False  # it may grow again
 
 
 class Unscaling:

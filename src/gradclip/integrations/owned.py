@@ -29,6 +29,11 @@ class OwnedClipper(GradientClipper):
         self._owner = owner
         super().__init__(*args, **options)
 
+    @property
+    def writes(self) -> bool:
+        """Whether gradients can change at all: what only measures owns nothing."""
+        return any(policy.writes for policy in self._policies.values() if policy)
+
     def _check_owner(self) -> None:
         """Do nothing: whoever made it is the owner."""
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from gradclip.clipping import ClipResult
 from gradclip.clipping.group import Group
 from gradclip.clipping.lagged import Lagged
-from gradclip.clipping.ownership import check_unowned, disowned, owned, unwrapped
+from gradclip.clipping.ownership import disowned, owned, unwrapped
 from gradclip.clipping.response import Response, host_waits_for
 from gradclip.clipping.step import lent, withhold
-from gradclip.errors import ArgumentTypeError, ArgumentValueError, DoubleClippingError
+from gradclip.errors import ArgumentTypeError, DoubleClippingError
 from gradclip.integrations.loss_scaling import SCALE_FLOOR
 from gradclip.integrations.owned import OwnedClipper
 
@@ -112,7 +112,6 @@ class Attachment:
 
     def __init__(self, optimizer: torch.optim.Optimizer, make: Any) -> None:
         self.optimizer = optimizer
-        check_unowned(optimizer, self, _SAID)
         self.clipper: _Folding = make()
         if self.clipper.writes:
             owned(optimizer, self, _SAID)
@@ -225,11 +224,6 @@ class _Folding(OwnedClipper):
     folded: Response | None = None
     """What it has to multiply by in this step; None where that was done here."""
 
-    @property
-    def writes(self) -> bool:
-        """Whether gradients can change at all."""
-        return any(policy.writes for policy in self._policies.values() if policy)
-
     def _scale(self, group: Group, response: Response) -> None:
         self.folded = None
         if self.fold and self._can_fold(group, response):
@@ -263,7 +257,6 @@ def _checked(optimizer: object) -> Any:
 
     Raises:
         ArgumentTypeError: GC011, there is none, or its step needs a closure.
-        ArgumentValueError: GC010, it steps inside the backward pass.
         DoubleClippingError: GC101, it is DeepSpeed's.
     """
     inner = unwrapped(optimizer)
@@ -281,15 +274,6 @@ def _checked(optimizer: object) -> Any:
         raise ArgumentTypeError(
             "LBFGS computes gradients inside step(closure), after an attachment has clipped: call "
             "GradientClipper.clip() at the end of the closure instead"
-        )
-    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
-    if getattr(inner, "_overlap_with_ddp", False) or any(
-        hasattr(parameter, "_in_backward_optimizers") for parameter in parameters
-    ):
-        raise ArgumentValueError(
-            "these parameters are stepped inside the backward pass, tensor by tensor, before a "
-            "norm of all gradients is known, so nothing can be clipped by it. Step after "
-            "backward(): without _apply_optimizer_in_backward, or overlap_with_ddp=False."
         )
     return inner
 

@@ -430,3 +430,41 @@ def test_a_clipped_loop_with_one_bad_batch_is_a_loop_without_it(kind, way, bad):
             assert bool(result.skipped) == (seed is None)
         finals.append(everything(params, optimizer))
     assert finals[0] == finals[1]
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps by itself, as schedule-free optimizers do."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+
+
+class Ahead(torch.optim.Optimizer):
+    """Steps another optimizer, and is called whatever happens."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.calls = optimizer, 0
+        super().__init__(optimizer.param_groups, {})
+
+    def step(self, closure=None):
+        self.calls += 1
+        self.optimizer.step(closure)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("flag", [bool, torch.tensor], ids=["bool", "tensor"])
+def test_what_an_optimizer_counts_by_itself_waits_too(depth, flag):
+    params = oracle.parameters(torch.ones(2))
+    inner = outer = Counting(params, lr=0.1)
+    for _ in range(depth):
+        outer = Ahead(outer)
+    with withhold(outer, flag(True)):
+        outer.step()
+    assert "k" not in inner.param_groups[0]
+    assert "step" not in vars(inner)
+    params[0].grad = torch.ones(2)
+    outer.step()
+    assert inner.param_groups[0]["k"] == 1
+    assert getattr(outer, "calls", 2) == 2

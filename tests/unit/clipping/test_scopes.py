@@ -1,5 +1,7 @@
 """Policies that give each tensor, or each row, a ceiling: what a new policy needs is one class."""
 
+import copy
+import pickle
 from importlib.util import find_spec
 from typing import ClassVar, Literal
 
@@ -10,6 +12,7 @@ from gradclip import GradientClipper
 from gradclip.clipping import Policy
 from gradclip.clipping.policies import Decision
 from gradclip.config import Ceiling
+from gradclip.errors import StateError
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -128,3 +131,32 @@ def test_a_matrix_without_rows_is_no_obstacle(backend, dtype):
     for weight in (weights[0], weights[2]):
         torch.testing.assert_close(weight.grad, torch.full((5, 4), 0.5))
     assert weights[1].grad.shape == (0, 4)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_a_clipper_can_be_copied_with_its_history(way):
+    weight = parameter(torch.tensor([3.0, 4.0]))
+    clipper = GradientClipper([weight], RunningMean())
+    clipper.clip()
+    other = way(clipper)
+    for each in (clipper, other):
+        (tensor,) = each._source.tensors()
+        tensor.grad = torch.tensor([6.0, 8.0])
+        assert float(each.clip().norm_post) == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sum": torch.zeros(1)}, r"has \['count', 'sum'\], seen \['sum'\]"),
+        ({}, "seen"),
+        ({"sum": torch.zeros(2), "count": torch.tensor(1)}, r"of 1 norms, seen the shape \(2,\)"),
+    ],
+)
+def test_a_history_that_does_not_fit_is_refused_before_a_gradient_changes(wrong, message):
+    weight = parameter(torch.tensor([3.0, 4.0]))
+    clipper = GradientClipper([weight], RunningMean())
+    clipper.load_state_dict({**clipper.state_dict(), "states": {"*": wrong}})
+    with pytest.raises(StateError, match=message):
+        clipper.clip()
+    assert weight.grad.tolist() == [3.0, 4.0]

@@ -10,6 +10,7 @@ import torch
 import oracle
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip, clip_grad_norm_
 from gradclip.clipping.parameters import OptimizerParameters
+from gradclip.errors import ArgumentValueError
 
 backends = pytest.mark.parametrize("backend", oracle.BACKENDS)
 
@@ -87,6 +88,36 @@ def test_groups_by_an_optimizer_with_its_module():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     check_groups(GradientClipper(OptimizerParameters(optimizer, model), GROUPS), model)
+
+
+def test_patterns_are_for_the_names_of_the_module_where_the_optimizer_has_relative_ones():
+    model = net()
+    optimizer = torch.optim.SGD([*model.b.named_parameters()], lr=0.1)
+    clipper = GradientClipper(OptimizerParameters(optimizer, model), {"b.*": 0.5, "*": None})
+    clipper.clip()
+    oracle.assert_bounded([p.grad for p in model.b.parameters()], 0.5)
+
+
+def test_a_pattern_may_be_for_what_another_optimizer_steps():
+    model = net()
+    policy = {"a.*": 1.0, "b.*": 0.5, "*": None}
+    for part, limit in ((model.a, 1.0), (model.b, 0.5)):
+        optimizer = torch.optim.SGD(part.parameters(), lr=0.1)
+        GradientClipper(OptimizerParameters(optimizer, model), policy).clip()
+        oracle.assert_bounded([p.grad for p in part.parameters()], limit)
+    with pytest.raises(ArgumentValueError, match=r"the pattern 'bb\.\*' of policy matches no"):
+        GradientClipper(OptimizerParameters(optimizer, model), {"bb.*": 1.0, "*": 1.0})
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_what_is_stepped_in_the_backward_pass_is_refused():
+    from torch.distributed.optim import _apply_optimizer_in_backward  # noqa: PLC0415
+
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
+    with pytest.raises(ArgumentValueError, match="inside the backward pass"):
+        GradientClipper(optimizer, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,24 @@ def test_at_the_smallest_scale_an_overflow_is_not_the_scalers():
     assert watch.expects(scaler)
 
 
+def test_a_step_that_was_made_lets_the_scale_grow():
+    scaler, watch = Scaler(1.0), OverflowWatch()
+    for _ in range(2):
+        watch.expects(scaler)
+        watch.settle(skipped=True)
+    watch.expects(scaler)
+    watch.settle(skipped=False)
+    assert watch.expects(scaler)
+
+
+def test_a_flag_of_the_cpu_is_read_at_once():
+    """As results by pattern have it."""
+    scaler, watch = Scaler(1.0), OverflowWatch()
+    watch.expects(scaler)
+    watch.settle(torch.tensor(True))
+    assert not watch.expects(scaler)
+
+
 def test_a_step_that_nobody_told_of_counts_as_one_not_made():
     scaler, watch = Scaler(1.0), OverflowWatch()
     assert watch.expects(scaler)

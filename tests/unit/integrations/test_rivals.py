@@ -127,3 +127,14 @@ def test_to_measure_what_a_clipper_left_is_fine(module):
     GradientClipper(module, 0.5).clip()
     optimizer.step()
     assert float(handle.last.norm_pre) == pytest.approx(0.5)
+
+
+def test_an_attachment_that_measures_owns_nothing(module):
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    with attach(optimizer, 1.0) as clipping, attach(optimizer, ObserveClip()) as observing:
+        backward(module)
+        optimizer.step()
+        assert float(observing.last.norm_pre) == pytest.approx(1.0)  # it came second
+        assert clipping.last.norm_pre > 1
+    with attach(optimizer, ObserveClip()), attach(optimizer, 1.0):
+        pass

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, chain, repeat
 from typing import Any, TypeVar
 
@@ -191,6 +191,10 @@ class LayoutCache:
         self._by_unit = by_unit
         self._capacity = capacity
         self._known: tuple[tuple[Any, Layout], ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as one that knows nothing yet."""
+        return partial(LayoutCache, by_unit=self._by_unit, capacity=self._capacity), ()
 
     def find(self, tensors: Sequence[Tensor]) -> Layout | None:
         """Return the layout of earlier tensors of the same types, devices, shapes and strides."""
