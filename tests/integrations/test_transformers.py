@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers_runs import (
     LIMIT,
     STEPS,
@@ -21,37 +21,17 @@ from transformers_runs import (
     dataset,
     losses,
     poisoned,
+    trained,
 )
 
-import gradclip
-from gradclip import ClipResult, GradientClipper, NormClip, ValueClip
-from gradclip.clipping import Policy
-from gradclip.clipping.policies import Decision
+from gradclip import ClipResult, GradientClipper, ValueClip
 from gradclip.errors import (
-    ArgumentTypeError,
-    ArgumentValueError,
-    DoubleClippingError,
     NonFiniteGradientError,
-    StateError,
     TooManySkipsError,
 )
 from gradclip.integrations.transformers import GradientClippingCallback
 
 DOCS = Path(__file__).parents[2] / "docs" / "integrations.md"
-
-
-def trained(folder, callback, trainer=Trainer, *, optimizers=(None, None), others=(), **options):
-    """Train a model; return the trainer."""
-    model = Model()
-    made = trainer(
-        model,
-        arguments(folder, **options),
-        train_dataset=dataset(),
-        callbacks=[*others, callback] if callback else [*others],
-        optimizers=optimizers,
-    )
-    made.train()
-    return made
 
 
 def spy(monkeypatch, owner, name, events, said):
@@ -184,6 +164,32 @@ def test_the_numbers_stand_beside_the_trainers(tmp_path, monkeypatch, trainer):
     assert seen == [[trainer is ClippedTrainer] * 2, [True] * 2]
 
 
+class Nested(TrainerCallback):
+    """Logs something itself, whenever the trainer does."""
+
+    def __init__(self):
+        self.trainer = None
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if "loss" in logs:
+            self.trainer.log({"extra": 1.0})
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_they_stand_beside_the_loss_also_where_another_callback_logs(tmp_path, trainer):
+    nested = Nested()
+    made = trainer(
+        Model(),
+        arguments(tmp_path),
+        train_dataset=dataset(),
+        callbacks=[nested, GradientClippingCallback(LIMIT)],
+    )
+    nested.trainer = made
+    made.train()
+    for entry in made.state.log_history:
+        assert ("loss" in entry) == ("clip/fraction" in entry)
+
+
 # A NaN or an infinity.
 
 
@@ -247,6 +253,29 @@ def test_too_many_skips_are_an_error(tmp_path):
     callback = GradientClippingCallback(LIMIT, max_consecutive_skips=0)
     with pytest.raises(TooManySkipsError):
         trained(tmp_path, callback, poisoned(ClippedTrainer, 2, math.inf))
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps by itself, as schedule-free optimizers do."""
+
+    def step(self, closure=None):
+        super().step()
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+
+
+def test_an_optimizer_that_counts_by_itself_does_not_count_a_skip(tmp_path):
+    model = Model()
+    optimizer = Counting(model.parameters(), lr=0.01)
+    poisoned(ClippedTrainer, 3, math.nan)(
+        model,
+        arguments(tmp_path),
+        train_dataset=dataset(),
+        callbacks=[GradientClippingCallback(LIMIT)],
+        optimizers=(optimizer, None),
+    ).train()
+    assert optimizer.param_groups[0]["k"] == STEPS - 1
+    assert "step" not in vars(optimizer) or hasattr(optimizer.step, "_wrapped_by_lr_sched")
 
 
 # A loss scaler. The Trainer makes one on CUDA alone, so it is given one of the CPU.
@@ -317,203 +346,12 @@ def test_an_overflow_at_the_smallest_scale_counts(tmp_path):
         trained(tmp_path, callback, Always)  # scales 4, 2; then 1 twice
 
 
-# Checkpoints.
-
-
-class Recent(Policy):
-    """Half of the mean of the norms so far, for each tensor: a policy with a history."""
-
-    scope = "tensor"
-    clip_mode: str = "recent"
-
-    def initial_state(self, scopes, device):
-        zeros = torch.zeros(scopes, dtype=torch.float64, device=device)
-        return {"total": zeros, "steps": torch.zeros((), dtype=torch.int64, device=device)}
-
-    def decide(self, norms_S, counts, state):
-        total = torch.where(counts, state["total"] + norms_S, state["total"])
-        steps = state["steps"] + counts.to(torch.int64)
-        mean = total / steps / 2
-        return Decision(mean, mean, {"total": total, "steps": steps})
-
-
-@pytest.mark.parametrize("restores", [False, True])
-def test_a_run_resumes_with_the_clippers_history(tmp_path, caplog, restores):
-    policy = {"up.*": Recent(), "down.*": Recent(), "*": 1.0}  # in a file, sorted otherwise
-    options = {
-        "save_strategy": "steps",
-        "save_steps": 3,
-        "restore_callback_states_from_checkpoint": restores,
-    }
-    whole = GradientClippingCallback(policy)
-    keep = Keep(whole)
-    wanted = trained(tmp_path, whole, ClippedTrainer, others=[keep], **options)
-
-    again = GradientClippingCallback(policy)
-    kept = Keep(again)
-    made = ClippedTrainer(
-        Model(), arguments(tmp_path, **options), train_dataset=dataset(), callbacks=[again, kept]
-    )
-    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-
-    assert made.state.global_step == STEPS
-    assert len(kept.results) == STEPS - 3
-    for have, want in zip(kept.results, keep.results[3:], strict=True):
-        assert have.to_host() == want.to_host()
-    for have, want in zip(made.model.parameters(), wanted.model.parameters(), strict=True):
-        assert torch.equal(have, want)
-    saved = made.state.stateful_callbacks["gradclip"]
-    assert saved == wanted.state.stateful_callbacks["gradclip"]
-    assert saved["step"] == STEPS
-
-    # transformers makes callbacks anew of what it saved of them, and finds none of that name.
-    assert (
-        "not included in current configuration. Ignoring. (gradclip)" in caplog.text
-    ) == restores
-
-    other = GradientClippingCallback(1.0)
-    with pytest.raises(StateError, match="recent"):
-        ClippedTrainer(
-            Model(), arguments(tmp_path, **options), train_dataset=dataset(), callbacks=[other]
-        ).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-
-
-def test_a_damaged_history_is_an_error(tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 3}
-    trained(tmp_path, GradientClippingCallback({"*": Recent()}), **options)
-    path = tmp_path / "checkpoint-3" / "trainer_state.json"
-    path.write_text(path.read_text().replace("float64", "float65"))
-    made = Trainer(
-        Model(),
-        arguments(tmp_path, **options),
-        train_dataset=dataset(),
-        callbacks=[GradientClippingCallback({"*": Recent()})],
-    )
-    with pytest.raises(StateError, match="float65"):
-        made.train(resume_from_checkpoint=str(path.parent))
-
-
-def test_a_checkpoint_without_a_history_begins_one(tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 3}
-    trained(tmp_path, None, max_grad_norm=LIMIT, **options)
-    callback = GradientClippingCallback(LIMIT)
-    keep = Keep(callback)
-    made = Trainer(
-        Model(), arguments(tmp_path, **options), train_dataset=dataset(), callbacks=[callback, keep]
-    )
-    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-
-    assert made.state.stateful_callbacks["gradclip"]["step"] == STEPS - 3 == len(keep.results)
-
-
-# One owner.
-
-
-def refused(trainer):
-    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-    with pytest.raises(DoubleClippingError) as caught:
-        trainer.train()
-    assert trainer.state.global_step == 0
-    assert all(map(torch.equal, trainer.model.parameters(), before))
-    assert caught.value.code == "GC101"
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize(("options", "seen"), [({}, "1.0"), ({"max_grad_norm": 0.25}, "0.25")])
-def test_a_trainer_that_clips_is_refused_before_the_first_step(tmp_path, trainer, options, seen):
-    args = arguments(tmp_path)
-    args.max_grad_norm = options.get("max_grad_norm", type(args)(str(tmp_path)).max_grad_norm)
-    callback = GradientClippingCallback(NormClip(max_norm=LIMIT))
-    said = refused(trainer(Model(), args, train_dataset=dataset(), callbacks=[callback]))
-
-    assert f"Trainer    max_grad_norm = {seen}    (TrainingArguments; 1.0 where it is not" in said
-    assert "gradclip   policy        = NormClip(clip_mode='norm', max_norm=0.5" in said
-    assert "TrainingArguments(..., max_grad_norm=0)" in said
-    assert said.endswith("No parameters were changed.")
-    assert callback.last is None
-
-
-def test_a_second_clipper_of_gradclip_is_refused(tmp_path):
-    model = Model()
-    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.01)
-    options = {"train_dataset": dataset(), "optimizers": (optimizer, None)}
-    callback = GradientClippingCallback(LIMIT)
-    made = Trainer(model, arguments(tmp_path), callbacks=[callback], **options)
-    with gradclip.attach(optimizer, 1.0):
-        said = refused(made)
-    assert "gradclip.attach; GradientClippingCallback would clip them again" in said
-
-    made.train()  # it was taken off
-    assert made.state.global_step == STEPS
-    gradclip.attach(optimizer, 1.0).remove()  # after training the optimizer is free
-
-    made.add_callback(GradientClippingCallback(1.0))
-    with pytest.raises(DoubleClippingError, match="GradientClippingCallback; GradientClippingCal"):
-        made.train()
-
-
-def test_nothing_can_be_attached_while_it_trains(tmp_path):
-    class Attaching(TrainerCallback):
-        def on_step_end(self, args, state, control, optimizer=None, **_):
-            gradclip.attach(optimizer, 1.0)
-
-    with pytest.raises(DoubleClippingError, match="by GradientClippingCallback"):
-        trained(tmp_path, GradientClippingCallback(LIMIT), others=[Attaching()])
-
-
-def test_it_trains_twice(tmp_path):
-    callback = GradientClippingCallback(LIMIT)
-    made = trained(tmp_path, callback)
-    made.train()
-    assert made.state.stateful_callbacks["gradclip"]["step"] == STEPS
-
-
-@pytest.mark.parametrize(
-    ("error", "args", "options"),
-    [
-        (ArgumentValueError, (-1.0,), {}),
-        (ArgumentTypeError, ("1.0",), {}),
-        (ArgumentValueError, (1.0,), {"nonfinite": "ignore"}),
-        (ArgumentTypeError, (1.0,), {"max_consecutive_skips": 1.5}),
-        (ArgumentValueError, (1.0,), {"backend": "cuda"}),
-    ],
-)
-def test_wrong_arguments_are_refused_when_it_is_made(error, args, options):
-    with pytest.raises(error):
-        GradientClippingCallback(*args, **options)
-
-
 def test_the_mixin_alone_measures_as_before(tmp_path):
     own = trained(tmp_path, None, ClippedTrainer, max_grad_norm=LIMIT)
     wanted = trained(tmp_path, None, max_grad_norm=LIMIT)
     assert [entry.get("grad_norm") for entry in own.state.log_history] == [
         entry.get("grad_norm") for entry in wanted.state.log_history
     ]
-
-
-def test_other_stateful_callbacks_are_still_restored(tmp_path):
-    options = {
-        "save_strategy": "steps",
-        "save_steps": 4,
-        "eval_strategy": "steps",
-        "eval_steps": 4,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "loss",
-        "restore_callback_states_from_checkpoint": True,
-    }
-    for resumes in (False, True):
-        stopping = EarlyStoppingCallback(5)
-        made = ClippedTrainer(
-            Model(),
-            arguments(tmp_path, **options),
-            train_dataset=dataset(),
-            eval_dataset=dataset(2),
-            callbacks=[stopping, GradientClippingCallback(LIMIT)],
-        )
-        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4") if resumes else None)
-    assert {"EarlyStoppingCallback", "gradclip"} <= made.state.stateful_callbacks.keys()
-    assert made.state.stateful_callbacks["gradclip"]["step"] == STEPS
 
 
 # What the page says.

@@ -54,6 +54,20 @@ def arguments(folder, **options):
     return TrainingArguments(str(folder), **{**known, **options})
 
 
+def trained(folder, callback, trainer=Trainer, *, optimizers=(None, None), others=(), **options):
+    """Train a model; return the trainer."""
+    model = Model()
+    made = trainer(
+        model,
+        arguments(folder, **options),
+        train_dataset=dataset(),
+        callbacks=[*others, callback] if callback else [*others],
+        optimizers=optimizers,
+    )
+    made.train()
+    return made
+
+
 def poisoned(trainer, step, value):
     """Return a trainer that sets one element of one gradient before the clip of one step."""
 

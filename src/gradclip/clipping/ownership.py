@@ -46,6 +46,12 @@ def disowned(optimizer: torch.optim.Optimizer, owner: object) -> None:
         del _OWNERS[inner]
 
 
+def owner_of(optimizer: torch.optim.Optimizer) -> object | None:
+    """Return what clips before every step of an optimizer; None if nothing is known to."""
+    known = _OWNERS.get(unwrapped(optimizer))
+    return None if known is None else known[0]()
+
+
 def check_unowned(optimizer: torch.optim.Optimizer, owner: object, said: str) -> None:
     """Refuse to clip what something else clips before every step.
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping import ClipResult, GradientClipper, withhold
-from gradclip.clipping.ownership import disowned, owned, unwrapped
+from gradclip.clipping.ownership import disowned, owned, owner_of, unwrapped
 from gradclip.clipping.parameters import OptimizerParameters
 from gradclip.clipping.step import lent
-from gradclip.errors import MissingDependencyError
+from gradclip.errors import ArgumentValueError, DoubleClippingError, MissingDependencyError
 from gradclip.integrations.deepspeed import EngineWatch, engine_of, uses_deepspeed
 from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling
 from gradclip.integrations.owned import OwnedClipper
@@ -59,14 +59,21 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
         backend: Likewise.
 
     Attributes:
-        clipper: What clips while the trainer trains; None else, and where DeepSpeed clips.
+        clipper: What clips, from the begin of training to its end, or to ``remove()``; None else,
+            and where DeepSpeed clips.
         last: The result of the last optimizer step; None before the first.
 
     Raises:
         ArgumentTypeError: GC011, for an argument of the wrong kind.
-        ArgumentValueError: GC010, for one out of range.
+        ArgumentValueError: GC010, for one out of range; in training, for an optimizer that steps
+            inside the backward pass, and at a step of a trainer that did not begin with it.
         DoubleClippingError: GC101, before the first step: ``max_grad_norm`` is set, or something
-            else of gradclip clips this optimizer, or DeepSpeed does.
+            else of gradclip clips this optimizer, or DeepSpeed does, or the trainer has this
+            callback twice.
+
+    Note:
+        The trainer tells nobody that training ended by an error. Training again goes on as if it
+        were new; before the optimizer is used in any other way, ``remove()`` lets go of it.
     """
 
     def __init__(
@@ -95,11 +102,12 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
             duplicated=duplicated,
             backend=backend,
         )
-        self.clipper: GradientClipper | None = None
+        self.clipper: OwnedClipper | None = None
         self.last: ClipResult | None = None
         self._accelerator: Accelerator | None = None
         self._watch: EngineWatch | None = None
         self._optimizer: torch.optim.Optimizer | None = None
+        self._training: object = None
         self._overflows, self._unscale = OverflowWatch(), Unscaling()
         self._step = ExitStack()
         self._skipped = False
@@ -141,33 +149,47 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: Any, *_: Any, model: Any, optimizer: Any, **__: Any
     ) -> None:
         """Bind to the optimizer that the trainer prepared, and refuse a second clipper."""
-        self._release()
+        if self._training is state:
+            raise DoubleClippingError(
+                "the trainer has this GradientClippingCallback twice, which would clip what it "
+                "clipped already: take one out (trainer.remove_callback). No gradient was changed."
+            )
+        self.remove()
         if self._accelerator is not None:
             engine = engine_of(self._accelerator, model)
             self._watch = EngineWatch(engine, self._policy, **self._skipping)
+            self._training = state
             return
         refuse_other_clipping(args.max_grad_norm, optimizer, self._policy)
-        owned(optimizer, self, "GradientClippingCallback")
-        self._optimizer = optimizer
-        try:
-            inner = unwrapped(optimizer)
-            self.clipper = self._make(params=OptimizerParameters(inner, module=model))
-            if (saved := state.stateful_callbacks.get(KEY)) is not None:
-                restore(self.clipper, saved, inner.param_groups[0]["params"][0].device)
-        except BaseException:
-            self._release()
-            raise
+        other = owner_of(optimizer)
+        if isinstance(other, GradientClippingCallback) and other._training is not state:  # noqa: SLF001
+            other.remove()  # it was in a training before this one, which ended by an error
+        source = OptimizerParameters(unwrapped(optimizer), module=model)
+        clipper = self._make(params=source)
+        if (saved := state.stateful_callbacks.get(KEY)) is not None:
+            restore(clipper, saved, next((p.device for p in source.tensors()), None))
+        if clipper.writes:
+            owned(optimizer, self, "GradientClippingCallback")
+        self._optimizer, self.clipper, self._training = optimizer, clipper, state
 
-    def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
+    def on_pre_optimizer_step(
+        self, _args: Any, state: Any, *_: Any, optimizer: Any, **__: Any
+    ) -> None:
         """Clip, and keep the optimizer from stepping on a NaN or an infinity."""
         self._step.close()  # where the last step raised, nobody did
+        if self._training is not state:
+            raise ArgumentValueError(
+                "this GradientClippingCallback is not bound to this training: it was added after "
+                "training began, or another trainer has it too, and trains now. Add it before "
+                "train(), and give each trainer its own. No step was made."
+            )
         if self._watch is not None:
             result = self._watch.observe()  # DeepSpeed stepped in the backward pass
             if result is None:
                 return
             self.last = result
         else:
-            assert self.clipper is not None
+            assert self.clipper is not None  # bound, and without a watch
             scaler = getattr(optimizer, "scaler", None)
             self._unscale(scaler, optimizer)
             self.last = self.clipper.clip(overflow_expected=self._overflows.expects(scaler))
@@ -194,17 +216,25 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
         if "loss" in logs and "clip/fraction" not in logs:
             numbers = self.report()
             logs.update(numbers)
-            state.log_history[-1].update(numbers)
+            # Callbacks before this one may have logged something themselves.
+            for entry in reversed(state.log_history):
+                if "loss" in entry:
+                    entry.update(numbers)
+                    break
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Let the optimizer go: another callback may clip it."""
-        self._release()
+        self.remove()
 
-    def _release(self) -> None:
+    def remove(self) -> None:
+        """Let the optimizer go, and give back what a step that raised was lent; twice is harmless.
+
+        The end of training does it, and the mixin where training raises.
+        """
         self._step.close()
         if self._optimizer is not None:
             disowned(self._optimizer, self)
-        self._optimizer = self.clipper = self._watch = None
+        self._optimizer = self.clipper = self._watch = self._training = None
         self._skipped = False
         self._steps, self._clipped_and_skipped = 0, None
 
@@ -235,7 +265,12 @@ class ClippingTrainerMixin:
         """Train; under DeepSpeed the limit is lowered first."""
         for callback in self._clipping():
             callback.lower_into(self.accelerator, self.args.max_grad_norm)
-        return super().train(*args, **options)  # type: ignore[misc]
+        try:
+            return super().train(*args, **options)  # type: ignore[misc]
+        except BaseException:
+            for callback in self._clipping():
+                callback.remove()
+            raise
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         """Log, with the numbers of clipping beside a loss."""

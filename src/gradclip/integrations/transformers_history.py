@@ -10,6 +10,10 @@ from gradclip.errors import StateError
 
 __all__ = ["KEY", "exported", "restore"]
 
+_WAY_OUT = (
+    "To go on without it, take stateful_callbacks.gradclip out of the checkpoint's "
+    "trainer_state.json."
+)
 KEY = "gradclip"
 """Where the history is in ``TrainerState.stateful_callbacks``."""
 
@@ -35,16 +39,18 @@ def exported(clipper: GradientClipper) -> dict[str, Any]:
     }
 
 
-def restore(clipper: GradientClipper, saved: Mapping[str, Any], device: torch.device) -> None:
+def restore(
+    clipper: GradientClipper, saved: Mapping[str, Any], device: torch.device | None
+) -> None:
     """Load what ``exported`` returned.
 
     Args:
         clipper: Gets the history.
         saved: As it came out of the file.
-        device: Where the policies' tensors go.
+        device: Where the policies' tensors go; None for the CPU.
 
     Raises:
-        StateError: GC030, it is damaged or of other policies; nothing was changed.
+        StateError: GC030, it is damaged or of other policies; no history was changed.
     """
     try:
         state = {
@@ -60,6 +66,9 @@ def restore(clipper: GradientClipper, saved: Mapping[str, Any], device: torch.de
         }
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise StateError(
-            f"the history of gradclip in this checkpoint is damaged: {error!r}. Nothing was changed"
+            f"the history of gradclip in this checkpoint is damaged: {error!r}. {_WAY_OUT}"
         ) from error
-    clipper.load_state_dict(state)
+    try:
+        clipper.load_state_dict(state)
+    except StateError as error:
+        raise StateError(f"{error} {_WAY_OUT}") from error

@@ -55,7 +55,7 @@ def refuse_other_clipping(max_grad_norm: float | None, optimizer: Any, policy: o
             "  or leave the callback out and keep DeepSpeed's limit\n"
             "  No parameters were changed."
         )
-    if max_grad_norm:
+    if max_grad_norm and not max_grad_norm < 0:
         raise DoubleClippingError(
             "the Trainer would clip these gradients too\n"
             f"  Trainer    max_grad_norm = {max_grad_norm!r}    (TrainingArguments; "
