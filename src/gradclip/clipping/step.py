@@ -28,9 +28,6 @@ def withhold(optimizer: torch.optim.Optimizer, skipped: Tensor | bool) -> Iterat
         skipped: Whether the update should not happen: 0-d bool tensor, or a bool.
 
     Note:
-        Within a step that is under way, as in a hook of it, the gradients are dropped and no more:
-        what an optimizer counts without gradients (schedule-free ones do) goes on there.
-
         A ``step(closure)`` computes gradients anew, which nothing here withholds: do not call it.
         A ``GradScaler`` that steps a fused optimizer sets ``found_inf`` itself: pass a bool there.
 
@@ -42,22 +39,32 @@ def withhold(optimizer: torch.optim.Optimizer, skipped: Tensor | bool) -> Iterat
     >>> weight.tolist(), optimizer.state_dict()["state"]
     ([1.0, 1.0], {})
     """
+    if isinstance(skipped, Tensor) and not _takes_found_inf(unwrapped(optimizer)):
+        skipped = bool(skipped)
+    with withhold_within(optimizer, skipped), ExitStack() as stack:
+        if skipped is True:
+            # Some count their steps themselves, whether there are gradients or not. An outermost
+            # wrapper is called all the same: Accelerate's has a loss scaler to update.
+            for each in list(_chain(optimizer))[1:] or [optimizer]:
+                stack.enter_context(lent(each, "step", _make_no_step))
+        yield
+
+
+@contextmanager
+def withhold_within(optimizer: torch.optim.Optimizer, skipped: Tensor | bool) -> Iterator[None]:
+    """Do the same within a step that is under way, as in a hook of it.
+
+    What an optimizer counts without gradients, as schedule-free ones do, goes on there.
+    """
     inner = unwrapped(optimizer)
     if isinstance(skipped, Tensor) and _takes_found_inf(inner):
         with _found_inf(inner, skipped):
             yield
         return
-    if not skipped:
-        yield
-        return
-    for parameter in _parameters(optimizer):
-        parameter.grad = None
-    with ExitStack() as stack:
-        # Some count their steps themselves, whether there are gradients or not. An outermost
-        # wrapper is called all the same: Accelerate's has a loss scaler to update.
-        for each in list(_chain(optimizer))[1:] or [inner]:
-            stack.enter_context(lent(each, "step", _make_no_step))
-        yield
+    if skipped:
+        for parameter in _parameters(optimizer):
+            parameter.grad = None
+    yield
 
 
 def _chain(optimizer: Any) -> Iterator[Any]:

@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 
 __all__ = ["GradientClippingCallback"]
 
+_WAY_OUT = (
+    "No history was changed. To go on without it, delete that of the callback: "
+    "checkpoint['callbacks'].pop('GradientClippingCallback')."
+)
+
 
 class GradientClippingCallback(Callback):
     """Clips before each optimizer step of a ``Trainer``, in the place of ``gradient_clip_val``.
@@ -113,7 +118,7 @@ class GradientClippingCallback(Callback):
         """Refuse a second owner, and bind a clipper to each optimizer: on all ranks."""
         refuse_rivals(trainer, pl_module, self._policy)
         self._release()
-        self._steps = []
+        self._steps, self.last = [], None
         self._bound = True
         self._bind(trainer)
         if self._state is not None:
@@ -128,6 +133,13 @@ class GradientClippingCallback(Callback):
     ) -> None:
         """Forget the backward pass of the last batch."""
         self._ran_backward = False
+        for step in self._steps:
+            step.in_batch = True
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """What steps now does not train."""
+        for step in self._steps:
+            step.in_batch = False
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         """Note that this batch had a backward pass."""
@@ -149,7 +161,10 @@ class GradientClippingCallback(Callback):
         for number, step in enumerate(self._steps):
             count, clipped, skipped = step.tally()
             if count and not trainer.barebones:
-                log = partial(pl_module.log, on_step=False, on_epoch=True)
+                # The size of a batch is of no use: there is one number for the epoch.
+                log = partial(
+                    pl_module.log, on_step=False, on_epoch=True, sync_dist=True, batch_size=1
+                )
                 log(f"{self._prefix(number)}/clip_fraction", clipped / count)
                 log(f"{self._prefix(number)}/skipped", skipped.to(torch.float32))
 
@@ -157,18 +172,33 @@ class GradientClippingCallback(Callback):
         """Take the hooks off the optimizers."""
         self._release()
 
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002
+        """Forget what a checkpoint brought that was not trained on: of a test, say."""
+        self._state = None
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
-        """Take the hooks off the optimizers."""
+        """Take the hooks off the optimizers, and forget a checkpoint that could not be used."""
         self._release()
+        self._state = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the histories of the clippers; Lightning puts them into its checkpoints."""
+        """Return the histories of the clippers; Lightning puts them into its checkpoints.
+
+        Empty before there are any: Lightning then saves none.
+        """
         if self._state is not None:
             return self._state
-        return {"clippers": [clipper.state_dict() for clipper in self.clippers]}
+        histories = [clipper.state_dict() for clipper in self.clippers]
+        return {"clippers": histories} if histories else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the histories, when fitting starts if it has not yet."""
+        """Restore the histories, when fitting starts if it has not yet.
+
+        Raises:
+            StateError: GC030, here or when fitting starts; no history was changed.
+        """
+        if not state_dict:
+            return
         if self._bound:
             self._load(state_dict)
         else:
@@ -177,10 +207,11 @@ class GradientClippingCallback(Callback):
     def _bind(self, trainer: Any) -> None:
         """Have a step for each optimizer that there is now, in their order."""
         known = {id(step.optimizer): step for step in self._steps}
-        self._steps = []
         for optimizer in trainer.optimizers:
-            step = known.pop(id(optimizer), None)
-            self._steps.append(self._made(trainer, optimizer) if step is None else step)
+            if id(optimizer) not in known:
+                known[id(optimizer)] = self._made(trainer, optimizer)
+                self._steps.append(known[id(optimizer)])  # released too where the next is refused
+        self._steps = [known.pop(id(optimizer)) for optimizer in trainer.optimizers]
         for gone in known.values():
             gone.release()
 
@@ -197,15 +228,22 @@ class GradientClippingCallback(Callback):
         return [step.optimizer for step in self._steps].index(optimizer)
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        states = state["clippers"]
+        states = state.get("clippers")
+        if not isinstance(states, list):
+            raise StateError(f"expected the histories of clippers, seen {state!r}. {_WAY_OUT}")
         if len(states) != len(self._steps):
             raise StateError(
                 f"the checkpoint has the history of {len(states)} clippers, and there are "
-                f"{len(self._steps)} optimizers: it belongs to another training. Nothing was "
-                "changed."
+                f"{len(self._steps)} optimizers: it belongs to another training. {_WAY_OUT}"
             )
-        for clipper, each in zip(self.clippers, states, strict=True):
-            clipper.load_state_dict(each)
+        before = [clipper.state_dict() for clipper in self.clippers]
+        try:
+            for clipper, each in zip(self.clippers, states, strict=True):
+                clipper.load_state_dict(each)
+        except StateError as error:
+            for clipper, each in zip(self.clippers, before, strict=True):
+                clipper.load_state_dict(each)
+            raise StateError(f"{error} {_WAY_OUT}") from error
         self._state = None
 
     def _release(self) -> None:
@@ -219,5 +257,6 @@ class GradientClippingCallback(Callback):
     def _log(self, pl_module: Any, number: int, result: ClipResult) -> None:
         """Hand tensors to Lightning, which reads them on the host when it writes them."""
         prefix = self._prefix(number)
-        pl_module.log(f"{prefix}/norm_pre", result.norm_pre, on_step=True, on_epoch=False)
-        pl_module.log(f"{prefix}/norm_post", result.norm_post, on_step=True, on_epoch=False)
+        log = partial(pl_module.log, on_step=True, on_epoch=False, batch_size=1)
+        log(f"{prefix}/norm_pre", result.norm_pre)
+        log(f"{prefix}/norm_post", result.norm_post)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from gradclip.clipping.policies import as_policies
 from gradclip.errors import ArgumentTypeError, DoubleClippingError
 
 _NOTHING = "  No step was made, and no gradient was changed."
@@ -22,6 +23,7 @@ def refuse_rivals(trainer: Any, pl_module: Any, policy: object) -> None:
         DoubleClippingError: GC101, for DeepSpeed, ``gradient_clip_val``, or a
             ``configure_gradient_clipping`` that Lightning would call.
     """
+    writes = any(each.writes for each in as_policies(policy)[0].values() if each)
     ours = f"  gradclip   GradientClippingCallback({policy!r})\n"
     if getattr(trainer.strategy, "strategy_name", None) == "deepspeed":
         raise DoubleClippingError(
@@ -33,6 +35,8 @@ def refuse_rivals(trainer: Any, pl_module: Any, policy: object) -> None:
             '  Leave the callback out: Trainer(strategy="deepspeed", gradient_clip_val=...).\n'
             f"{_NOTHING}"
         )
+    if not writes:
+        return  # Lightning clips after the callback has measured
     if trainer.gradient_clip_val:
         where, without = (
             _argument(trainer),
@@ -65,6 +69,8 @@ def _argument(trainer: Any) -> str:
 def _override(pl_module: Any) -> str | None:
     """Return the name of the module's own ``configure_gradient_clipping``, if it has one."""
     name = "configure_gradient_clipping"
+    if name in vars(pl_module):
+        return f"{type(pl_module).__qualname__}().{name}, which was set on it"
     for kind in type(pl_module).__mro__:
         if name in vars(kind):
             known = kind.__module__.partition(".")[0] in _PACKAGES
@@ -82,6 +88,12 @@ def refuse_kind(optimizer: object) -> None:
         raise ArgumentTypeError(
             f"configure_optimizers returned a {type(optimizer).__qualname__}: expected a torch "
             "optimizer, for no other can be kept from stepping on a NaN"
+        )
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise ArgumentTypeError(
+            f"{type(optimizer).__qualname__}.__init__ does not call torch.optim.Optimizer's, so it "
+            "takes no hooks, and cannot be kept from stepping on a NaN: call "
+            "super().__init__(param_groups, defaults)"
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ArgumentTypeError(

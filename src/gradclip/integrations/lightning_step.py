@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradclip.clipping import ClipResult, GradientClipper
+from gradclip.clipping import ClipResult
 from gradclip.clipping.ownership import disowned, owned
 from gradclip.clipping.response import Flag
-from gradclip.clipping.step import withhold
+from gradclip.clipping.step import withhold_within
+from gradclip.errors import ArgumentValueError
 from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling
+from gradclip.integrations.owned import OwnedClipper
 
 
 class LightningStep:
@@ -34,18 +36,18 @@ class LightningStep:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        make: Callable[[], GradientClipper],
+        make: Callable[[], OwnedClipper],
         *,
         owner: object,
     ) -> None:
         self.optimizer = optimizer
         self._owner = owner
-        owned(optimizer, owner, type(owner).__name__)
-        try:
-            self.clipper = make()
-        except BaseException:
-            disowned(optimizer, owner)
-            raise
+        self.clipper = make()
+        if self.clipper.writes:
+            owned(optimizer, owner, type(owner).__name__)
+        self.in_batch = False
+        """Whether what steps now trains; outside, torch steps to make the optimizer's state."""
+        self._ready = False
         self._withheld: Flag | None = None
         self._kept = ExitStack()
         self._overflows, self._unscale = OverflowWatch(), Unscaling()
@@ -69,6 +71,7 @@ class LightningStep:
             self._unscale(scaler, self.optimizer)
         result = self.clipper.clip(overflow_expected=self._overflows.expects(scaler))
         self._kept.close()  # where the last step was not made, or raised, nobody did
+        self._ready = True
         if scaler is None:
             self._keep(result.withheld)
         else:
@@ -94,13 +97,21 @@ class LightningStep:
         self._hooks = []
         disowned(self.optimizer, self._owner)
 
-    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG002
+    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None and self.in_batch and not self._ready:
+            raise ArgumentValueError(
+                f"this {type(optimizer).__name__} is about to step on gradients that were not "
+                "clipped: Lightning was not asked to step it. In manual optimisation take it from "
+                "self.optimizers(), and not with use_pl_optimizer=False. No step was made."
+            )
         withheld, self._withheld = self._withheld, None
         if withheld is not None:
             self._keep(withheld)
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG002
         self._kept.close()
+        self._ready = False
 
     def _keep(self, withheld: Flag) -> None:
-        self._kept.enter_context(withhold(self.optimizer, withheld))
+        self._kept.enter_context(withhold_within(self.optimizer, withheld))

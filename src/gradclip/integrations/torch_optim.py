@@ -14,7 +14,7 @@ from gradclip.clipping.group import Group
 from gradclip.clipping.lagged import Lagged
 from gradclip.clipping.ownership import disowned, owned, unwrapped
 from gradclip.clipping.response import Response, host_waits_for
-from gradclip.clipping.step import lent, withhold
+from gradclip.clipping.step import lent, withhold_within
 from gradclip.errors import ArgumentTypeError, DoubleClippingError
 from gradclip.integrations.loss_scaling import SCALE_FLOOR
 from gradclip.integrations.owned import OwnedClipper
@@ -177,7 +177,7 @@ class Attachment:
         finally:
             self.clipper.fold = False
         self._under_way, self._given = step, (scale, found_inf)
-        self._step.enter_context(withhold(optimizer, result.withheld))
+        self._step.enter_context(withhold_within(optimizer, result.withheld))
         if scale is not None and self.clipper.folded is not None:
             self._lent = _divided(scale, self.clipper.folded, result)
             self._step.enter_context(lent(optimizer, "grad_scale", self._lent))
