@@ -296,7 +296,7 @@ class FromIterator(Net):
         return self.loss_of(batch)
 
 
-@pytest.mark.filterwarnings("ignore:.*`dataloader_iter` step flavor")
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
 def test_a_step_that_takes_the_iterator_is_logged_too(tmp_path):
     logger = CSVLogger(tmp_path)
     made = fit(FromIterator(), GradientClippingCallback(LIMIT), logger=logger)
