@@ -1,5 +1,6 @@
 """Files that were written for RoboOrchardLab load as gradclip's, and nothing of it is imported."""
 
+import json
 import re
 import sys
 
@@ -122,6 +123,8 @@ FILES = {
     f'"class_type": "{LAB}.grad_clip:GradientClippingHook", "clip_mode": "norm", "max_norm": 1.0}}',
     "config_type.toml": f'__config_type__ = "{LAB}.grad_clip:GradientClippingHookConfig"\n'
     'clip_mode = "norm"\nmax_norm = 1.0\n',
+    "null.toml": f'__config_type__ = "{LAB}.grad_clip:GradientClippingHookConfig"\n'
+    'clip_mode = "norm"\nclip_value = "null"\nmax_norm = 1.0\n',
 }
 
 
@@ -172,6 +175,38 @@ def test_the_rest_of_the_file_is_checked_as_ever(fields, error, says):
     head = f'"__config_type__": "{LAB}.grad_clip:GradientClippingHookConfig", "clip_mode": "norm"'
     with pytest.raises(error, match=says):
         Config.from_str(f'{{{head}, "max_norm": 1.0, {fields}}}')
+
+
+class Adapted(GradientClippingHookConfig):
+    """As the configuration for their trainer is."""
+
+
+class Experiment(Config):
+    """A user's own, with a field for one class."""
+
+    grad_clip: Adapted
+
+
+def test_the_key_may_stand_where_the_class_is_known():
+    fields = {
+        "__config_type__": f"{LAB}.grad_clip:GradientClippingHookConfig",
+        "clip_mode": "norm",
+        "max_norm": 1.0,
+    }
+    adapted = Adapted(clip_mode="norm", max_norm=1.0)
+    assert Adapted.from_dict(fields) == adapted
+    assert Adapted.from_str(json.dumps(fields)) == adapted
+    assert Experiment.from_dict({"grad_clip": fields}).grad_clip == adapted
+    other = {**fields, "__config_type__": f"{LAB}.optimizer:OptimizerHookConfig"}
+    with pytest.raises(ValueError, match="is OptimizerHookConfig, and here a Adapted is expected"):
+        Adapted.from_dict(other)
+
+
+def test_a_text_null_is_none_in_its_toml_alone():
+    class Named(Config):
+        name: str | None = "x"
+
+    assert Named.from_str('name = "null"\n', "toml").name == "null"
 
 
 @pytest.mark.parametrize("name", ["os:system", "subprocess:Popen"])

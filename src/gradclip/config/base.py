@@ -63,10 +63,19 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _know_every_field(cls, data: Any) -> Any:
+    def _know_every_field(cls, data: Any, info: ValidationInfo) -> Any:
+        if isinstance(data, Mapping) and CONFIG_TYPE in data:
+            data = _of_class(cls, data, info.context)
         if isinstance(data, Mapping) and cls.model_config.get("extra") == "forbid":
             refuse_unknown_fields(cls, data)
         return data
+
+    @model_validator(mode="after")
+    def _call_post_init(self) -> Self:
+        check = getattr(self, "__post_init__", None)  # RoboOrchardLab's name for a last check
+        if check is not None:
+            check()
+        return self
 
     @model_serializer(mode="wrap")
     def _leave_out_default_none(
@@ -178,6 +187,8 @@ def _build(data: Any, expected: type[ConfigT], context: Any) -> ConfigT:
                 f"class_type {class_name(cls)!r} has no configuration\n"
                 "write a ClassConfig whose class_type has that class as its default"
             )
+        if key == CONFIG_TYPE and issubclass(expected, config):
+            config = expected
         if not issubclass(config, expected):
             raise ClassTypeError(  # noqa: TRY301
                 f"{key} {data[key]!r} is configured by {config.__name__}, and here "
@@ -186,9 +197,24 @@ def _build(data: Any, expected: type[ConfigT], context: Any) -> ConfigT:
     except ClassTypeError as error:
         raise _invalid(expected, (key,), error, data[key]) from None
     fields = {name: value for name, value in data.items() if name != key}
-    if config is not cls:
+    if not issubclass(cls, Config):
         fields = {"class_type": cls, **fields}
     return config.model_validate(fields, context=context)
+
+
+def _of_class(cls: type[Config], data: Mapping[Any, Any], context: Any) -> dict[Any, Any]:
+    """Return fields without the key that names their class, which has to be this one.
+
+    Raises:
+        ClassTypeError: GC002, it is another.
+    """
+    named = as_class(data[CONFIG_TYPE], context)
+    if not issubclass(cls, named):
+        raise ClassTypeError(
+            f"{CONFIG_TYPE} {data[CONFIG_TYPE]!r} is {named.__name__}, and here a {cls.__name__} "
+            "is expected"
+        )
+    return {name: value for name, value in data.items() if name != CONFIG_TYPE}
 
 
 def as_class(value: Any, context: Any) -> type:

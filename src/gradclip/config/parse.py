@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Final, Literal, TypeAlias
 
 from gradclip.config.report import Document, Span, file_error
+from gradclip.config.robo_orchard import with_nulls
 from gradclip.config.yaml_nodes import read_yaml
 
 __all__ = ["MAX_BYTES", "MAX_DEPTH", "Format", "parse"]
@@ -115,7 +116,7 @@ def _parse_toml(text: str, name: str) -> Document:
         raise file_error(name, f"not valid TOML: {place['what']}", text, span) from None
     if _too_deep(data, MAX_DEPTH):  # a table's name and the keys in it add up
         raise file_error(name, _TOO_DEEP)
-    return Document(name, text, data)
+    return Document(name, text, with_nulls(data))
 
 
 def _too_deep(data: object, left: int) -> bool:

@@ -6,16 +6,37 @@ Its package is never imported: a name is translated, and the translation is what
 'gradclip.pipeline.hooks.grad_clip:GradientClippingHook'
 """
 
-__all__ = ["CONFIG_TYPE", "translated"]
+from typing import Any
+
+__all__ = ["CONFIG_TYPE", "translated", "with_nulls"]
 
 CONFIG_TYPE = "__config_type__"
 """The key under which its files name the configuration class."""
+
+_TOML_NULL = "null"
+"""How its TOML files write None, which TOML has no word for."""
 
 _MIRRORED = {
     "robo_orchard_lab.pipeline": "gradclip.pipeline",
     "robo_orchard_core.utils.hook": "gradclip.hook",
 }
 """Its packages, and those of gradclip where the same names are."""
+
+
+def with_nulls(data: Any) -> Any:
+    """Return the data of a TOML file with None where RoboOrchardLab wrote it.
+
+    >>> with_nulls({"__config_type__": "m:C", "max_norm": "null"})
+    {'__config_type__': 'm:C', 'max_norm': None}
+    """
+    if isinstance(data, list):
+        return [with_nulls(each) for each in data]
+    if not isinstance(data, dict):
+        return data
+    found = {key: with_nulls(value) for key, value in data.items()}
+    if CONFIG_TYPE not in found:
+        return found
+    return {key: None if value == _TOML_NULL else value for key, value in found.items()}
 
 
 def translated(name: str) -> str | None:

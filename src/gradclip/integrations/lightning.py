@@ -16,6 +16,7 @@ from gradclip.clipping.policies import as_policies
 from gradclip.errors import MissingDependencyError, StateError
 from gradclip.integrations.lightning_refusals import refuse_kind, refuse_rivals
 from gradclip.integrations.lightning_step import LightningStep
+from gradclip.integrations.loss_scaling import begin_anew
 from gradclip.integrations.owned import OwnedClipper
 
 try:
@@ -118,6 +119,7 @@ class GradientClippingCallback(Callback):
         """Refuse a second owner, and bind a clipper to each optimizer: on all ranks."""
         refuse_rivals(trainer, pl_module, self._policy)
         self._release()
+        begin_anew(getattr(trainer.precision_plugin, "scaler", None))
         self._steps, self.last = [], None
         self._bound = True
         self._bind(trainer)

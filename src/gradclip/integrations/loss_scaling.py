@@ -10,7 +10,7 @@ from gradclip.clipping.lagged import Lagged
 from gradclip.clipping.response import Flag, host_waits_for
 from gradclip.integrations.wrapped import behind_accelerate
 
-__all__ = ["SCALE_FLOOR", "OverflowWatch", "Unscaling"]
+__all__ = ["SCALE_FLOOR", "OverflowWatch", "Unscaling", "begin_anew"]
 
 SCALE_FLOOR = 1.0
 """A loss scale at or below this does not explain an overflow."""
@@ -44,6 +44,18 @@ class OverflowWatch:
         self._unsettled = bool(skipped)
         if not skipped:
             self._at_floor = False  # it may grow again
+
+
+def begin_anew(scaler: Any) -> None:
+    """Let a scaler forget a step that was broken off after unscaling; its scale stays.
+
+    For a loop that drops the gradients of such a step: a scaler refuses to unscale the next ones.
+
+    Args:
+        scaler: A ``GradScaler``, or None.
+    """
+    if scaler is not None and getattr(scaler, "_per_optimizer_states", None):
+        scaler.update(scaler.get_scale())
 
 
 class Unscaling:

@@ -6,15 +6,17 @@ where nothing may be stepped on it stands in for both, for that one step.
 """
 
 import sys
-from dataclasses import dataclass
-from typing import Any
-
-import torch
+from contextlib import ExitStack
+from dataclasses import dataclass, make_dataclass
+from functools import cache
+from typing import Any, TypeAlias
+from weakref import ref
 
 from gradclip.clipping import ClipResult, withhold
+from gradclip.clipping.step import lent
 from gradclip.config import ClassType
-from gradclip.errors import ArgumentValueError, MissingDependencyError
-from gradclip.integrations.wrapped import behind_accelerate
+from gradclip.errors import ArgumentValueError, DoubleClippingError, MissingDependencyError
+from gradclip.integrations.loss_scaling import begin_anew
 from gradclip.pipeline.hooks import grad_clip, mixin
 
 try:
@@ -40,9 +42,9 @@ class GradientClippingHook(theirs.PipelineHooks):  # type: ignore[misc]
     """Clips the gradients of the optimizer's parameters before their ``OptimizerHook`` steps.
 
     What it clips, and when, is as in ``gradclip.pipeline.hooks.GradientClippingHook``. The result
-    is on the ``clip_result`` of the ``on_step`` arg. A step on a NaN or an infinity is not made,
-    nor is one after an error in the batch: weights, moments and the scheduler stay as they are.
-    One number is read from the device per step: whether to skip.
+    is on the ``clip_result`` of the ``on_step`` arg. A step on a NaN or an infinity in what the
+    policy bounds is not made, nor is one after an error in the batch: weights, moments and the
+    scheduler stay as they are. One number is read from the device per step: whether to skip.
 
     Args:
         cfg: What to clip to.
@@ -50,6 +52,7 @@ class GradientClippingHook(theirs.PipelineHooks):  # type: ignore[misc]
     Raises:
         ArgumentValueError: GC010, in ``optimizer.step()``: it would come before clipping, because
             this hook was not passed as the trainer's ``grad_clip``. No step is made.
+        DoubleClippingError: GC101, before a step: there are two of these hooks.
     """
 
     def __init__(self, cfg: "GradientClippingHookConfig") -> None:
@@ -61,8 +64,9 @@ class GradientClippingHook(theirs.PipelineHooks):  # type: ignore[misc]
         self._clipping = grad_clip.GradientClippingHook(cfg)
         self._arg = mixin.PipelineHookArgs()
         self._step: Any = None
-        self._outer_error: BaseException | None = None
-        self._guarded: torch.optim.Optimizer | None = None
+        self._outer: _Handled = None, None
+        self._guard: _Guard | None = None
+        self._broken = False
         self.register_hook(
             "on_step",
             theirs.HookContext.from_callable(
@@ -71,13 +75,17 @@ class GradientClippingHook(theirs.PipelineHooks):  # type: ignore[misc]
         )
 
     def _before_step(self, arg: Any) -> None:
-        # Their dataclass has no such field, and copies itself from its attributes.
-        if type(arg) is theirs.PipelineHookArgs:
-            arg.__class__ = PipelineHookArgs
+        _give_place(arg)
         arg.clip_result = None
         # Their hooks are not told of an error, but run while it is being handled.
-        self._outer_error = sys.exception()
-        self._guard(arg.optimizer)
+        self._outer = _handled()
+        self._unguard()
+        if self._broken and arg.optimizer is not None:
+            arg.optimizer.zero_grad()
+            begin_anew(arg.accelerator.scaler)
+        self._broken = False
+        if arg.optimizer is not None:
+            self._guard = _Guard(arg.optimizer, arg)
         self._arg = mixin.PipelineHookArgs(
             accelerator=arg.accelerator, model=arg.model, optimizer=arg.optimizer
         )
@@ -85,23 +93,34 @@ class GradientClippingHook(theirs.PipelineHooks):  # type: ignore[misc]
         self._step.__enter__()
 
     def _after_step(self, arg: Any) -> None:
-        error = sys.exception()
-        outer, self._outer_error = self._outer_error, None
-        if error is not None and error is not outer:
-            _hold(arg, "optimizer", "lr_scheduler")
-            self._leave_step(error)
+        self._unguard()
+        now, outer, self._outer = _handled(), self._outer, (None, None)
+        try:
+            # What is handled around a step was there before, unless it was raised anew since.
+            if now[0] is not None and now != outer:
+                _hold(arg, "optimizer", "lr_scheduler")
+                self._leave_step(now[0])
+                return
+            self._leave_step(None)
+            arg.clip_result = self._arg.clip_result
+            if arg.clip_result is not None:
+                self._decide(arg, arg.clip_result)
+        except BaseException:
+            self._broken = True  # nobody drops the gradients
+            raise
+        finally:
             # An error that was kept would keep its frames alive, and the tensors in them.
             self._arg = mixin.PipelineHookArgs()
-            return
-        self._leave_step(None)
-        arg.clip_result = self._arg.clip_result
-        if arg.clip_result is not None:
-            self._decide(arg, arg.clip_result)
 
     def _leave_step(self, error: BaseException | None) -> None:
         step, self._step = self._step, None
         if step is not None:
             step.__exit__(None if error is None else type(error), error, None)
+
+    def _unguard(self) -> None:
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            guard.remove()
 
     def _decide(self, arg: Any, result: ClipResult) -> None:
         scaled = arg.accelerator.scaler is not None
@@ -118,29 +137,71 @@ class GradientClippingHook(theirs.PipelineHooks):  # type: ignore[misc]
         with self._clipping.begin("on_optimizer_step", self._arg):
             pass
 
-    def _guard(self, optimizer: Any) -> None:
-        """Refuse, from now on, the optimizer's steps on gradients that are not clipped yet."""
-        inner = None if optimizer is None else behind_accelerate(optimizer)
-        if inner is not self._guarded and isinstance(inner, torch.optim.Optimizer):
-            inner.register_step_pre_hook(self._refuse_unclipped)
-            self._guarded = inner
-
-    def _refuse_unclipped(self, *_: Any) -> None:
-        if self._step is None:
-            return
-        error = ArgumentValueError(
-            "the optimizer is about to step on gradients that are not clipped yet: "
-            "RoboOrchardLab's OptimizerHook runs before the hooks of hooks=. Pass the "
-            "configuration to the trainer as grad_clip=. No step was made."
-        )
-        self._leave_step(error)
-        raise error
-
 
 class GradientClippingHookConfig(grad_clip.GradientClippingHookConfig):
     """What RoboOrchardLab's trainer takes as ``grad_clip``; the fields are those of gradclip's."""
 
     class_type: ClassType[GradientClippingHook] = GradientClippingHook
+
+
+_Handled: TypeAlias = tuple[BaseException | None, object]
+
+
+def _handled() -> _Handled:
+    """Return the error that is being handled, and where it was raised last."""
+    error = sys.exception()
+    return error, None if error is None else error.__traceback__
+
+
+def _give_place(arg: Any) -> None:
+    """Give an arg a field for the result: it copies itself from its attributes, all of them."""
+    kind: Any = type(arg)
+    if not hasattr(arg, "clip_result"):
+        arg.__class__ = PipelineHookArgs if kind is theirs.PipelineHookArgs else _with_place(kind)
+
+
+@cache
+def _with_place(kind: Any) -> type:
+    """Return the class of a trainer's own args, with a field for the result."""
+    field = ("clip_result", ClipResult | None, None)
+    made = make_dataclass(kind.__name__, [field], bases=(kind,))
+    made.__module__ = kind.__module__
+    return made
+
+
+class _Guard:
+    """Stands for the ``step`` of an optimizer until its gradients are clipped.
+
+    Raises:
+        DoubleClippingError: GC101, there is one already.
+    """
+
+    def __init__(self, optimizer: Any, arg: Any) -> None:
+        other = vars(optimizer).get("step")
+        if isinstance(other, _Guard):
+            other.remove()  # an error kept its hook from it, unless it is of this very step
+        if isinstance(other, _Guard) and other.arg() is arg:
+            raise DoubleClippingError(
+                "there are two of gradclip's GradientClippingHook in this trainer, and a second "
+                "limit silently changes what the first one means. Keep the one that is passed as "
+                "grad_clip=. No step was made."
+            )
+        self.arg: ref[Any] = ref(arg)
+        self._lent = ExitStack()
+        self._lent.enter_context(lent(optimizer, "step", self))
+
+    def remove(self) -> None:
+        """Give the optimizer its step back."""
+        self._lent.close()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002, whatever step takes
+        self.remove()
+        raise ArgumentValueError(
+            "the optimizer is about to step on gradients that are not clipped yet: gradclip's hook "
+            "comes after what steps. RoboOrchardLab's OptimizerHook runs before the hooks of "
+            "hooks=: pass the configuration to HookBasedTrainer as grad_clip=, or in hooks of your "
+            "own put it in front. No step was made."
+        )
 
 
 class _Held:

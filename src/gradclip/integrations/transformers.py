@@ -18,7 +18,7 @@ from gradclip.clipping.parameters import OptimizerParameters
 from gradclip.clipping.step import lent
 from gradclip.errors import ArgumentValueError, DoubleClippingError, MissingDependencyError
 from gradclip.integrations.deepspeed import EngineWatch, engine_of, uses_deepspeed
-from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling
+from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling, begin_anew
 from gradclip.integrations.owned import OwnedClipper
 from gradclip.integrations.transformers_history import KEY, exported, restore
 from gradclip.integrations.transformers_limits import lower_limit, refuse_other_clipping
@@ -164,6 +164,7 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
         other = owner_of(optimizer)
         if isinstance(other, GradientClippingCallback) and other._training is not state:  # noqa: SLF001
             other.remove()  # it was in a training before this one, which ended by an error
+        begin_anew(getattr(optimizer, "scaler", None))  # the trainer dropped the gradients
         source = OptimizerParameters(unwrapped(optimizer), module=model)
         clipper = self._make(params=source)
         if (saved := state.stateful_callbacks.get(KEY)) is not None:

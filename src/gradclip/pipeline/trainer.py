@@ -20,6 +20,7 @@ except ImportError as _error:
         "the trainer runs on Accelerate, which is not installed\n  pip install 'gradclip[pipeline]'"
     ) from _error
 
+from gradclip.integrations.loss_scaling import begin_anew
 from gradclip.integrations.wrapped import behind_accelerate
 from gradclip.pipeline.arguments import (
     arranged,
@@ -195,6 +196,7 @@ class HookBasedTrainer:
         self.accelerator.step = progress.micro_step_id
         if progress.micro_step_id == 0:
             behind_accelerate(self.optimizer).zero_grad()
+            begin_anew(self.accelerator.scaler)
         with self.hooks.begin("on_loop", self._new_arg()) as loop_arg:
             self._position.restore()
             while not progress.is_training_end(self.max_step, self.max_epoch):

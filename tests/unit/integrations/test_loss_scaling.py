@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling
+from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling, begin_anew
 
 
 def scaled(gradient=8.0, scale=4.0):
@@ -142,3 +142,20 @@ def test_an_optimizer_with_one_of_its_own_is_unscaled_as_the_scaler_steps_it():
     Unscaling()(scaler, outer)
     scaler.step(outer)
     assert weight.item() == -2.0
+
+
+def test_a_step_that_was_broken_off_can_be_forgotten():
+    scaler, optimizer, weight = scaled()
+    unscale = Unscaling()
+    unscale(scaler, optimizer)
+    begin_anew(scaler)
+    begin_anew(None)
+    weight.grad = torch.tensor([8.0])
+    unscale(scaler, optimizer)
+    assert weight.grad.item() == 2.0
+    assert scaler.get_scale() == 4.0
+    assert scaler.state_dict()["_growth_tracker"] == 0
+    scaler.step(optimizer)
+    scaler.update()
+    begin_anew(scaler)  # there is nothing to forget
+    assert scaler.state_dict()["_growth_tracker"] == 1

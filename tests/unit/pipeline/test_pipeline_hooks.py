@@ -1,4 +1,5 @@
 import functools
+from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
@@ -275,3 +276,37 @@ def test_a_copy_has_the_updates_and_leaves_the_original_alone():
 def test_a_copy_refuses_names_that_are_no_fields():
     with pytest.raises(AttributeError, match="bacth"):
         PipelineHookArgs().copy_with_updates(bacth=3)
+
+
+# What RoboOrchardLab's users write.
+
+
+class Every(PipelineHooks):
+    def __init__(self, cfg):
+        super().__init__()
+
+
+class EveryConfig(PipelineHooksConfig[Every]):
+    class_type: ClassType[Every] = Every
+    every: int = 1
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"every is {self.every}: expected at least 1")
+
+
+def test_the_last_check_of_a_configuration_of_ones_own_is_called():
+    assert EveryConfig(every=2).every == 2
+    with pytest.raises(ValueError, match="every is -1: expected at least 1"):
+        EveryConfig(every=-1)
+
+
+@pytest.mark.parametrize("arg", [SimpleNamespace(x=1), {"x": 1}, None])
+def test_begin_takes_any_arg(arg):
+    seen = []
+    hooks = PipelineHooks()
+    hooks.register_hook("on_step", HookContext.from_callable(before=seen.append))
+    with hooks.begin("on_step", arg) as given:
+        assert given is arg
+    assert seen == [arg]
+    assert not hasattr(arg, "hooks")

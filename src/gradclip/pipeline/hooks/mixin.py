@@ -134,8 +134,8 @@ class PipelineHooks(ClassInitFromConfigMixin):
     def begin(self, channel: PipelineHookChanelType, arg: PipelineHookArgs) -> "_Begin":
         """Run the hooks of a channel around a ``with`` block, which is given ``arg``.
 
-        While the block lasts, ``arg.hooks`` is this object. What happens when a hook fails is
-        written at ``HookContextChannel.begin``.
+        While the block lasts, ``arg.hooks`` is this object, if ``arg`` has such an attribute. What
+        happens when a hook fails is written at ``HookContextChannel.begin``.
         """
         return _Begin(self, self._channel(channel), arg)
 
@@ -259,12 +259,13 @@ class _Begin:
         self._arg = arg
 
     def __enter__(self) -> PipelineHookArgs:
-        self._previous = self._arg.hooks
-        self._arg.hooks = self._hooks
+        self._previous = getattr(self._arg, "hooks", _NONE)
+        if self._previous is not _NONE:
+            self._arg.hooks = self._hooks
         try:
             return self._begin.__enter__()
         except BaseException:
-            self._arg.hooks = self._previous
+            self._give_back()
             raise
 
     def __exit__(
@@ -276,8 +277,15 @@ class _Begin:
         try:
             self._begin.__exit__(exc_type, exc, exc_tb)
         finally:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self._previous is not _NONE:
             self._arg.hooks = self._previous
 
+
+_NONE: Any = object()
+"""What an arg of another kind has for ``hooks``."""
 
 PipelineHooksT_co = TypeVar("PipelineHooksT_co", bound=PipelineHooks, covariant=True)
 
