@@ -41,6 +41,7 @@ def execute(command, folder):
 def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "deepspeed_zero.py",  # in tests/integrations
+        "limits_by_group.py",
         "pipeline.py",
         "many_processes.py",
         "pipeline_from_yaml.py",
@@ -116,6 +117,16 @@ def test_many_processes_by_accelerate(tmp_path):
     epochs, error, processes = by_process(text)
     assert (len(epochs), processes) == (4, 2)
     assert error < 0.8
+
+
+def test_limits_by_group(tmp_path):
+    text = run("limits_by_group.py", tmp_path)
+    lines = re.findall(r"(\S+) +clipped +(\d+) of 200 steps; last norm \S+ -> (\S+)\n", text)
+    assert [pattern for pattern, *_ in lines] == ["embedding.*", "*"]
+    for (_, clipped, after), limit in zip(lines, (0.05, 0.5), strict=True):
+        assert 0 < int(clipped) < 200
+        assert float(after) <= limit
+    assert float(re.search(r"loss (\S+)", text).group(1)) < 0.1
 
 
 def test_tensor_parallel(tmp_path):
