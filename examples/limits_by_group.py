@@ -17,6 +17,8 @@ LIMITS = {
 
 
 class Model(nn.Module):
+    """Predicts the token that follows."""
+
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(50, 16)
@@ -24,6 +26,7 @@ class Model(nn.Module):
         self.head = nn.Linear(32, 50)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the logits, (tokens, 50)."""
         return self.head(self.body(self.embedding(tokens)))
 
 
