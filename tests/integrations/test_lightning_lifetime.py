@@ -302,3 +302,45 @@ def test_a_step_that_takes_the_iterator_is_logged_too(tmp_path):
     made = fit(FromIterator(), GradientClippingCallback(LIMIT), logger=logger)
     assert made.logged_metrics["gradclip/norm_pre"] > 0
     assert 0 < made.logged_metrics["gradclip/clip_fraction"] <= 1
+
+
+# Between batches.
+
+
+class Extra(Net):
+    """Steps by itself when an epoch has ended, which is no training of Lightning's."""
+
+    def __init__(self, *args, left_out=None, **options):
+        super().__init__(*args, **options)
+        self.left_out, self.moved = left_out, None
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == self.left_out else None
+
+    def on_train_epoch_end(self):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        before = weights(self)
+        optimizer.zero_grad()
+        self.loss_of(next(iter(loader()))).backward()
+        optimizer.step()
+        self.moved = any(not torch.equal(before[name], w) for name, w in weights(self).items())
+
+
+@pytest.mark.parametrize("left_out", [None, 2])
+@pytest.mark.parametrize("plugins", [False, True], ids=["float32", "scaler"])
+def test_a_step_between_batches_is_ones_own(left_out, plugins):
+    """Also where Lightning left a batch before its end, or a scaler asked for no last step."""
+    model = Extra(momentum, left_out=left_out, broken={BATCHES - 1: torch.inf})
+    fit(model, GradientClippingCallback(LIMIT), **({"plugins": [half()]} if plugins else {}))
+    assert model.moved
+
+
+def test_a_history_of_ones_own_is_kept_until_a_fit():
+    first = GradientClippingCallback(LIMIT)
+    fit(Net(), first)
+    clipping = GradientClippingCallback(LIMIT)
+    clipping.load_state_dict(first.state_dict())
+    made = trainer(clipping)
+    made.validate(Validated(), loader(), verbose=False)
+    made.fit(Net(), loader())
+    assert clipping.clippers[0].step == 2 * BATCHES

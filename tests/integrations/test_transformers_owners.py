@@ -266,3 +266,23 @@ def test_a_clipper_that_another_callback_calls_is_found(tmp_path):
 
     with pytest.raises(DoubleClippingError, match=r"by a GradientClipper.*max_norm=0.1"):
         trained(tmp_path, GradientClippingCallback(LIMIT), others=[Clips()])
+
+
+def test_an_error_between_clipping_and_step_loses_no_later_step(tmp_path):
+    class Boom(TrainerCallback):
+        def on_pre_optimizer_step(self, *_, **__):
+            raise KeyError
+
+    made = poisoned(Trainer, 0, math.nan)(
+        Model(),
+        arguments(tmp_path),
+        train_dataset=dataset(),
+        callbacks=[GradientClippingCallback(LIMIT), Boom()],
+    )
+    with pytest.raises(KeyError):
+        made.train()
+    before = made.model.down.weight.detach().clone()
+    for parameter in made.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    made.optimizer.optimizer.step()
+    assert not torch.equal(made.model.down.weight, before)

@@ -228,7 +228,7 @@ clipped=True, skipped=False, nonfinite=0)
         """Let those find out who clip before every step, and cannot know of this clipper."""
         for group in groups:
             if group.policy.writes:
-                leave(self._telling(group), f"{self._called} ({group.policy!r})")
+                leave(self._telling(group), self._called, group.policy)
 
     def _telling(self, group: Group) -> list[Tensor]:
         """Return gradients to tell others of: all at the first call, later one for the rest."""

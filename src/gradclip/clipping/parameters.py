@@ -123,7 +123,9 @@ class OptimizerParameters:
         known = {} if module is None else {id(p): n for n, p in module.named_parameters()}
         names: Names = []
         for group in self.optimizer.param_groups:
-            own = group.get("param_names") or (None,) * len(group["params"])
+            own = group.get("param_names") or ()
+            if len(own) != len(group["params"]):
+                own = (None,) * len(group["params"])
             for name, parameter in zip(own, group["params"], strict=True):
                 label = known.get(id(parameter), name)
                 names.append(None if label is None else clean_name(label))

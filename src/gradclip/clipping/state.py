@@ -72,9 +72,9 @@ def check_history(
     if history.keys() != own.keys():
         raise _damaged(f"the history of {pattern!r} has {sorted(own)}, seen {sorted(history)}")
     for name, tensor in own.items():
-        # What else a policy keeps may grow.
-        if len(tensor.shape) and len(tensor) == scopes and history[name].shape[:1] != (scopes,):
-            shape = tuple(history[name].shape)
+        # What else a policy keeps may grow, and one number for one scope may be such a thing.
+        shape, by_scope = tuple(history[name].shape), scopes > 1 and tensor.shape[:1] == (scopes,)
+        if by_scope and shape[:1] != (scopes,):
             raise _damaged(f"{name!r} of {pattern!r} is of {scopes} norms, seen the shape {shape}")
 
 

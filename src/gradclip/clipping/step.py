@@ -28,6 +28,7 @@ def withhold(optimizer: torch.optim.Optimizer, skipped: Tensor | bool) -> Iterat
         skipped: Whether the update should not happen: 0-d bool tensor, or a bool.
 
     Note:
+        Of an optimizer that steps another one the inner one is withheld; the outer one is called.
         A ``step(closure)`` computes gradients anew, which nothing here withholds: do not call it.
         A ``GradScaler`` that steps a fused optimizer sets ``found_inf`` itself: pass a bool there.
 
@@ -46,7 +47,8 @@ def withhold(optimizer: torch.optim.Optimizer, skipped: Tensor | bool) -> Iterat
             # Some count their steps themselves, whether there are gradients or not. An outermost
             # wrapper is called all the same: Accelerate's has a loss scaler to update.
             for each in list(_chain(optimizer))[1:] or [optimizer]:
-                stack.enter_context(lent(each, "step", _make_no_step))
+                if isinstance(each, torch.optim.Optimizer):
+                    stack.enter_context(lent(each, "step", _NoStep(each)))
         yield
 
 
@@ -75,8 +77,21 @@ def _chain(optimizer: Any) -> Iterator[Any]:
         optimizer = inner
 
 
-def _make_no_step(*_: Any, **__: Any) -> None:
-    """Stand in for a step that is withheld."""
+class _NoStep:
+    """Stands for the step of an optimizer whose gradients were dropped; with others it steps."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer, self._step = optimizer, optimizer.step
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if any(parameter.grad is not None for parameter in _parameters(self._optimizer)):
+            return self._step(*args, **kwargs)
+        if hasattr(self._step, "_wrapped_by_lr_sched"):
+            self._optimizer._opt_called = True  # type: ignore[attr-defined]  # noqa: SLF001 - or schedulers warn
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._step, name)  # schedulers look at it, and wrap it
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> chain[Tensor]:
@@ -106,7 +121,7 @@ def _found_inf(optimizer: Any, skipped: Tensor) -> Iterator[None]:
 @contextmanager
 def lent(optimizer: Any, name: str, value: object) -> Iterator[None]:
     """Give an optimizer an attribute, and put back what was there, unless it was set since."""
-    before = vars(optimizer).get(name, _UNSET)
+    before = getattr(optimizer, "__dict__", {}).get(name, _UNSET)
     setattr(optimizer, name, value)
     try:
         yield

@@ -12,17 +12,18 @@ from gradclip.errors import DoubleClippingError
 _LEFT: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 
 
-def leave(gradients: Iterable[Tensor], said: str) -> None:
+def leave(gradients: Iterable[Tensor], said: str, policy: object) -> None:
     """Note that these were clipped, and are now as they should be.
 
     Args:
         gradients: Those of one call, or some of them.
         said: What clipped them, as an error calls it.
+        policy: By which policy.
     """
     if torch.is_inference_mode_enabled():
         return  # nothing counts changes there
     for gradient in gradients:
-        _LEFT[gradient] = gradient._version, said  # noqa: SLF001 - as autograd finds what was changed
+        _LEFT[gradient] = (*_now(gradient), said, policy)
 
 
 def check_none(gradients: Iterable[Tensor], said: str) -> None:
@@ -38,11 +39,17 @@ def check_none(gradients: Iterable[Tensor], said: str) -> None:
     if not _LEFT or torch.is_inference_mode_enabled():
         return
     for gradient in gradients:
-        version, other = _LEFT.get(gradient, (None, ""))
-        if version == gradient._version:  # noqa: SLF001
+        *left, other, policy = _LEFT.get(gradient, (None, "", None))
+        if tuple(left) == _now(gradient):
             raise DoubleClippingError(
-                f"the gradients of this step were already clipped by {other}; {said} would clip "
-                "them again, and a second limit silently changes what the first one means. Keep "
-                "one of them; limits by parameter go into one policy. No gradient was changed by "
-                f"{said}, and no step was made."
+                f"the gradients of this step were already clipped by {other} ({policy!r}); {said} "
+                "would clip them again, and a second limit silently changes what the first one "
+                "means. Keep one of them; limits by parameter go into one policy. No gradient was "
+                f"changed by {said}, and no step was made."
             )
+
+
+def _now(gradient: Tensor) -> tuple[int, int]:
+    """Return how often it was written, as autograd counts, and where it is."""
+    where = gradient.data_ptr() if gradient.layout is torch.strided else 0
+    return gradient._version, where  # noqa: SLF001 - what autograd itself asks

@@ -72,10 +72,14 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _call_post_init(self) -> Self:
-        check = getattr(self, "__post_init__", None)  # RoboOrchardLab's name for a last check
-        if check is not None:
-            check()
+        type(self).__post_init__(self)
         return self
+
+    def __post_init__(self) -> None:
+        """Check what needs all fields, in a class of one's own: raise ValueError.
+
+        The name is RoboOrchardLab's.
+        """
 
     @model_serializer(mode="wrap")
     def _leave_out_default_none(

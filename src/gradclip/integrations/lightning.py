@@ -106,7 +106,7 @@ class GradientClippingCallback(Callback):
         self._steps: list[LightningStep] = []
         self._bound = False
         self._state: dict[str, Any] | None = None
-        self._ran_backward = False
+        self._ran_backward = self._is_of_run = False
 
     @property
     def clippers(self) -> list[GradientClipper]:
@@ -136,12 +136,12 @@ class GradientClippingCallback(Callback):
         """Forget the backward pass of the last batch."""
         self._ran_backward = False
         for step in self._steps:
-            step.in_batch = True
+            step.begin_batch()
 
     def on_train_batch_end(self, *_: Any) -> None:
         """What steps now does not train."""
         for step in self._steps:
-            step.in_batch = False
+            step.end_batch()
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         """Note that this batch had a backward pass."""
@@ -160,6 +160,7 @@ class GradientClippingCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log what the steps of the epoch came to."""
+        self.on_train_batch_end()  # which Lightning leaves out where a batch was refused
         for number, step in enumerate(self._steps):
             count, clipped, skipped = step.tally()
             if count and not trainer.barebones:
@@ -174,9 +175,14 @@ class GradientClippingCallback(Callback):
         """Take the hooks off the optimizers."""
         self._release()
 
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:  # noqa: ARG002
+        """Note that what is loaded now comes from the checkpoint of this run."""
+        self._is_of_run = True
+
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002
         """Forget what a checkpoint brought that was not trained on: of a test, say."""
-        self._state = None
+        if self._is_of_run:
+            self._state, self._is_of_run = None, False
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
         """Take the hooks off the optimizers, and forget a checkpoint that could not be used."""

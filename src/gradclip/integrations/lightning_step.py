@@ -45,8 +45,7 @@ class LightningStep:
         self.clipper = make()
         if self.clipper.writes:
             owned(optimizer, owner, type(owner).__name__)
-        self.in_batch = False
-        """Whether what steps now trains; outside, torch steps to make the optimizer's state."""
+        self._in_batch = False
         self._ready = False
         self._withheld: Flag | None = None
         self._kept = ExitStack()
@@ -82,6 +81,15 @@ class LightningStep:
         self._skipped = result.skipped + self._skipped
         return result
 
+    def begin_batch(self) -> None:
+        """Expect steps: those that Lightning makes."""
+        self._in_batch = True
+
+    def end_batch(self) -> None:
+        """Forget a step that a scaler did not ask for; what steps now does not train."""
+        self._in_batch = self._ready = False
+        self._withheld = None
+
     def tally(self) -> tuple[int, Tensor, Tensor]:
         """Return how many steps there were since it was last asked, clipped, and skipped."""
         counts = self._count, self._clipped, self._skipped
@@ -99,7 +107,7 @@ class LightningStep:
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None and self.in_batch and not self._ready:
+        if closure is None and self._in_batch and not self._ready:
             raise ArgumentValueError(
                 f"this {type(optimizer).__name__} is about to step on gradients that were not "
                 "clipped: Lightning was not asked to step it. In manual optimisation take it from "

@@ -468,3 +468,78 @@ def test_what_an_optimizer_counts_by_itself_waits_too(depth, flag):
     outer.step()
     assert inner.param_groups[0]["k"] == 1
     assert getattr(outer, "calls", 2) == 2
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_scheduler_finds_nothing_wrong_with_a_withheld_first_step(inside):
+    params = oracle.parameters(torch.ones(2))
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with withhold(optimizer, skipped=True):
+        optimizer.step()
+        if inside:
+            scheduler.step()
+            torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    if not inside:
+        scheduler.step()
+    before = params[0].detach().clone()
+    params[0].grad = torch.ones(2)
+    optimizer.step()
+    assert not torch.equal(params[0].detach(), before)
+
+
+def test_gradients_that_came_since_are_stepped_on():
+    """Where nobody leaves the context, as after an error in a trainer, no step is lost."""
+    params = oracle.parameters(torch.ones(2))
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    context = withhold(optimizer, skipped=True)
+    context.__enter__()
+    before = params[0].detach().clone()
+    params[0].grad = torch.ones(2)
+    optimizer.step()
+    assert not torch.equal(params[0].detach(), before)
+
+
+class Slots:
+    __slots__ = ("optimizer",)
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def step(self):
+        self.optimizer.step()
+
+
+class Proxy:
+    def __init__(self, optimizer):
+        self.__dict__["optimizer"] = optimizer
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["optimizer"], name)
+
+    def __setattr__(self, name, value):
+        setattr(self.__dict__["optimizer"], name, value)
+
+
+class Alone:
+    """Has what is asked of an optimizer, and is none."""
+
+    def __init__(self, optimizer):
+        self.param_groups, self.step = optimizer.param_groups, optimizer.step
+
+
+@pytest.mark.parametrize("wrap", [Slots, Proxy, Alone])
+def test_wrappers_of_any_make_are_withheld(wrap):
+    params = oracle.parameters(torch.ones(2))
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    before = params[0].detach().clone()
+    outer = wrap(optimizer)
+    with withhold(outer, skipped=True):
+        outer.step()
+    assert torch.equal(params[0].detach(), before)
+    assert "step" not in vars(optimizer)

@@ -145,18 +145,49 @@ def test_a_clipper_can_be_copied_with_its_history(way):
         assert float(each.clip().norm_post) == pytest.approx(5.0)
 
 
+class RunningMeans(RunningMean):
+    """Of each tensor by itself."""
+
+    scope: ClassVar[Literal["tensor"]] = "tensor"
+    clip_mode: Literal["test-means"] = "test-means"
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"sum": torch.zeros(1)}, r"has \['count', 'sum'\], seen \['sum'\]"),
+        ({"sum": torch.zeros(2)}, r"has \['count', 'sum'\], seen \['sum'\]"),
         ({}, "seen"),
-        ({"sum": torch.zeros(2), "count": torch.tensor(1)}, r"of 1 norms, seen the shape \(2,\)"),
+        ({"sum": torch.zeros(3), "count": torch.tensor(1)}, r"of 2 norms, seen the shape \(3,\)"),
+        ({"sum": torch.zeros(()), "count": torch.tensor(1)}, r"of 2 norms, seen the shape \(\)"),
     ],
 )
 def test_a_history_that_does_not_fit_is_refused_before_a_gradient_changes(wrong, message):
-    weight = parameter(torch.tensor([3.0, 4.0]))
-    clipper = GradientClipper([weight], RunningMean())
+    weights = [parameter(torch.tensor([3.0, 4.0])), parameter(torch.tensor([1.0]))]
+    clipper = GradientClipper(weights, RunningMeans())
     clipper.load_state_dict({**clipper.state_dict(), "states": {"*": wrong}})
     with pytest.raises(StateError, match=message):
         clipper.clip()
-    assert weight.grad.tolist() == [3.0, 4.0]
+    assert weights[0].grad.tolist() == [3.0, 4.0]
+
+
+class Growing(Policy):
+    """Clips to the median of all norms so far, which it keeps."""
+
+    clip_mode: Literal["test-growing"] = "test-growing"
+
+    def initial_state(self, scopes, device):
+        return {"seen": torch.ones(1, dtype=torch.float64, device=device)}
+
+    def decide(self, norms_S, counts, state):
+        seen = torch.cat([state["seen"], norms_S])
+        return Decision(seen.median(), seen.median(), {"seen": seen})
+
+
+def test_a_history_may_grow():
+    weight = parameter(torch.tensor([3.0, 4.0]))
+    clipper, again = (GradientClipper([weight], Growing()) for _ in range(2))
+    clipper.clip()
+    clipper.clip()
+    again.load_state_dict(clipper.state_dict())
+    again.clip()
+    assert again.state_dict()["states"]["*"]["seen"].shape == (4,)

@@ -138,3 +138,17 @@ def test_an_attachment_that_measures_owns_nothing(module):
         assert clipping.last.norm_pre > 1
     with attach(optimizer, ObserveClip()), attach(optimizer, 1.0):
         pass
+
+
+def test_gradients_that_were_put_in_place_of_clipped_ones_are_others(module):
+    """As where each sample, or each worker, is clipped first, and their mean is stepped on."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    handle = attach(optimizer, 1.0)
+    backward(module)
+    gradclip.clip_grad_norm_(module.parameters(), 0.5)
+    kept = [parameter.grad.data for parameter in module.parameters()]
+    for parameter in module.parameters():
+        parameter.grad.data = torch.ones_like(parameter)
+    optimizer.step()
+    assert handle.last.norm_pre > 1
+    del kept

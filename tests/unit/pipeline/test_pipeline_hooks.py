@@ -291,6 +291,7 @@ class EveryConfig(PipelineHooksConfig[Every]):
     every: int = 1
 
     def __post_init__(self):
+        super().__post_init__()
         if self.every < 1:
             raise ValueError(f"every is {self.every}: expected at least 1")
 
