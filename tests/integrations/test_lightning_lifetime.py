@@ -33,6 +33,7 @@ from gradclip.errors import (
     ArgumentTypeError,
     ArgumentValueError,
     DoubleClippingError,
+    NonFiniteGradientError,
     StateError,
 )
 from gradclip.integrations.lightning import GradientClippingCallback
@@ -344,3 +345,17 @@ def test_a_history_of_ones_own_is_kept_until_a_fit():
     made.validate(Validated(), loader(), verbose=False)
     made.fit(Net(), loader())
     assert clipping.clippers[0].step == 2 * BATCHES
+
+
+@pytest.mark.parametrize("make", [momentum, fused_adamw])
+def test_it_fits_again_after_a_step_that_was_unscaled_and_not_made(make):
+    """With the optimizer of before, which the scaler would not unscale a second time."""
+    model, plugin = Net(broken={0: torch.inf}), half()
+    optimizer = make(model.named_parameters())
+    model.make = lambda _: optimizer
+    clipping = GradientClippingCallback(LIMIT, nonfinite="raise")
+    with pytest.raises(NonFiniteGradientError):
+        fit(model, clipping, plugins=[plugin])
+    fit(model, clipping, plugins=[plugin])
+    assert clipping.clippers[0].step == BATCHES
+    assert clipping.last.norm_pre < 100  # a scaled one would be 1024 times as much

@@ -334,6 +334,25 @@ def test_an_overflow_of_a_loss_scaler_is_skipped_and_not_counted(tmp_path, optim
     assert keep.rates[0] > keep.rates[1] == keep.rates[2] > keep.rates[3]
 
 
+def test_it_trains_again_after_a_step_that_was_unscaled_and_not_made(tmp_path):
+    class Once(scaling(ClippedTrainer, torch.amp.GradScaler("cpu", init_scale=4.0))):
+        bad = True
+
+        def training_step(self, model, *args, **options):
+            loss = super().training_step(model, *args, **options)
+            if self.bad:
+                self.bad = False
+                self.model.down.weight.grad[0, 3] = math.inf
+            return loss
+
+    callback = GradientClippingCallback(LIMIT, nonfinite="raise")
+    made = Once(Model(), arguments(tmp_path), train_dataset=dataset(), callbacks=[callback])
+    with pytest.raises(NonFiniteGradientError):
+        made.train()
+    made.train()
+    assert made.state.global_step == STEPS
+
+
 def test_an_overflow_at_the_smallest_scale_counts(tmp_path):
     class Always(scaling(ClippedTrainer, torch.amp.GradScaler("cpu", init_scale=4.0))):
         def training_step(self, model, *args, **options):

@@ -38,7 +38,7 @@ from gradclip.clipping.parameters import (
     ParameterSource,
     as_source,
 )
-from gradclip.clipping.policies import Policy, PolicyLike, as_policies
+from gradclip.clipping.policies import Policy, PolicyLike, any_writes, as_policies
 from gradclip.clipping.ranks import may_be_shared
 from gradclip.clipping.ranks.alone import Alone, Peers
 from gradclip.clipping.reduction import Measured, combine
@@ -220,8 +220,7 @@ clipped=True, skipped=False, nonfinite=0)
 
     def _check_owner(self) -> None:
         """Refuse to clip what an attachment clips before every step; to measure it is fine."""
-        writes = any(policy.writes for policy in self._policies.values() if policy)
-        if writes and isinstance(self._source, OptimizerParameters):
+        if isinstance(self._source, OptimizerParameters) and any_writes(self._policies):
             check_unowned(self._source.optimizer, self, "this GradientClipper")
 
     def _leave_traces(self, groups: list[Group]) -> None:
@@ -487,8 +486,7 @@ clipped=True, skipped=False, nonfinite=0)
 
         Raises:
             StateError: GC030, if it is damaged, of another version, or of other policies; nothing
-                is changed then. The next ``clip`` raises it for a
-                history of other parameters.
+                is changed then. The next ``clip`` raises it for a history of other parameters.
         """
         self.step, self._skips.in_a_row, self._states = read_state(state, self.state_dict())
         self._loaded = set(self._states)

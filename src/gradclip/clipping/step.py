@@ -91,6 +91,8 @@ class _NoStep:
         return None
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_step":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self._step, name)  # schedulers look at it, and wrap it
 
 

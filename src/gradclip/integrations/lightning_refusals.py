@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from gradclip.clipping.policies import as_policies
+from gradclip.clipping.policies import any_writes, as_policies
 from gradclip.errors import ArgumentTypeError, DoubleClippingError
 
 _NOTHING = "  No step was made, and no gradient was changed."
@@ -23,7 +23,6 @@ def refuse_rivals(trainer: Any, pl_module: Any, policy: object) -> None:
         DoubleClippingError: GC101, for DeepSpeed, ``gradient_clip_val``, or a
             ``configure_gradient_clipping`` that Lightning would call.
     """
-    writes = any(each.writes for each in as_policies(policy)[0].values() if each)
     ours = f"  gradclip   GradientClippingCallback({policy!r})\n"
     if getattr(trainer.strategy, "strategy_name", None) == "deepspeed":
         raise DoubleClippingError(
@@ -35,7 +34,7 @@ def refuse_rivals(trainer: Any, pl_module: Any, policy: object) -> None:
             '  Leave the callback out: Trainer(strategy="deepspeed", gradient_clip_val=...).\n'
             f"{_NOTHING}"
         )
-    if not writes:
+    if not any_writes(as_policies(policy)[0]):
         return  # Lightning clips after the callback has measured
     if trainer.gradient_clip_val:
         where, without = (

@@ -4,6 +4,7 @@ from typing import Any
 
 from gradclip.clipping import GradientClipper
 from gradclip.clipping.group import Group
+from gradclip.clipping.policies import any_writes
 from gradclip.clipping.ranks.alone import Peers
 from gradclip.clipping.traces import check_none
 
@@ -32,7 +33,7 @@ class OwnedClipper(GradientClipper):
     @property
     def writes(self) -> bool:
         """Whether gradients can change at all: what only measures owns nothing."""
-        return any(policy.writes for policy in self._policies.values() if policy)
+        return any_writes(self._policies)
 
     def _check_owner(self) -> None:
         """Do nothing: whoever made it is the owner."""

@@ -1,5 +1,6 @@
 """The step that is withheld: nothing changes, and nothing is left behind."""
 
+import copy
 import itertools
 import math
 
@@ -294,3 +295,10 @@ def test_wrappers_of_any_make_are_withheld(wrap):
         outer.step()
     assert torch.equal(params[0].detach(), before)
     assert "step" not in vars(optimizer)
+
+
+def test_what_stands_for_a_step_can_be_copied():
+    optimizer = torch.optim.SGD(oracle.parameters(torch.ones(2)), lr=0.1)
+    with withhold(optimizer, skipped=True):
+        assert callable(copy.copy(optimizer.step))
+        assert callable(copy.deepcopy(optimizer.step))

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gradclip.clipping import NormClip
 from gradclip.config import dump
-from gradclip.errors import ArgumentTypeError, ConfigError
+from gradclip.errors import ArgumentTypeError, ConfigError, NonFiniteGradientError
 from gradclip.pipeline import HookBasedTrainer, SimpleBatchProcessor
 from gradclip.pipeline.hooks import (
     GradientClippingHookConfig,
@@ -136,3 +136,32 @@ def test_patterns_that_toml_would_turn_around_are_not_written(tmp_path):
     for suffix in ("yaml", "json"):
         dump(config, tmp_path / f"config.{suffix}")
     assert not (tmp_path / "config.toml").exists()
+
+
+def test_a_run_goes_on_after_a_step_that_was_unscaled_and_not_made():
+    """A loss scaler refuses to unscale an optimizer twice, if nobody tells it."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    accelerator.native_amp = True
+    accelerator.state._mixed_precision = "fp16"
+    model, bad = nn.Linear(2, 1), [1]
+
+    def forward(model, batch):
+        loss = model(batch[0]).square().mean()
+        return {}, loss * (float("nan") if bad and bad.pop() else 1.0)
+
+    run = HookBasedTrainer(
+        accelerator=accelerator,
+        model=model,
+        dataloader=DataLoader(TensorDataset(torch.ones(16, 2)), batch_size=4),
+        batch_processor=SimpleBatchProcessor.from_callable(forward),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        grad_clip=GradientClippingHookConfig(policy=1.0, nonfinite="raise"),
+        max_step=2,
+    )
+    before = model.weight.detach().clone()
+    with pytest.raises(NonFiniteGradientError):
+        run()
+    run()
+    assert not torch.equal(model.weight, before)
+    assert accelerator.scaler.get_scale() == 16.0

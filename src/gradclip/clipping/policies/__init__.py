@@ -42,6 +42,11 @@ def as_policy(value: object, name: str = "policy") -> Policy:
     return NormClip(max_norm=as_ceiling(value, name))
 
 
+def any_writes(policies: Mapping[str, Policy | None]) -> bool:
+    """Return whether any of these policies can change a gradient; else they only measure."""
+    return any(policy.writes for policy in policies.values() if policy)
+
+
 def as_policies(value: object) -> tuple[dict[str, Policy | None], bool]:
     """Turn what a clipper accepts into policies by pattern.
 
