@@ -1,5 +1,8 @@
 """Small real runs of DeepSpeed, for its tests."""
 
+import importlib.util
+
+import pytest
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, GradientState
@@ -10,6 +13,9 @@ from gradclip import GradientClipper
 from gradclip.pipeline.hooks import HookContext, PipelineHooks
 from processes import together
 
+NEEDS_DEEPSPEED = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="make test-integrations installs it"
+)
 RANKS, STEPS, BATCH = 2, 10, 4
 LIMIT = 0.05
 

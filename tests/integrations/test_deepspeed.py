@@ -1,6 +1,5 @@
 """DeepSpeed on two processes: its limit is gradclip's, and its norm is gradclip's."""
 
-import importlib.util
 import math
 import re
 import runpy
@@ -15,6 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 from deepspeed_runs import (
     BATCH,
     LIMIT,
+    NEEDS_DEEPSPEED,
     RANKS,
     STEPS,
     Collect,
@@ -45,9 +45,7 @@ from gradclip.pipeline.hooks import (
 )
 from processes import together
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="make test-integrations installs it"
-)
+pytestmark = NEEDS_DEEPSPEED
 STAGES = [1, 2, 3]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "deepspeed_zero.py"
 TO = {"rtol": 1e-5, "atol": 1e-6}

@@ -1,6 +1,5 @@
 """DeepSpeed: what gradclip refuses, before anything is changed."""
 
-import importlib.util
 from itertools import islice
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from deepspeed_runs import (
     BATCH,
     LIMIT,
+    NEEDS_DEEPSPEED,
     RANKS,
     Collect,
     Model,
@@ -35,9 +35,7 @@ from gradclip.pipeline.hooks import (
     SaveCheckpointConfig,
 )
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="make test-integrations installs it"
-)
+pytestmark = NEEDS_DEEPSPEED
 
 
 def refused(function, *args):
