@@ -26,8 +26,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gradclip import GradientClipper, NormClip
-from gradclip.clipping.ranks.acquaintance import Outline, compact
 from gradclip.clipping.ranks.agreement import Facts
+from gradclip.clipping.ranks.coverage import Outline, compact
 from gradclip.clipping.ranks.dimension import Dimension
 
 PER_NODE = 8

@@ -12,12 +12,14 @@ import torch
 
 import oracle
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
-from gradclip.clipping import clamping, group, response
 from gradclip.clipping import clipper as clipper_module
+from gradclip.clipping.apply import clamping
+from gradclip.clipping.apply import coefficients as response
 from gradclip.clipping.kernels import foreach
-from gradclip.clipping.lagged import LAG, Lagged
+from gradclip.clipping.measure import group
 from gradclip.clipping.ranks import verdict
 from gradclip.errors import OverlappingGradientsError, RankError, ReplicaError, TooManySkipsError
+from gradclip.record.ring import LAG, Lagged
 from processes import together
 
 POLICIES = {

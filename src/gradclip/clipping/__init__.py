@@ -12,4 +12,4 @@ from gradclip.clipping.policies import Policy as Policy
 from gradclip.clipping.policies import ValueClip as ValueClip
 from gradclip.clipping.result import ClipResult as ClipResult
 from gradclip.clipping.result import ClipStats as ClipStats
-from gradclip.clipping.step import withhold as withhold
+from gradclip.clipping.step.withhold import withhold as withhold

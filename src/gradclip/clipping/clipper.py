@@ -9,49 +9,49 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gradclip.clipping import apply
+from gradclip.clipping.apply import scaling
+from gradclip.clipping.apply.clamping import Clamping
+from gradclip.clipping.apply.coefficients import Flag, Response, all_of, as_flag, host_waits_for
 from gradclip.clipping.arguments import (
     Nonfinite,
     check_count,
     check_grad_scale,
     check_nonfinite,
 )
-from gradclip.clipping.clamping import Clamping
-from gradclip.clipping.gradients import collect
-from gradclip.clipping.group import Group
-from gradclip.clipping.kernels import LayoutCache, choose
-from gradclip.clipping.kernels.blocks import home_of
-from gradclip.clipping.kernels.tables import is_capturing
-from gradclip.clipping.nonfinite import (
-    Faults,
-    SkipCounter,
-    nonfinite_error,
-    nonfinite_report,
-    too_many_skips,
-)
-from gradclip.clipping.overlap import DisjointCheck
-from gradclip.clipping.ownership import check_unowned
-from gradclip.clipping.parameters import (
+from gradclip.clipping.collect.gradients import collect
+from gradclip.clipping.collect.overlap import DisjointCheck
+from gradclip.clipping.collect.parameters import (
     OptimizerParameters,
     ParameterGroup,
     Parameters,
     ParameterSource,
     as_source,
 )
+from gradclip.clipping.kernels import LayoutCache, choose
+from gradclip.clipping.kernels.blocks import home_of
+from gradclip.clipping.kernels.device import callers_level, untraced
+from gradclip.clipping.kernels.tables import is_capturing
+from gradclip.clipping.measure.group import Group
+from gradclip.clipping.measure.norm import Measured, combine
 from gradclip.clipping.policies import Policy, PolicyLike, any_writes, as_policies
 from gradclip.clipping.ranks import may_be_shared
-from gradclip.clipping.ranks.alone import Alone, Peers
-from gradclip.clipping.reduction import Measured, combine
-from gradclip.clipping.response import Flag, Response, all_of, as_flag, host_waits_for
+from gradclip.clipping.ranks.peers import Alone, Peers
 from gradclip.clipping.result import ClipResult, over_all
 from gradclip.clipping.state import STATE_VERSION, check_history, read_state
-from gradclip.clipping.traces import leave
-from gradclip.clipping.tracing import callers_level, untraced
+from gradclip.clipping.step.marks import leave
+from gradclip.clipping.step.nonfinite import (
+    Faults,
+    SkipCounter,
+    nonfinite_error,
+    nonfinite_report,
+    too_many_skips,
+)
+from gradclip.clipping.step.ownership import check_unowned
 from gradclip.errors import UnsupportedGradientError
 
 if TYPE_CHECKING:
     from gradclip.clipping.ranks.dimension import GroupLike
-    from gradclip.clipping.ranks.meeting import Meeting
+    from gradclip.clipping.ranks.rendezvous import Meeting
     from gradclip.clipping.ranks.share import Share
 
 ParametersLike: TypeAlias = (
@@ -291,7 +291,7 @@ clipped=True, skipped=False, nonfinite=0)
         if not (declared or may_be_shared(self._bounded())):
             return Alone()
         # Slow to import, and not for one process.
-        from gradclip.clipping.ranks.meeting import Meeting  # noqa: PLC0415
+        from gradclip.clipping.ranks.rendezvous import Meeting  # noqa: PLC0415
         from gradclip.clipping.ranks.topology import Declared  # noqa: PLC0415
 
         meeting = Meeting(
@@ -461,7 +461,7 @@ clipped=True, skipped=False, nonfinite=0)
 
     def _scale(self, group: Group, response: Response) -> None:
         """Multiply the gradients by what was decided."""
-        apply.scale(self._backends, group.gradients, response, group.share)
+        scaling.scale(self._backends, group.gradients, response, group.share)
 
     # state
 

@@ -7,30 +7,30 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from gradclip.clipping import apply
+from gradclip.clipping.apply import scaling
+from gradclip.clipping.apply.coefficients import Response
 from gradclip.clipping.clipper import GradientClipper
-from gradclip.clipping.gradients import as_gradients, collect
-from gradclip.clipping.group import Group
-from gradclip.clipping.kernels import LayoutCache, choose
-from gradclip.clipping.kernels.blocks import home_of
-from gradclip.clipping.overlap import DisjointCheck
-from gradclip.clipping.parameters import (
+from gradclip.clipping.collect.gradients import as_gradients, collect
+from gradclip.clipping.collect.overlap import DisjointCheck
+from gradclip.clipping.collect.parameters import (
     ListedParameters,
     ParameterGroup,
     Parameters,
     as_sequence,
     as_source,
 )
+from gradclip.clipping.collect.shards import reduced, whole
+from gradclip.clipping.kernels import LayoutCache, choose
+from gradclip.clipping.kernels.blocks import home_of
+from gradclip.clipping.kernels.device import untraced
+from gradclip.clipping.measure.group import Group
 from gradclip.clipping.policies import Decision, NormClip, ObserveClip, Policy, ValueClip
-from gradclip.clipping.ranks.alone import Peers
-from gradclip.clipping.ranks.shards import reduced, whole
-from gradclip.clipping.response import Response
-from gradclip.clipping.tracing import untraced
+from gradclip.clipping.ranks.peers import Peers
 from gradclip.config import as_ceiling, as_norm_order
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
 
 if TYPE_CHECKING:
-    from gradclip.clipping.ranks.meeting import Meeting
+    from gradclip.clipping.ranks.rendezvous import Meeting
 
 _KNOWN = LayoutCache(capacity=32)
 """The layouts of gradients that these functions have seen; they have no object to keep them in."""
@@ -219,7 +219,7 @@ def clip_grads_with_norm_(
         guard=gradients.guard,
         otherwise=1.0,
     )
-    apply.scale(backends, gradients, response)
+    scaling.scale(backends, gradients, response)
 
 
 def _given(tensors: object) -> ListedParameters:

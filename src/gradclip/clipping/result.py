@@ -7,8 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gradclip.clipping.reduction import Measured, combine
-from gradclip.clipping.response import Flag, Response, as_flag
+from gradclip.clipping.apply.coefficients import Flag, Response, as_flag
+from gradclip.clipping.measure.norm import Measured, combine
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from gradclip.clipping import ClipResult, GradientClipper
-from gradclip.clipping.ownership import unwrapped
-from gradclip.clipping.parameters import OptimizerParameters
+from gradclip.clipping.collect.parameters import OptimizerParameters
+from gradclip.clipping.step.ownership import unwrapped
 from gradclip.errors import ArgumentTypeError
 from gradclip.integrations.deepspeed import EngineWatch, engine_of
 from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling

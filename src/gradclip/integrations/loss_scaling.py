@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradclip.clipping.lagged import Lagged
-from gradclip.clipping.response import Flag, host_waits_for
+from gradclip.clipping.apply.coefficients import Flag, host_waits_for
 from gradclip.integrations.wrapped import behind_accelerate
+from gradclip.record.ring import Lagged
 
 __all__ = ["SCALE_FLOOR", "OverflowWatch", "Unscaling", "begin_anew"]
 

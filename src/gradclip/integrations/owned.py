@@ -3,10 +3,10 @@
 from typing import Any
 
 from gradclip.clipping import GradientClipper
-from gradclip.clipping.group import Group
+from gradclip.clipping.measure.group import Group
 from gradclip.clipping.policies import any_writes
-from gradclip.clipping.ranks.alone import Peers
-from gradclip.clipping.traces import check_none
+from gradclip.clipping.ranks.peers import Peers
+from gradclip.clipping.step.marks import check_none
 
 __all__ = ["OwnedClipper"]
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from weakref import ref
 
 from gradclip.clipping import ClipResult, withhold
-from gradclip.clipping.step import lent
+from gradclip.clipping.step.withhold import lent
 from gradclip.config import ClassType
 from gradclip.errors import ArgumentValueError, DoubleClippingError, MissingDependencyError
 from gradclip.integrations.loss_scaling import begin_anew

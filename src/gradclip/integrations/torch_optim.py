@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping import ClipResult
-from gradclip.clipping.group import Group
-from gradclip.clipping.lagged import Lagged
-from gradclip.clipping.ownership import disowned, owned, unwrapped
-from gradclip.clipping.response import Response, host_waits_for
-from gradclip.clipping.step import lent, withhold_within
+from gradclip.clipping.apply.coefficients import Response, host_waits_for
+from gradclip.clipping.measure.group import Group
+from gradclip.clipping.step.ownership import disowned, owned, unwrapped
+from gradclip.clipping.step.withhold import lent, withhold_within
 from gradclip.errors import ArgumentTypeError, DoubleClippingError
 from gradclip.integrations.loss_scaling import SCALE_FLOOR
 from gradclip.integrations.owned import OwnedClipper
+from gradclip.record.ring import Lagged
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

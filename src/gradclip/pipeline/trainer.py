@@ -30,7 +30,9 @@ from gradclip.pipeline.arguments import (
     one,
 )
 from gradclip.pipeline.batch_processor import BatchProcessorMixin
-from gradclip.pipeline.data_position import DataPosition
+from gradclip.pipeline.checkpoint.data_position import DataPosition
+from gradclip.pipeline.checkpoint.progress import TrainerProgressState
+from gradclip.pipeline.checkpoint.training_state import load_training_state
 from gradclip.pipeline.deepspeed import (
     prepare_engine,
     refuse_a_broken_window,
@@ -46,9 +48,7 @@ from gradclip.pipeline.hooks.mixin import (
 )
 from gradclip.pipeline.hooks.validation import ValidationHook
 from gradclip.pipeline.processes import default_accelerator, keep_distributed
-from gradclip.pipeline.progress_state import TrainerProgressState
 from gradclip.pipeline.shortcuts import accumulating
-from gradclip.pipeline.training_state import load_training_state
 
 __all__ = ["HookBasedTrainer", "ResumeCheckpointConfig"]
 

@@ -18,12 +18,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import backend_registration
 
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
-from gradclip.clipping import Policy, nonfinite, overlap
+from gradclip.clipping import Policy
+from gradclip.clipping.collect import overlap
 from gradclip.clipping.kernels.tables import Table
-from gradclip.clipping.lagged import Lagged
 from gradclip.clipping.policies import Decision
 from gradclip.clipping.ranks.agreement import Facts
 from gradclip.clipping.ranks.dimension import Dimension
+from gradclip.clipping.step import nonfinite
+from gradclip.record.ring import Lagged
 
 DEVICE = "npy:0"
 

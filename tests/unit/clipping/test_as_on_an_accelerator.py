@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
-from gradclip.clipping import clamping, group, response
 from gradclip.clipping import clipper as clipper_module
+from gradclip.clipping.apply import clamping
+from gradclip.clipping.apply import coefficients as response
 from gradclip.clipping.kernels import foreach
-from gradclip.clipping.nonfinite import SkipCounter
+from gradclip.clipping.measure import group
+from gradclip.clipping.step.nonfinite import SkipCounter
 
 GRADIENTS = {
     "within": [[0.3, 0.4], [0.1, -0.2]],

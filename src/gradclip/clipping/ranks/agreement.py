@@ -7,9 +7,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from gradclip.clipping.ranks.acquaintance import Outline, connected
+from gradclip.clipping.collect.shards import Placements, misplaced
+from gradclip.clipping.ranks.coverage import Outline, connected
 from gradclip.clipping.ranks.dimension import Dimension, gathered
-from gradclip.clipping.ranks.shards import Placements, misplaced
 from gradclip.errors import ArgumentValueError
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradclip.clipping.group import Group
+from gradclip.clipping.measure.group import Group
 from gradclip.clipping.ranks.dimension import Dimension, gathered
 from gradclip.clipping.ranks.share import Share
 from gradclip.errors import ReplicaError

@@ -9,8 +9,8 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+from gradclip.clipping.collect.parameters import ParameterGroup
 from gradclip.clipping.kernels.tables import Table
-from gradclip.clipping.parameters import ParameterGroup
 from gradclip.clipping.ranks.topology import Holding
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from gradclip.clipping.ranks.acquaintance import (
+from gradclip.clipping.ranks.coverage import (
     Outline,
     Part,
     compact,
@@ -19,7 +19,7 @@ from gradclip.clipping.ranks.acquaintance import (
     each_counts_once,
 )
 from gradclip.clipping.ranks.dimension import Dimension, GroupLike, as_groups
-from gradclip.clipping.ranks.flat import flat_groups, is_flattened, unknown_flat
+from gradclip.clipping.ranks.fsdp1 import flat_groups, is_flattened, unknown_flat
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
 
 

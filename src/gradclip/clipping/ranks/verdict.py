@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradclip.clipping.apply.coefficients import Flag, host_waits_for
+from gradclip.clipping.kernels.device import callers_level
 from gradclip.clipping.kernels.tables import Table
-from gradclip.clipping.lagged import LAG, Lagged
-from gradclip.clipping.response import Flag, host_waits_for
-from gradclip.clipping.tracing import callers_level
 from gradclip.errors import RankError, ReplicaError
+from gradclip.record.ring import LAG, Lagged
 
 TAIL = 10
 """How many numbers: those of ``Tail``; of what ranks hold alike the sum of powers, squared too."""

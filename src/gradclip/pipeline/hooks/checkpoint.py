@@ -9,11 +9,15 @@ from pydantic import Field, model_validator
 from gradclip.config import ClassType
 from gradclip.errors import ArgumentValueError
 from gradclip.hook import HookContext
-from gradclip.pipeline import checkpoint_store
+from gradclip.pipeline.checkpoint import store as checkpoint_store
+from gradclip.pipeline.checkpoint.progress import TrainerProgressState
+from gradclip.pipeline.checkpoint.training_state import (
+    check_checkpointable,
+    keepable,
+    save_training_state,
+)
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
 from gradclip.pipeline.processes import together
-from gradclip.pipeline.progress_state import TrainerProgressState
-from gradclip.pipeline.training_state import check_checkpointable, keepable, save_training_state
 
 __all__ = ["SaveCheckpoint", "SaveCheckpointConfig"]
 

@@ -21,9 +21,9 @@ from gradclip.clipping import (
     Policy,
     ValueClip,
 )
-from gradclip.clipping.ownership import check_unowned
-from gradclip.clipping.parameters import OptimizerParameters
+from gradclip.clipping.collect.parameters import OptimizerParameters
 from gradclip.clipping.policies import BUILT_IN
+from gradclip.clipping.step.ownership import check_unowned
 from gradclip.config import Ceiling, ClassType, ConfigOf, NormOrder
 from gradclip.errors import ArgumentValueError, DoubleClippingError
 from gradclip.hook import HookContext

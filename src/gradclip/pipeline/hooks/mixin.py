@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from gradclip.clipping import ClipResult
-    from gradclip.pipeline.data_position import DataPosition
+    from gradclip.pipeline.checkpoint.data_position import DataPosition
 
 __all__ = [
     "HookContext",

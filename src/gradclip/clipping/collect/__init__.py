@@ -1,0 +1,1 @@
+"""Which tensors: found, checked, named, and sorted by the policy that bounds them."""

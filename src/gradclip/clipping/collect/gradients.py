@@ -1,0 +1,223 @@
+"""What a call finds: the gradients of one group, checked, as the kernels see them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import compress
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from gradclip.clipping.collect.parameters import ParameterGroup
+from gradclip.clipping.kernels.layout import Batch, Layout, LayoutCache
+from gradclip.errors import UnsupportedGradientError
+
+FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+COMPLEX = frozenset({torch.complex64, torch.complex128})
+_SUPPORTED = FLOATING | COMPLEX
+_DOUBLES = {torch.float64, torch.complex128}
+COARSE_GUARD, FINE_GUARD = 2.0**-21, 2.0**-44
+"""Margins that keep the rounding of scaled elements below a ceiling: of float32, of float64."""
+
+
+@dataclass(eq=False)
+class Gradients:
+    """The gradients of one group at one call.
+
+    Args:
+        group: The parameters that they may belong to.
+        present: Which of those have a gradient; None for all.
+        tensors: The gradients, dense or sparse, real or complex.
+        known: Recognises tensors like those of earlier calls.
+        layout: That of the tensors.
+    """
+
+    group: ParameterGroup
+    present: list[bool] | None
+    tensors: list[Tensor]
+    known: LayoutCache
+    layout: Layout
+
+    def __post_init__(self) -> None:
+        self._kinds = self.layout.plan(_Kinds)
+        self._plain = Batch(self.tensors, self.layout) if self._kinds.plain else None
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What the gradients are called."""
+        names = self.group.names
+        return names if self.present is None else list(compress(names, self.present))
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where they are."""
+        return self._kinds.devices
+
+    @property
+    def written(self) -> Batch:
+        """Real views that share the gradients' memory: scaling them scales the gradients."""
+        if self._plain is not None:
+            return self._plain
+        return self.known.batch([_parts(_values(tensor)) for tensor in self.tensors])
+
+    def measured(self, norm_type: float) -> Batch:
+        """Real tensors that have the gradients' p-norm.
+
+        Args:
+            norm_type: Complex numbers count by modulus, which for p = 2 needs no new tensor.
+        """
+        if self._plain is not None:
+            return self._plain
+        if norm_type == 2:  # noqa: PLR2004 - the Euclidean norm
+            return self._measured_by_parts
+        return self.known.batch([_modulus(_values(tensor)) for tensor in self._coalesced])
+
+    @property
+    def has_complex(self) -> bool:
+        """Whether a gradient has complex elements, which have no order."""
+        return bool(self._kinds.dtypes & COMPLEX)
+
+    @property
+    def has_sparse(self) -> bool:
+        """Whether a gradient has to be coalesced before its elements are changed."""
+        return self._plain is None and any(tensor.is_sparse for tensor in self.tensors)
+
+    def adopt_coalesced(self) -> None:
+        """Give the parameters their coalesced gradients, whose values ``measured`` shares.
+
+        Entries of one place are rounded together then, and not each at its own size.
+        """
+        owners = self.group.parameters
+        if self.present is not None:
+            owners = list(compress(owners, self.present))
+        for index, (parameter, coalesced) in enumerate(zip(owners, self._coalesced, strict=True)):
+            if coalesced is not self.tensors[index]:
+                parameter.grad = self.tensors[index] = coalesced
+
+    @cached_property
+    def _coalesced(self) -> list[Tensor]:
+        return [t.coalesce() if t.layout is torch.sparse_coo else t for t in self.tensors]
+
+    @cached_property
+    def _measured_by_parts(self) -> Batch:
+        return self.known.batch([_parts(_values(tensor)) for tensor in self._coalesced])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of what is reported: float32, or float64 when a gradient is."""
+        return torch.float64 if self._kinds.dtypes & _DOUBLES else torch.float32
+
+    @property
+    def guard(self) -> float:
+        """The relative margin that keeps the rounding of scaled elements below a ceiling."""
+        return COARSE_GUARD if self._kinds.dtypes - _DOUBLES else FINE_GUARD
+
+
+class _Kinds:
+    """What kinds of tensors a layout has."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.devices = set(layout.devices)
+        self.dtypes = set(layout.dtypes)
+        self.plain = self.dtypes <= FLOATING and all(layout.dense)
+        """Dense, real and without a pending sign: each gradient is its own view."""
+
+
+def collect(group: ParameterGroup, known: LayoutCache, *, placed: bool = True) -> Gradients:
+    """Collect the gradients that exist, and check each, or that nothing changed since.
+
+    Args:
+        group: Whose gradients.
+        known: Recognises tensors like those of earlier calls.
+        placed: Whether DTensors have to be placed like their parameters.
+
+    Raises:
+        UnsupportedGradientError: GC020, for an integer, float8 or meta gradient, or one whose
+            layout has no values to measure.
+    """
+    with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - of thousands of DTensors, it tells
+        found = [parameter.grad for parameter in group.parameters]
+    found = group.local(found) if placed else [getattr(g, "_local_tensor", g) for g in found]
+    layout = known.find(cast("list[Tensor]", found))  # what holds a None fits none
+    if layout is not None:
+        return Gradients(group, None, cast("list[Tensor]", found), known, layout)
+    tensors = [gradient for gradient in found if gradient is not None]
+    present = None
+    if len(tensors) < len(found):
+        present = [gradient is not None for gradient in found]
+    return as_gradients(group, present, tensors, known)
+
+
+def as_gradients(
+    group: ParameterGroup, present: list[bool] | None, tensors: list[Tensor], known: LayoutCache
+) -> Gradients:
+    """Check each gradient, unless gradients of these kinds were checked before.
+
+    Raises:
+        UnsupportedGradientError: GC020.
+    """
+    tensors = list(map(filled, tensors))
+    layout = known.find(tensors)
+    if layout is None:
+        names = group.names if present is None else list(compress(group.names, present))
+        for name, gradient in zip(names, tensors, strict=True):
+            _check_supported(name, gradient)
+        layout = known.add(tensors)
+    return Gradients(group, present, tensors, known, layout)
+
+
+def filled(tensor: Tensor) -> Tensor:
+    """Return a tensor that an asynchronous collective may still be filling, once it is filled."""
+    if type(tensor) is Tensor or not hasattr(tensor, "trigger_wait"):
+        return tensor
+    done: Tensor = tensor.wait()  # type: ignore[attr-defined]
+    return done
+
+
+def _check_supported(name: str, gradient: Tensor) -> None:
+    """Refuse a gradient that has no norm, or whose norm is not on this process.
+
+    Raises:
+        UnsupportedGradientError: GC020, naming it.
+    """
+    if gradient.dtype in _SUPPORTED and type(gradient) is Tensor and gradient.layout in _LAYOUTS:
+        if gradient.is_meta:
+            reason = "device meta: it has no values"
+        elif gradient.is_inference() and not torch.is_inference_mode_enabled():
+            reason = "made in torch.inference_mode(), outside of which it may not be changed"
+        else:
+            return
+    elif gradient.dtype not in _SUPPORTED:
+        reason = f"dtype {gradient.dtype}: its norm is not defined, or does not survive scaling"
+    elif hasattr(gradient, "_local_tensor"):
+        reason = "a DTensor, of a parameter that is none"
+    elif gradient.layout not in _LAYOUTS:
+        reason = f"layout {gradient.layout}: expected strided or sparse"
+    else:
+        return
+    raise UnsupportedGradientError(
+        f"the gradient of {name}, of shape {tuple(gradient.shape)}, cannot be clipped: {reason}. "
+        "No gradient was changed."
+    )
+
+
+_COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
+_LAYOUTS = frozenset({torch.strided, torch.sparse_coo}) | _COMPRESSED
+
+
+def _values(gradient: Tensor) -> Tensor:
+    if gradient.layout is torch.strided:
+        return gradient
+    return gradient.values() if gradient.layout in _COMPRESSED else gradient._values()  # noqa: SLF001 - also of an uncoalesced tensor
+
+
+def _parts(values: Tensor) -> Tensor:
+    """View complex numbers as pairs of reals, without pending signs: no limit depends on them."""
+    if values.is_complex():
+        values = torch.view_as_real(values.conj() if values.is_conj() else values)
+    return torch._neg_view(values) if values.is_neg() else values  # noqa: SLF001 - the only way to undo it in place
+
+
+def _modulus(values: Tensor) -> Tensor:
+    """Take moduli in float64: finite parts of complex64 can have one beyond float32."""
+    return values.to(torch.complex128).abs() if values.is_complex() else values

@@ -1,0 +1,1 @@
+"""One read of every gradient: sums by row, and the norms that policies see."""

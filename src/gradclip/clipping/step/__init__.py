@@ -1,0 +1,1 @@
+"""Whether the optimizer steps, and who clips before it does."""

@@ -1,0 +1,148 @@
+"""What happens around a NaN or an infinity: the report of an error, and the count of skips."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gradclip.clipping.apply.coefficients import Flag
+from gradclip.clipping.collect.gradients import Gradients
+from gradclip.errors import NonFiniteGradientError, TooManySkipsError
+from gradclip.record.ring import Lagged
+
+_NAMED = 3
+"""How many parameters at fault an error names."""
+
+
+class SkipCounter:
+    """Counts skipped steps in a row, and raises when there are too many.
+
+    On the CPU the flag is read at once. On an accelerator it is copied while the device goes on,
+    and the flag of step t is looked at in step t + 4, so that no step waits. Steps inside a
+    CUDA graph are not counted.
+
+    Args:
+        limit: Skips in a row that are tolerated.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._in_a_row = 0
+        self._lagged: Lagged[bool] = Lagged()
+
+    def record(self, skipped: Flag, *, expected: bool) -> bool:
+        """Record whether a step was skipped.
+
+        Args:
+            skipped: Whether it was.
+            expected: A skip is a loss scaler's doing: it neither counts nor ends a row.
+
+        Returns:
+            Whether more steps in a row than the limit were skipped.
+        """
+        if isinstance(skipped, bool):
+            return self._count(skipped, expected)
+        late = self._lagged.push(skipped, expected)
+        return late is not None and self._count(bool(late[0][0]), late[1])
+
+    @property
+    def in_a_row(self) -> int:
+        """Skips in a row up to the last step; waits for the device."""
+        while (late := self._lagged.pop()) is not None:
+            self._count(bool(late[0][0]), late[1])
+        return self._in_a_row
+
+    @in_a_row.setter
+    def in_a_row(self, count: int) -> None:
+        self._lagged.clear()
+        self._in_a_row = count
+
+    def _count(self, skipped: bool, expected: bool) -> bool:
+        if not (skipped and expected):
+            self._in_a_row = self._in_a_row + 1 if skipped else 0
+        return self._in_a_row > self.limit
+
+
+@dataclass(frozen=True)
+class Faults:
+    """The gradients of a process that hold a NaN or an infinity.
+
+    Args:
+        rank: Which process.
+        described: Of each its name, shape and dtype, and how many elements are at fault, in order.
+        total: How many gradients there are.
+    """
+
+    rank: int
+    described: list[tuple[str, str]]
+    total: int
+
+    @classmethod
+    def of(cls, gradients: Sequence[Gradients], rank: int) -> "Faults":
+        """Look at every element: only for a failure."""
+        described, total = [], 0
+        for group in gradients:
+            for name, tensor, values in zip(
+                group.names, group.tensors, group.measured(2.0).tensors, strict=True
+            ):
+                total += 1
+                nans, infinities = int(values.isnan().sum()), int(values.isinf().sum())
+                if nans or infinities:
+                    dtype = str(tensor.dtype).removeprefix("torch.")
+                    what = f"{tuple(tensor.shape)} {dtype}   NaN: {nans}   Inf: {infinities}"
+                    described.append((name, what))
+        return cls(rank, described, total)
+
+
+def nonfinite_report(
+    faults: Sequence[Faults],
+    *,
+    norm_type: float,
+    step: int,
+    last_norms: Sequence[float],
+    ceiling: float | None,
+) -> str:
+    """Describe which gradients are non-finite, on this process or on all ranks.
+
+    Args:
+        faults: Of each process.
+        norm_type: p of the norm.
+        step: Which call it was.
+        last_norms: The last ones that were finite.
+        ceiling: The limit, if there is one.
+    """
+    found: dict[tuple[str, str], list[int]] = {}
+    for each in faults:
+        for described in each.described:
+            found.setdefault(described, []).append(each.rank)
+    when = f" at step {step}" if step else ""
+    count, total = sum(len(each.described) for each in faults), sum(each.total for each in faults)
+    what = "gradients" if len(faults) == 1 else f"local parts on {len(faults)} ranks"
+    lines = [
+        f"The total norm of order {norm_type} for gradients from `parameters` is non-finite{when}",
+        f"  {count} of {total} {what} affected; first in parameter order:",
+    ]
+    for (name, said), ranks in list(found.items())[:_NAMED]:
+        where = "" if len(faults) == 1 else f"   on rank {', '.join(map(str, ranks[:_NAMED]))}"
+        lines.append(f"    {name}  {said}{where}")
+    if ceiling is not None:
+        norms = "  ".join(f"{norm:.4g}" for norm in last_norms) or "none yet"
+        lines.append(f"  last finite norms:  {norms}        limit = {ceiling:g}")
+    return "\n".join(lines)
+
+
+def nonfinite_error(report: str) -> NonFiniteGradientError:
+    """Say that nothing was changed, and how to go on, behind the report."""
+    lines = [
+        report,
+        "  Scaling cannot repair them: one coefficient would spread a NaN to every gradient.",
+        "  No gradient was changed, so the optimizer must not step on them. To drop such a step",
+        '  and keep training, clip with GradientClipper(..., nonfinite="skip").',
+    ]
+    return NonFiniteGradientError("\n".join(lines))
+
+
+def too_many_skips(report: str, limit: int) -> TooManySkipsError:
+    """Say that skipping did not help, behind the report of the last step."""
+    return TooManySkipsError(
+        f"{report}\n  More than max_consecutive_skips={limit} steps in a row were skipped: these "
+        "are not spikes. Lower the learning rate, or look at the data and the loss."
+    )

@@ -1,0 +1,1 @@
+"""What happened, on its way from the device to the host and to files."""

@@ -1,0 +1,40 @@
+"""Gradients on several devices: two names of the CPU stand for two of them."""
+
+from math import inf
+
+import pytest
+import torch
+
+from gradclip.clipping.kernels import Batch, choose
+from gradclip.clipping.measure import norm as reduction
+
+TENSORS = [
+    torch.tensor([[3.0, 4.0], [6.0, 8.0]]),
+    torch.tensor([1e200, 1.0], dtype=torch.float64),
+    torch.tensor([[0.5], [12.0], [0.0]]),
+    torch.tensor([2.0]),
+]
+ROWS = [2, 1, 3, 1]
+PLACES = [torch.device("cpu"), torch.device("cpu", 0), torch.device("cpu", 0), torch.device("cpu")]
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0, inf])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("backend", ["foreach", "reference"])
+def test_rows_come_home_in_their_order(p, per_row, backend):
+    def measured(devices):
+        batch = Batch.of(TENSORS, ROWS)
+        batch.layout.devices = devices
+        home = torch.device("cpu")
+        norm = reduction.Norm(p, reduction.Apart() if per_row else reduction.Together())
+        norm.read(choose(backend), batch, home)
+        norm.read_again(choose(backend), batch)
+        return norm
+
+    together, apart = measured([torch.device("cpu")] * 4), measured(PLACES)
+    torch.testing.assert_close(apart.norms(), together.norms(), rtol=1e-13, atol=0)
+    torch.testing.assert_close(apart.witness_R, together.witness_R, rtol=1e-13, atol=0)
+    if per_row:
+        rows = [row for t, n in zip(TENSORS, ROWS, strict=True) for row in t.reshape(n, -1)]
+        truth = [torch.linalg.vector_norm(r.double() / 1e150, p) * 1e150 for r in rows[2:3]]
+        torch.testing.assert_close(apart.norms()[2:3], torch.stack(truth), rtol=1e-12, atol=0)
