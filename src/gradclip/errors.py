@@ -24,6 +24,8 @@
 A code never changes its meaning; ``docs/errors.md`` has a paragraph for each.
 """
 
+import sys
+import warnings
 from typing import ClassVar
 
 __all__ = [
@@ -45,7 +47,17 @@ __all__ = [
     "StateError",
     "TooManySkipsError",
     "UnsupportedGradientError",
+    "warn",
 ]
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn, and name the line of the first caller outside gradclip and torch."""
+    inner = ("gradclip.", "torch.")
+    level, frame = 1, sys._getframe(1)  # noqa: SLF001 - a public name for it comes with Python 3.12
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(inner):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level + 1)
 
 
 class GradClipError(Exception):

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from gradclip import GradientClipper, NormClip, clip_grad_norm_
-from gradclip.clipping.policies import Decision
+from gradclip.clipping.policies import Decision, PolicyState
 from gradclip.errors import (
     ArgumentValueError,
     NonFiniteGradientError,
@@ -409,11 +409,13 @@ class Remembering(NormClip):
 
     clip_mode: str = "remembering"
 
-    def initial_state(self, scopes, device):
-        return {"seen": torch.zeros(scopes, dtype=torch.float64, device=device)}
+    def initial_state(self, scopes):
+        zeros = torch.zeros(len(scopes.names), dtype=torch.float64, device=scopes.device)
+        return PolicyState({"seen": zeros})
 
-    def decide(self, norms_S, counts, state):
-        return Decision(self.max_norm, self.max_norm, {"seen": state["seen"] + norms_S})
+    def decide(self, seen, state):
+        summed = PolicyState({"seen": state.per_scope["seen"] + seen.norms_S})
+        return Decision(self.max_norm, self.max_norm, summed)
 
 
 def histories_differ(rank):
@@ -422,7 +424,7 @@ def histories_differ(rank):
     clipper.clip()
     if rank == 1:
         state = clipper.state_dict()
-        state["states"]["*"]["seen"] += 1.0
+        state["states"]["*"]["per_scope"]["seen"] += 1.0
         clipper.load_state_dict(state)
     with pytest.raises(ReplicaError, match=r"history of '\*', seen differs between ranks 0 and 1"):
         clipper.clip()

@@ -33,7 +33,7 @@ def values_of(held: layouts.Held, seed: int) -> dict[str, torch.Tensor]:
 def expected(policy: Any, values: dict[str, torch.Tensor]) -> tuple[float, float]:
     """The norm and the coefficient of one process."""
     norm = oracle.norm(values.values(), policy.order)
-    limit = policy.ceiling if isinstance(policy, NormClip) else math.inf
+    limit = policy.max_norm if isinstance(policy, NormClip) else math.inf
     return norm, min(1.0, limit / norm)
 
 
@@ -58,7 +58,7 @@ def go_through(rank: int, build: str) -> dict[str, Any]:
                 if isinstance(policy, ValueClip):
                     wanted = values[key].clamp(-policy.clip_value, policy.clip_value)
                 torch.testing.assert_close(after, wanted, rtol=1e-5, atol=1e-7, msg=where)
-            clamped = {k: v.clamp(-policy.ceiling, policy.ceiling) for k, v in values.items()}
+            clamped = {k: v.clamp(-policy.clip_value, policy.clip_value) for k, v in values.items()}
             left = (
                 oracle.norm(clamped.values())
                 if isinstance(policy, ValueClip)

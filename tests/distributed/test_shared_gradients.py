@@ -26,7 +26,7 @@ class RowClip(Policy):
     clip_mode: Literal["row"] = "row"
     max_norm: float = 1.0
 
-    def decide(self, norms_S, counts, state):
+    def decide(self, seen, state):
         return Decision(self.max_norm, self.max_norm)
 
 

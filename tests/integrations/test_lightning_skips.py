@@ -135,17 +135,14 @@ class GivenBack(Callback):
 @pytest.mark.parametrize("plugins", [[], [half()]], ids=["float32", "scaler"])
 def test_where_no_verdict_is_read_a_fused_step_is_withheld_on_the_device(monkeypatch, plugins):
     """As on a GPU: verdicts stay tensors, and found_inf tells the optimizer, and is taken back."""
-    from gradclip.clipping import clipper  # noqa: PLC0415
-    from gradclip.clipping.apply import coefficients as response  # noqa: PLC0415
+    from gradclip.clipping import flags  # noqa: PLC0415
     from gradclip.clipping.kernels import foreach  # noqa: PLC0415
-    from gradclip.clipping.measure import group  # noqa: PLC0415
     from gradclip.clipping.step.nonfinite import SkipCounter  # noqa: PLC0415
     from gradclip.integrations.loss_scaling import OverflowWatch  # noqa: PLC0415
 
     monkeypatch.setattr(foreach, "_on_cpu", lambda batch: False)
-    for module in (clipper, group, response):
-        monkeypatch.setattr(module, "host_waits_for", lambda device: True)
-    monkeypatch.setattr(SkipCounter, "record", lambda self, skipped, *, expected: False)
+    monkeypatch.setattr(flags, "host_waits_for", lambda device: True)
+    monkeypatch.setattr(SkipCounter, "record", lambda self, *flags, expected: False)
     monkeypatch.setattr(OverflowWatch, "settle", lambda self, skipped: None)
     clipping = GradientClippingCallback(LIMIT)
     keep = Keep(clipping)

@@ -17,7 +17,7 @@ from transformers_runs import (
 )
 
 from gradclip.clipping import Policy
-from gradclip.clipping.policies import Decision
+from gradclip.clipping.policies import Decision, PolicyState
 from gradclip.errors import (
     StateError,
 )
@@ -30,15 +30,16 @@ class Recent(Policy):
     scope = "tensor"
     clip_mode: str = "recent"
 
-    def initial_state(self, scopes, device):
-        zeros = torch.zeros(scopes, dtype=torch.float64, device=device)
-        return {"total": zeros, "steps": torch.zeros((), dtype=torch.int64, device=device)}
+    def initial_state(self, scopes):
+        zeros = torch.zeros(len(scopes.names), dtype=torch.float64, device=scopes.device)
+        steps = torch.zeros((), dtype=torch.int64, device=scopes.device)
+        return PolicyState({"total": zeros}, {"steps": steps})
 
-    def decide(self, norms_S, counts, state):
-        total = torch.where(counts, state["total"] + norms_S, state["total"])
-        steps = state["steps"] + counts.to(torch.int64)
+    def decide(self, seen, state):
+        total = state.per_scope["total"] + seen.norms_S
+        steps = state.shared["steps"] + 1
         mean = total / steps / 2
-        return Decision(mean, mean, {"total": total, "steps": steps})
+        return Decision(mean, mean, PolicyState({"total": total}, {"steps": steps}))
 
 
 @pytest.mark.parametrize("restores", [False, True])

@@ -1,15 +1,111 @@
-"""Checks of what a clipper is given: the kind first, then the range."""
+"""The keywords that every way in takes, and their checks: the kind first, then the range."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
 from math import isfinite
 from numbers import Real
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
 
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
 
+if TYPE_CHECKING:
+    from gradclip.clipping.ranks.dimension import GroupLike
+
 Nonfinite: TypeAlias = Literal["skip", "raise", "propagate"]
+
+
+class ClipOptions(TypedDict, total=False):
+    """The keywords of ``GradientClipper``; every way in takes all of them.
+
+    Attributes:
+        max_norm: The limit of the norm of all gradients together, in place of a policy.
+        nonfinite: What to do when a gradient that would be clipped holds a NaN or an infinity:
+            "skip" zeroes the gradients and sets ``ClipResult.skipped``; "raise" raises and changes
+            nothing, also where gradients are only measured (reads one number per step);
+            "propagate" reports the non-finite norm and changes nothing.
+        max_consecutive_skips: Skipped steps in a row that are tolerated.
+        partitioned: Process groups by name pattern, for parameters of which each rank of the group
+            has different ones: ``{"*": pp_group}`` for the stages of a pipeline, ``{"experts.*":
+            ep_group}`` for experts placed by hand. What DTensor and FSDP split tells itself. A
+            value is a process group, a ``DeviceMesh``, several of these, or None on ranks that are
+            in none.
+        duplicated: Likewise, for a parameter of which several ranks among those have a copy, as
+            stages have that tie weights: it is counted once.
+        backend: "auto" (the fastest of each device), "foreach", "triton" (CUDA), or "reference"
+            (float64, slow, for comparison).
+    """
+
+    max_norm: float
+    nonfinite: Nonfinite
+    max_consecutive_skips: int
+    partitioned: "Mapping[str, GroupLike] | None"
+    duplicated: "Mapping[str, GroupLike] | None"
+    backend: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """The same keywords, each with a value; ``max_norm`` has become a policy."""
+
+    nonfinite: Nonfinite = "skip"
+    max_consecutive_skips: int = 25
+    partitioned: "Mapping[str, GroupLike] | None" = None
+    duplicated: "Mapping[str, GroupLike] | None" = None
+    backend: str = "auto"
+
+    @property
+    def in_words(self) -> str:
+        """What ranks have to have alike."""
+        return f"nonfinite={self.nonfinite!r}, max_consecutive_skips={self.max_consecutive_skips}"
+
+    def __post_init__(self) -> None:
+        check_nonfinite(self.nonfinite)
+        check_count(self.max_consecutive_skips)
+
+
+def read_options(name: str, policy: object, given: Mapping[str, Any]) -> tuple[Any, Options]:
+    """Return the policy and the options that a way in was given.
+
+    Args:
+        name: What was called, as an error says it.
+        policy: Its policy; None where ``max_norm`` is among the keywords.
+        given: Its keywords.
+
+    Raises:
+        ArgumentTypeError: GC011, for an unknown keyword, no policy, or two.
+        ArgumentValueError: GC010, for a value out of range.
+    """
+    known = ClipOptions.__annotations__
+    for keyword in given:
+        if keyword not in known:
+            near = get_close_matches(keyword, known, n=1)
+            hint = f". Did you mean {near[0]}?" if near else f": it takes {', '.join(known)}"
+            raise ArgumentTypeError(f"{name} got an unexpected keyword {keyword!r}{hint}")
+    options = dict(given)
+    max_norm = options.pop("max_norm", None)
+    return one_policy(name, policy, max_norm), Options(**options)
+
+
+def one_policy(name: str, policy: object, max_norm: float | None) -> Any:
+    """Return a policy, or the ``max_norm`` that was given in its place.
+
+    Raises:
+        ArgumentTypeError: GC011, for none of them, or both.
+    """
+    if policy is None and max_norm is None:
+        raise ArgumentTypeError(
+            f"{name} was not told how to clip: policy is None, and there is no max_norm. Give a "
+            "number or a policy, such as 1.0, max_norm=1.0 or ValueClip(clip_value=0.5)"
+        )
+    if policy is not None and max_norm is not None:
+        raise ArgumentTypeError(
+            f"{name} got both a policy ({policy!r}) and max_norm={max_norm!r}: give one of them"
+        )
+    return max_norm if policy is None else policy
 
 
 def check_nonfinite(nonfinite: object) -> Nonfinite:

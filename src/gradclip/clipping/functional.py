@@ -1,81 +1,76 @@
 """Drop-ins for ``torch.nn.utils``: same names, same arguments in the same order."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from gradclip.clipping.apply import scaling
-from gradclip.clipping.apply.coefficients import Response
-from gradclip.clipping.clipper import GradientClipper
-from gradclip.clipping.collect.gradients import as_gradients, collect
+from gradclip.clipping.apply.coefficients import Coefficients
+from gradclip.clipping.apply.scaling import scale
+from gradclip.clipping.arguments import Nonfinite, Options
+from gradclip.clipping.collect.gradients import collect
 from gradclip.clipping.collect.overlap import DisjointCheck
-from gradclip.clipping.collect.parameters import (
-    ListedParameters,
-    ParameterGroup,
-    Parameters,
+from gradclip.clipping.collect.parameters import ParameterGroup, Parameters
+from gradclip.clipping.collect.shards import reduced, whole
+from gradclip.clipping.collect.sources import (
+    GivenGradients,
+    ParameterSource,
     as_sequence,
     as_source,
 )
-from gradclip.clipping.collect.shards import reduced, whole
-from gradclip.clipping.kernels import LayoutCache, choose
-from gradclip.clipping.kernels.blocks import home_of
-from gradclip.clipping.kernels.device import untraced
-from gradclip.clipping.measure.group import Group
+from gradclip.clipping.engine import Engine
+from gradclip.clipping.flags import as_known
+from gradclip.clipping.kernels import SpecsCache, choose
+from gradclip.clipping.kernels.device import result_device_of, untraced
 from gradclip.clipping.policies import Decision, NormClip, ObserveClip, Policy, ValueClip
-from gradclip.clipping.ranks.peers import Peers
+from gradclip.clipping.result import ClipResult
+from gradclip.clipping.step.ownership import Guest
 from gradclip.config import as_ceiling, as_norm_order
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
 
 if TYPE_CHECKING:
-    from gradclip.clipping.ranks.rendezvous import Meeting
+    from gradclip.clipping.ranks.ranks import Ranks
+    from gradclip.clipping.ranks.rendezvous import Rendezvous
 
-_KNOWN = LayoutCache(capacity=32)
-"""The layouts of gradients that these functions have seen; they have no object to keep them in."""
+_KNOWN = SpecsCache(capacity=32)
+"""Gradients that these functions have seen; they have no object to remember them in."""
 
-
-class _Once(GradientClipper):
-    """A clipper for one call, which profits from what earlier calls worked out."""
-
-    _called = "gradclip's clip_grad_norm_ or clip_grad_value_"
-
-    def _telling(self, group: Group) -> list[Tensor]:
-        return group.gradients.tensors[:1]  # each call is the first
-
-    def _layouts(self, policy: Policy) -> LayoutCache:  # noqa: ARG002 - whole tensors in any case
-        return _KNOWN
-
-    def _ranks_of(self, meeting: "Meeting", groups: dict[str, ParameterGroup]) -> Peers:
-        """Return what an earlier call found for such parameters: ranks do not agree anew."""
-        parameters = groups["*"].parameters
-        specs = [getattr(parameter, "_spec", None) for parameter in parameters]
-        plain = [(p.dtype, p.device) for p, s in zip(parameters, specs, strict=True) if s is None]
-        key = tuple(map(id, specs)), tuple(plain), repr(meeting.policies), meeting.options
-        if key not in _MET:
-            if len(_MET) >= _KEPT:
-                _MET.clear()
-            # The specs are kept with it, so that no other ones get their addresses.
-            _MET[key] = specs, meeting.ranks(groups, agree=False)
-        return _MET[key][1]
-
-
-_KEPT = 16
-_MET: dict[object, tuple[list[object], Peers]] = {}
+_MET: "dict[object, tuple[list[object], Ranks]]" = {}
 """The ranks of parameters that these functions have seen, by the placements of those."""
+_KEPT = 16
+
+_GUEST = Guest("gradclip's clip_grad_norm_ or clip_grad_value_")
 
 
-class _OfGradients(_Once):
-    """Measures what it is given, and not the gradients of that."""
+def _clip_once(source: ParameterSource, policy: Policy, nonfinite: Nonfinite) -> ClipResult:
+    """Clip as ``GradientClipper`` does, and profit from what earlier calls worked out."""
+    engine = Engine(
+        source,
+        {"*": policy},
+        Options(nonfinite=nonfinite),
+        _GUEST,
+        once=True,
+        known=_KNOWN,
+        meet=_remembered,
+    )
+    with torch.no_grad():
+        return engine.clip()
 
-    def _collect(self, peers: Peers) -> list[Group]:
-        (group,) = self._parameters.groups().values()
-        tensors = group.local(list(group.parameters))
-        gradients = as_gradients(group, None, cast("list[Tensor]", tensors), _KNOWN)
-        (policy,) = self._policies.values()
-        assert policy is not None
-        return [Group(group.pattern, policy, gradients, policy.order, peers.share(group.pattern))]
+
+def _remembered(rendezvous: "Rendezvous", groups: Mapping[str, ParameterGroup]) -> "Ranks":
+    """Return what an earlier call found for such parameters: ranks do not agree anew."""
+    parameters = groups["*"].parameters
+    specs = [getattr(parameter, "_spec", None) for parameter in parameters]
+    plain = [(p.dtype, p.device) for p, s in zip(parameters, specs, strict=True) if s is None]
+    key = tuple(map(id, specs)), tuple(plain), repr(rendezvous.rules), rendezvous.options
+    if key not in _MET:
+        if len(_MET) >= _KEPT:
+            _MET.clear()
+        # The specs are kept with it, so that no other ones get their addresses.
+        _MET[key] = specs, rendezvous.ranks(groups, agree=False)
+    return _MET[key][1]
 
 
 @untraced
@@ -119,8 +114,8 @@ def clip_grad_norm_(
     _check_foreach(foreach)
     policy = NormClip(max_norm=as_ceiling(max_norm, "max_norm"), norm_type=as_norm_order(norm_type))
     raises = _check_flag(error_if_nonfinite)
-    clipper = _Once(parameters, policy, nonfinite="raise" if raises else "propagate")
-    return clipper.clip().norm_pre
+    nonfinite: Nonfinite = "raise" if raises else "propagate"
+    return _clip_once(as_source(parameters), policy, nonfinite).norm_pre
 
 
 @untraced
@@ -141,7 +136,7 @@ def clip_grad_value_(
     """
     _check_foreach(foreach)
     policy = ValueClip(clip_value=as_ceiling(clip_value, "clip_value"))
-    _Once(parameters, policy, nonfinite="propagate").clip()
+    _clip_once(as_source(parameters), policy, "propagate")
 
 
 @untraced
@@ -170,14 +165,9 @@ def get_total_norm(
     tensor(5.)
     """
     _check_foreach(foreach)
-    order = as_norm_order(norm_type)
-    raises = _check_flag(error_if_nonfinite)
-    clipper = _OfGradients(
-        _given(tensors),
-        ObserveClip(norm_type=order),
-        nonfinite="raise" if raises else "propagate",
-    )
-    return clipper.clip().norm_pre
+    policy = ObserveClip(norm_type=as_norm_order(norm_type))
+    nonfinite: Nonfinite = "raise" if _check_flag(error_if_nonfinite) else "propagate"
+    return _clip_once(_given(tensors), policy, nonfinite).norm_pre
 
 
 @untraced
@@ -207,22 +197,21 @@ def clip_grads_with_norm_(
     # What ranks hold summands of may be scaled as well: so is its sum.
     gradients = collect(group, _KNOWN, placed=False)
     DisjointCheck()([gradients])
-    norm_S = _as_norm(total_norm, home_of(gradients.devices))
-    finite = norm_S.isfinite()
-    counts = bool(finite) if finite.device.type == "cpu" else finite
+    norm_S = _as_norm(total_norm, result_device_of(gradients.devices))
     backends = choose("auto")
-    response = Response(
+    coefficients = Coefficients(
         backends,
         norm_S,
         Decision(ceiling, ceiling),
-        counts,
+        bounded=as_known(norm_S.isfinite()[0]),
+        unwanted=False,
         guard=gradients.guard,
-        otherwise=1.0,
+        skipped_coefficient=1.0,
     )
-    scaling.scale(backends, gradients, response)
+    scale(backends, gradients, coefficients)
 
 
-def _given(tensors: object) -> ListedParameters:
+def _given(tensors: object) -> GivenGradients:
     listed = as_sequence(tensors)
     for number, tensor in enumerate(listed):
         if not isinstance(tensor, Tensor):
@@ -230,7 +219,7 @@ def _given(tensors: object) -> ListedParameters:
                 f"tensors[{number}] is a {type(tensor).__name__}: expected a tensor"
             )
     given = [reduced(tensor) for tensor in cast("Sequence[Tensor]", listed)]
-    return ListedParameters(given, [f"tensors[{number}]" for number in range(len(given))])
+    return GivenGradients(given, [f"tensors[{number}]" for number in range(len(given))])
 
 
 def _as_norm(total_norm: object, device: torch.device) -> Tensor:

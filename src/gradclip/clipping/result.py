@@ -3,12 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from gradclip.clipping.apply.coefficients import Flag, Response, as_flag
-from gradclip.clipping.measure.norm import Measured, combine
+from gradclip.clipping.apply.coefficients import Coefficients
+from gradclip.clipping.flags import Flag, as_flag
+from gradclip.clipping.measure.norm import combine
+
+SkipReason: TypeAlias = Literal["nonfinite", "policy", "rank"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,9 @@ class ClipStats:
     norms_S: tuple[float, ...] = ()
     scope_names: tuple[str, ...] = ()
     groups: Mapping[str, "ClipStats"] = field(default_factory=dict)
+    skip_reason: SkipReason | None = None
+    """Why the step was skipped: a NaN or an infinity, a policy that asked for it, or another rank
+    that failed; None where it was not skipped."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,30 +45,41 @@ class ClipResult:
     Args:
         measured_S: Norm of each scope before clipping, float64 (S,).
         thresholds: Norm above which each scope is clipped: float64 (S,), or one number for all.
-        response: What each scope was multiplied by: 0 where it was zeroed.
+        coefficients: What each scope was multiplied by: 0 where it was zeroed.
         withheld: Whether the update should not happen.
-        witness_T: A number for each tensor, not finite just where the tensor was not: (T,).
+        tensor_sums_T: A number for each tensor, not finite just where the tensor was not: (T,).
         norm_type: p of the norms.
         dtype: float32, or float64 when a gradient is.
-        scope_names: What each entry of ``norms_S`` is the norm of.
+        scopes: What each entry of ``norms_S`` is the norm of.
         groups: The result of each name pattern, where policies were given by pattern.
         clamped: For clipping by value, whether any element was clamped.
         left_S: Where it does not follow from coefficients, the norms afterwards, float64 (S,).
-        found: How many tensors were not finite on all ranks, where there are others.
+        nonfinite_on_ranks: How many tensors were not finite on all ranks, where there are others.
+        deferred: Whether the gradients were left as they are, for the optimizer to scale.
+        policy_may_skip: Whether a policy can ask to skip a step.
     """
 
     measured_S: Tensor
     thresholds: float | Tensor
-    response: Response | Tensor
+    coefficients: Coefficients | Tensor
     withheld: Flag
-    witness_T: Tensor
+    tensor_sums_T: Tensor
     norm_type: float
     dtype: torch.dtype
-    scope_names: tuple[str, ...]
+    scopes: Sequence[str]
     groups: Mapping[str, "ClipResult"] = field(default_factory=dict)
     clamped: Flag | None = None
     left_S: Tensor | None = None
-    found: Tensor | None = None
+    nonfinite_on_ranks: Tensor | None = None
+    deferred: bool = False
+    policy_may_skip: bool = False
+
+    @cached_property
+    def scope_names(self) -> tuple[str, ...]:
+        """What each entry of ``norms_S`` is the norm of."""
+        if self.groups:
+            return tuple(name for each in self.groups.values() for name in each.scope_names)
+        return tuple(self.scopes)
 
     @cached_property
     def skipped(self) -> Tensor:
@@ -71,13 +89,14 @@ class ClipResult:
     @cached_property
     def coefficients_S(self) -> Tensor:
         """What each scope was multiplied by, float64 (S,); 0 where it was zeroed."""
-        return self.response if isinstance(self.response, Tensor) else self.response.coefficients_S
+        known = self.coefficients
+        return known if isinstance(known, Tensor) else known.values_S
 
     @cached_property
     def thresholds_S(self) -> Tensor:
         """Norm above which each scope is clipped, float64 (S,)."""
         if isinstance(self.thresholds, Tensor):
-            return self.thresholds
+            return self.thresholds.expand_as(self.measured_S)
         return torch.full_like(self.measured_S, self.thresholds)
 
     @cached_property
@@ -96,9 +115,9 @@ class ClipResult:
     @cached_property
     def nonfinite(self) -> Tensor:
         """How many tensors held a NaN or an infinity, each shard for itself: 0-d int."""
-        if self.found is not None:
-            return self.found.round().to(torch.int64)
-        return (~self.witness_T.isfinite()).sum()
+        if self.nonfinite_on_ranks is not None:
+            return self.nonfinite_on_ranks.round().to(torch.int64)
+        return (~self.tensor_sums_T.isfinite()).sum()
 
     @cached_property
     def norm_pre(self) -> Tensor:
@@ -183,7 +202,15 @@ class ClipResult:
             nonfinite=int(nonfinite),
             norms_S=tuple(values[len(_SCALARS) :]),
             scope_names=self.scope_names,
+            skip_reason=self._reason(bool(skipped), int(nonfinite)),
         )
+
+    def _reason(self, skipped: bool, nonfinite: int) -> SkipReason | None:
+        if not skipped:
+            return None
+        if nonfinite:
+            return "nonfinite"
+        return "policy" if self.policy_may_skip else "rank"
 
 
 _SCALARS = (
@@ -206,33 +233,38 @@ def reported(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def over_all(
-    groups: Mapping[str, ClipResult], totals: Sequence[Measured], found: Tensor | None
+    groups: Mapping[str, ClipResult],
+    totals_S: Sequence[Tensor],
+    order: float,
+    nonfinite_on_ranks: Tensor | None,
 ) -> ClipResult:
     """Return one result over those of all name patterns, which has each of them.
 
     Args:
         groups: The result of each.
-        totals: For each, its norms in the order that all are added up in.
-        found: How many tensors were not finite on all ranks, where there are others.
+        totals_S: For each, its norms with the p that all are added up with.
+        order: That p.
+        nonfinite_on_ranks: How many tensors were not finite on all ranks, where there are others.
     """
     results = list(groups.values())
     left = [
         result.remaining_S
-        if total.norm_type == result.norm_type
-        else torch.where(result.skipped, 0.0, total.norms_S * result.coefficients_S)
-        for total, result in zip(totals, results, strict=True)
+        if order == result.norm_type
+        else torch.where(result.skipped, 0.0, norms_S * result.coefficients_S)
+        for norms_S, result in zip(totals_S, results, strict=True)
     ]
     return ClipResult(
-        measured_S=torch.cat([total.norms_S for total in totals]),
+        measured_S=torch.cat(list(totals_S)),
         thresholds=torch.cat([r.thresholds_S for r in results]),
-        response=torch.cat([r.coefficients_S for r in results]),
+        coefficients=torch.cat([r.coefficients_S for r in results]),
         withheld=torch.stack([r.skipped for r in results]).any(),
-        witness_T=torch.cat([r.witness_T for r in results]),
-        norm_type=totals[0].norm_type,
+        tensor_sums_T=torch.cat([r.tensor_sums_T for r in results]),
+        norm_type=order,
         dtype=max((r.dtype for r in results), key=lambda dtype: dtype.itemsize),
-        scope_names=tuple(name for result in results for name in result.scope_names),
+        scopes=(),
         groups=groups,
         clamped=torch.stack([r.clipped for r in results]).any(),
         left_S=torch.cat(left),
-        found=found,
+        nonfinite_on_ranks=nonfinite_on_ranks,
+        policy_may_skip=any(r.policy_may_skip for r in results),
     )

@@ -1,81 +1,345 @@
-"""What a saved clipper is checked for before anything of it is taken over."""
+"""What a clipper remembers: the histories of its policies, and how they are saved and restored.
 
-from collections.abc import Mapping
+The engine owns every history. A policy returns new tensors; they are written in place into
+buffers here, where the step is made. So a skipped step leaves no trace, and a captured CUDA graph
+finds the same memory at each replay.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from gradclip.errors import StateError
+from gradclip.clipping.flags import Flag
+from gradclip.clipping.measure.scopes import ScopeNames
+from gradclip.clipping.policies import Policy, PolicyState, Scopes
+from gradclip.errors import ArgumentValueError, StateError, warn
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+_SHOWN = 4
 
 
-def read_state(
-    state: object, own: Mapping[str, Any]
-) -> tuple[int, int, dict[str, dict[str, Tensor]]]:
-    """Read a saved state.
+@dataclass(frozen=True, eq=False)
+class SavedHistory:
+    """A history with the names of its scopes.
 
     Args:
-        state: What somebody wants to load.
-        own: The state of the clipper that should load it.
-
-    Returns:
-        The steps, the skips in a row, and each policy's history by pattern.
-
-    Raises:
-        StateError: GC030, if it is no such state, or belongs to other policies.
+        scopes: Each parameter's name, and how many scopes it has.
+        named: Whether those are names; otherwise they are positions.
+        state: The tensors.
     """
-    if not isinstance(state, Mapping) or state.keys() != own.keys():
-        keys = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-        raise _damaged(f"expected a mapping with {sorted(own)}, seen {keys}")
-    if state["version"] != own["version"]:
-        raise _damaged(f"expected version {own['version']}, seen {state['version']!r}")
-    modes = state["clip_modes"]
-    # In order: the first pattern that matches wins.
-    if not isinstance(modes, Mapping) or list(modes.items()) != list(own["clip_modes"].items()):
-        raise _damaged(f"it is of {state['clip_modes']!r}, the clipper of {own['clip_modes']}")
-    counts = [state["step"], state["consecutive_skips"]]
-    if not all(type(count) is int and count >= 0 for count in counts):
-        raise _damaged(f"step and consecutive_skips are counts, seen {counts!r}")
-    states = state["states"]
-    if not isinstance(states, Mapping) or not states.keys() <= own["clip_modes"].keys():
-        raise _damaged(f"states has a history for each pattern, seen {states!r}")
-    for pattern, history in states.items():
-        whole = isinstance(history, Mapping)
-        if not whole or not all(isinstance(value, Tensor) for value in history.values()):
-            raise _damaged(f"the history of {pattern!r} has tensors by name, seen {history!r}")
-    step, skips = counts
-    return (
-        step,
-        skips,
-        {
-            pattern: {name: tensor.clone() for name, tensor in history.items()}
-            for pattern, history in states.items()
-        },
+
+    scopes: list[tuple[str, int]]
+    named: bool
+    state: PolicyState
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as lists, strings and tensors."""
+        return {
+            "scopes": [list(part) for part in self.scopes],
+            "named": self.named,
+            "per_scope": self.state.copy().per_scope,
+            "shared": self.state.copy().shared,
+        }
+
+
+class Histories:
+    """The history of each pattern's policy, and how many steps were made."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, SavedHistory] = {}
+        self._of: dict[str, Scopes] = {}
+        self._loaded: dict[str, SavedHistory] = {}
+        self._steps = 0
+        self._step: Tensor | None = None
+
+    def prepare(self, pattern: str, policy: Policy, scopes: Scopes, *, named: bool) -> None:
+        """Make the buffers of a pattern, where there are none for these scopes yet.
+
+        Args:
+            pattern: Whose history.
+            policy: Its policy.
+            scopes: What the policy is told; its names are ``ScopeNames``.
+            named: Whether those are names of parameters; otherwise they are positions.
+
+        Raises:
+            StateError: GC030, for a history that was loaded and does not fit.
+            ArgumentValueError: GC010, for an ``initial_state`` that has not one row per scope.
+        """
+        if self._step is None or self._step.device != scopes.device:
+            steps = self._steps if self._step is None else int(self._step)
+            self._step = torch.full((), steps, dtype=torch.int64, device=scopes.device)
+        if self._of.get(pattern) is scopes:
+            return
+        initial = policy.initial_state(scopes)
+        _check_initial(policy, initial, len(scopes.names))
+        assert isinstance(scopes.names, ScopeNames)
+        made = SavedHistory(scopes.names.parts, named, initial.copy())
+        if (loaded := self._loaded.get(pattern)) is not None:
+            _restore(pattern, loaded, made)
+            _tell_of_others(pattern, loaded, made)
+        elif (known := self._kept.get(pattern)) is not None:
+            # Parameters were added or replaced during the run: positions are names then.
+            _restore(pattern, replace(known, named=True), replace(made, named=True))
+        self._kept[pattern], self._of[pattern] = made, scopes
+        self._loaded.pop(pattern, None)
+
+    def of(self, pattern: str) -> PolicyState:
+        """Return a copy of the history of a pattern, which was prepared.
+
+        A policy may answer with a tensor of its history, and a result is read after the history
+        was written.
+        """
+        return self._kept[pattern].state.copy()
+
+    @property
+    def step(self) -> Tensor:
+        """How many steps were made: a copy, 0-d int64 on the device."""
+        assert self._step is not None
+        return self._step.clone()
+
+    def check(self, pattern: str, policy: Policy, new: PolicyState) -> None:
+        """Refuse what a policy returned, if it does not fit its buffers.
+
+        Raises:
+            ArgumentValueError: GC010.
+        """
+        for kind, mine, theirs in _pairs(self._kept[pattern].state, new):
+            if mine.keys() != theirs.keys():
+                raise _unfit(policy, f"{kind} has {sorted(mine)}, returned {sorted(theirs)}")
+            for name, tensor in mine.items():
+                other = theirs[name]
+                seen = (other.shape, other.dtype, other.device)
+                if seen != (tensor.shape, tensor.dtype, tensor.device):
+                    expected = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+                    raise _unfit(
+                        policy,
+                        f"{kind}[{name!r}] is {expected}, returned "
+                        f"{tuple(other.shape)} {other.dtype} on {other.device}",
+                    )
+
+    def commit(self, new: Mapping[str, tuple[PolicyState, Flag]], made: Flag) -> None:
+        """Write what policies returned, each where its step is made.
+
+        Args:
+            new: By pattern the state that its policy returned, and whether its step is made.
+            made: Whether the step of the optimizer is made.
+        """
+        if self._step is None:
+            return
+        for pattern, (state, made_here) in new.items():
+            for _, mine, theirs in _pairs(self._kept[pattern].state, state):
+                for name, buffer in mine.items():
+                    if isinstance(made_here, Tensor):
+                        buffer.copy_(torch.where(made_here, theirs[name], buffer))
+                    elif made_here:
+                        buffer.copy_(theirs[name])
+        self._step += made
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return all tensors of each pattern, for ranks that compare them."""
+        return {
+            pattern: {**kept.state.per_scope, **kept.state.shared}
+            for pattern, kept in self._kept.items()
+        }
+
+    def saved(self) -> tuple[int, dict[str, Any]]:
+        """Return how many steps were made, and each history that is not empty."""
+        histories = {**self._kept, **self._loaded}
+        steps = self._steps if self._step is None else int(self._step)
+        return steps, {
+            pattern: each.to_dict()
+            for pattern, each in histories.items()
+            if each.state.per_scope or each.state.shared
+        }
+
+    def load(self, steps: int, states: Mapping[str, SavedHistory]) -> None:
+        """Take over what ``saved`` returned; histories are fitted to scopes at the next step."""
+        self._steps, self._step = steps, None
+        self._kept, self._of, self._loaded = {}, {}, dict(states)
+
+
+def _pairs(
+    mine: PolicyState, theirs: PolicyState
+) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Tensor]]]:
+    yield "per_scope", mine.per_scope, theirs.per_scope
+    yield "shared", mine.shared, theirs.shared
+
+
+def _unfit(policy: Policy, reason: str) -> ArgumentValueError:
+    return ArgumentValueError(
+        f"{type(policy).__name__}.decide returned a state that does not fit its initial_state: "
+        f"{reason}. A history has tensors of fixed names, shapes, dtypes and devices. No gradient "
+        "and no history was changed."
     )
 
 
-def check_history(
-    pattern: str, history: Mapping[str, Tensor], own: Mapping[str, Tensor], scopes: int
-) -> None:
-    """Check that a history that was loaded is of this policy and of as many scopes.
+def _check_initial(policy: Policy, initial: PolicyState, scopes: int) -> None:
+    for name, tensor in initial.per_scope.items():
+        if tensor.shape[:1] != (scopes,):
+            raise ArgumentValueError(
+                f"{type(policy).__name__}.initial_state: per_scope[{name!r}] has the shape "
+                f"{tuple(tensor.shape)}, and there are {scopes} scopes: its first dimension is "
+                "that of scopes. What has another shape belongs into shared."
+            )
 
-    Args:
-        pattern: Whose it is.
-        history: What was loaded.
-        own: What the policy would begin with.
-        scopes: How many norms there are.
+
+def _restore(pattern: str, saved: SavedHistory, made: SavedHistory) -> None:
+    """Copy a saved history into new buffers: by the names of scopes, or by position.
 
     Raises:
         StateError: GC030.
     """
-    if history.keys() != own.keys():
-        raise _damaged(f"the history of {pattern!r} has {sorted(own)}, seen {sorted(history)}")
-    for name, tensor in own.items():
-        # What else a policy keeps may grow, and one number for one scope may be such a thing.
-        shape, by_scope = tuple(history[name].shape), scopes > 1 and tensor.shape[:1] == (scopes,)
-        if by_scope and shape[:1] != (scopes,):
-            raise _damaged(f"{name!r} of {pattern!r} is of {scopes} norms, seen the shape {shape}")
+    for kind, mine, theirs in _pairs(made.state, saved.state):
+        if mine.keys() != theirs.keys():
+            raise _damaged(
+                f"the history of {pattern!r} has {kind} {sorted(mine)}, seen {sorted(theirs)}"
+            )
+        for name, tensor in mine.items():
+            kept = tensor.shape[1:] if kind == "per_scope" else tensor.shape
+            seen = theirs[name].shape[1:] if kind == "per_scope" else theirs[name].shape
+            if kept != seen or tensor.dtype != theirs[name].dtype:
+                raise _damaged(
+                    f"{name!r} of {pattern!r} is {tuple(tensor.shape)} {tensor.dtype}, seen "
+                    f"{tuple(theirs[name].shape)} {theirs[name].dtype}"
+                )
+    count = sum(rows for _, rows in saved.scopes)
+    for name, tensor in saved.state.per_scope.items():
+        if tensor.shape[:1] != (count,):
+            raise _damaged(
+                f"{name!r} of {pattern!r} is of {count} norms, seen {tuple(tensor.shape)}"
+            )
+    if made.state.per_scope:
+        _restore_scopes(pattern, saved, made)
+    for name, tensor in made.state.shared.items():
+        tensor.copy_(saved.state.shared[name])
+
+
+def _restore_scopes(pattern: str, saved: SavedHistory, made: SavedHistory) -> None:
+    if not (saved.named and made.named):
+        if [rows for _, rows in saved.scopes] != [rows for _, rows in made.scopes]:
+            raise _damaged(
+                f"the history of {pattern!r} is of {len(saved.scopes)} parameters without names, "
+                f"and there are {len(made.scopes)}: which belongs to which cannot be told"
+            )
+        for name, tensor in made.state.per_scope.items():
+            tensor.copy_(saved.state.per_scope[name])
+        return
+    there = _spans(saved.scopes)
+    for name, (start, rows) in _spans(made.scopes).items():
+        first, kept = there.get(name, (0, 0))
+        for key, tensor in made.state.per_scope.items():
+            source = saved.state.per_scope[key][first : first + min(rows, kept)]
+            tensor[start : start + len(source)] = source.to(tensor.device)
+
+
+def _tell_of_others(pattern: str, saved: SavedHistory, made: SavedHistory) -> None:
+    """Warn of parameters whose history was dropped, and of those whose history begins now."""
+    there, here = _spans(saved.scopes), _spans(made.scopes)
+    if not (saved.named and made.named and made.state.per_scope):
+        return
+    dropped = [n for n, (_, rows) in there.items() if here.get(n, (0, 0))[1] < rows]
+    new = [n for n, (_, rows) in here.items() if there.get(n, (0, 0))[1] < rows]
+    if dropped or new:
+        warn(
+            f"the history of {pattern!r} was saved for other parameters. Dropped, because they are "
+            f"not here: {_listed(dropped)}. New, so that their history begins now: {_listed(new)}."
+        )
+
+
+def _spans(scopes: Sequence[tuple[str, int]]) -> dict[str, tuple[int, int]]:
+    """Return by name the first scope of each parameter, and how many it has."""
+    spans, start = {}, 0
+    for name, rows in scopes:
+        spans[name] = start, rows
+        start += rows
+    return spans
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (", ".join(names[:_SHOWN]) + more) or "none"
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A saved clipper, once it was checked.
+
+    Args:
+        step: How many calls there were.
+        committed_steps: How many steps were made.
+        consecutive_skips: Skips in a row.
+        histories: Of each pattern.
+    """
+
+    step: int
+    committed_steps: int
+    consecutive_skips: int
+    histories: dict[str, SavedHistory] = field(default_factory=dict)
+
+
+def read_state(state: object, own: Mapping[str, Any]) -> SavedState:
+    """Read a saved state.
+
+    Args:
+        state: What somebody wants to load. Version 1 is read where it holds no history.
+        own: The state of the clipper that should load it.
+
+    Raises:
+        StateError: GC030, if it is no such state, or belongs to other policies.
+    """
+    if not isinstance(state, Mapping):
+        raise _damaged(f"expected a mapping with {sorted(own)}, seen {type(state).__name__}")
+    version = state.get("version")
+    if version == 1 and "committed_steps" not in state:
+        state = _of_version_1(state)
+    if state.keys() != own.keys():
+        raise _damaged(f"expected a mapping with {sorted(own)}, seen {sorted(map(str, state))}")
+    if state["version"] != own["version"]:
+        raise _damaged(f"expected version {own['version']}, seen {version!r}")
+    modes = state["clip_modes"]
+    # In order: the first pattern that matches wins.
+    if not isinstance(modes, Mapping) or list(modes.items()) != list(own["clip_modes"].items()):
+        raise _damaged(f"it is of {state['clip_modes']!r}, the clipper of {own['clip_modes']}")
+    counts = [state["step"], state["committed_steps"], state["consecutive_skips"]]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise _damaged(f"step, committed_steps and consecutive_skips are counts, seen {counts!r}")
+    states = state["states"]
+    if not isinstance(states, Mapping) or not states.keys() <= own["clip_modes"].keys():
+        raise _damaged(f"states has a history for each pattern, seen {states!r}")
+    step, committed, skips = counts
+    return SavedState(
+        step, committed, skips, {p: _read_history(p, each) for p, each in states.items()}
+    )
+
+
+def _of_version_1(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    states = state.get("states")
+    if isinstance(states, Mapping) and any(states.values()):
+        raise _damaged(
+            "it is of version 1 and holds the history of a policy, which was kept without the "
+            "names of parameters. Begin without it"
+        )
+    return {**state, "version": STATE_VERSION, "committed_steps": state.get("step"), "states": {}}
+
+
+def _read_history(pattern: str, history: object) -> SavedHistory:
+    keys = {"scopes", "named", "per_scope", "shared"}
+    if not isinstance(history, Mapping) or history.keys() != keys:
+        raise _damaged(f"the history of {pattern!r} has {sorted(keys)}, seen {history!r}")
+    tables = [history["per_scope"], history["shared"]]
+    for table in tables:
+        whole = isinstance(table, Mapping)
+        if not whole or not all(isinstance(value, Tensor) for value in table.values()):
+            raise _damaged(f"the history of {pattern!r} has tensors by name, seen {table!r}")
+    try:
+        scopes = [(str(name), int(rows)) for name, rows in history["scopes"]]
+    except (TypeError, ValueError) as error:
+        raise _damaged(f"the scopes of {pattern!r} are names with counts: {error}") from error
+    state = PolicyState(*map(dict, tables)).copy()
+    return SavedHistory(scopes, bool(history["named"]), state)
 
 
 def _damaged(reason: str) -> StateError:

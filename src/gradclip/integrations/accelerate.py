@@ -2,23 +2,22 @@
 
 from collections.abc import Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from gradclip.clipping import ClipResult, GradientClipper
-from gradclip.clipping.collect.parameters import OptimizerParameters
+from gradclip.clipping.arguments import ClipOptions
+from gradclip.clipping.collect.sources import OptimizerParameters
 from gradclip.clipping.step.ownership import unwrapped
 from gradclip.errors import ArgumentTypeError
 from gradclip.integrations.deepspeed import EngineWatch, engine_of
-from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling
+from gradclip.integrations.owned_step import OwnedStep
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
     from torch import nn
 
-    from gradclip.clipping.arguments import Nonfinite
-    from gradclip.clipping.policies import PolicyLike
-    from gradclip.clipping.ranks.dimension import GroupLike
+    from gradclip.clipping.clipper import PoliciesLike
 
 __all__ = ["AcceleratorClipper"]
 
@@ -68,14 +67,10 @@ class AcceleratorClipper:
         self,
         accelerator: "Accelerator",
         optimizer: "torch.optim.Optimizer",
-        policy: "PolicyLike | Mapping[str, PolicyLike | None]",
+        policy: "PoliciesLike | None" = None,
         *,
         model: "nn.Module | None" = None,
-        nonfinite: "Nonfinite" = "skip",
-        max_consecutive_skips: int = 25,
-        partitioned: "Mapping[str, GroupLike] | None" = None,
-        duplicated: "Mapping[str, GroupLike] | None" = None,
-        backend: str = "auto",
+        **options: Unpack[ClipOptions],
     ) -> None:
         if not hasattr(accelerator, "sync_gradients"):
             raise ArgumentTypeError(
@@ -84,24 +79,20 @@ class AcceleratorClipper:
             )
         self.accelerator = accelerator
         self._optimizer = optimizer
-        self._overflows, self._unscale = OverflowWatch(), Unscaling()
         self._last: ClipResult | None = None
         self._watch: EngineWatch | None = None
         engine = engine_of(accelerator, model)
         if engine is not None:
-            self._watch = EngineWatch(
-                engine, policy, nonfinite=nonfinite, max_consecutive_skips=max_consecutive_skips
-            )
+            self._watch = EngineWatch(engine, policy, **options)
             self._watch.check()
-        self.clipper = GradientClipper(
-            OptimizerParameters(unwrapped(optimizer), module=model),
-            policy,
-            nonfinite=nonfinite,
-            max_consecutive_skips=max_consecutive_skips,
-            partitioned=partitioned,
-            duplicated=duplicated,
-            backend=backend,
-        )
+        source = OptimizerParameters(unwrapped(optimizer), module=model)
+        label = type(self).__name__
+        self._step = OwnedStep(optimizer, source, policy, options, owner=self, label=label)
+
+    @property
+    def clipper(self) -> "GradientClipper":
+        """What clips; its ``state_dict`` is the history."""
+        return self._step.clipper
 
     @property
     def last(self) -> ClipResult | None:
@@ -121,7 +112,7 @@ class AcceleratorClipper:
         if self.accelerator.scaler is not None:  # it skips whatever is not finite
             skipped = skipped or bool(self._last.nonfinite > 0)
             skipped = skipped or getattr(self._optimizer, "step_was_skipped", False)
-        self._overflows.settle(skipped)
+        self._step.settle(not skipped)
         return skipped
 
     def clip(self) -> ClipResult | None:
@@ -139,15 +130,17 @@ class AcceleratorClipper:
         if self._watch is not None:
             self._last = self._watch.observe()
             return self._last
-        scaler = self.accelerator.scaler
-        self._unscale(scaler, self._optimizer)
-        self._last = self.clipper.clip(overflow_expected=self._overflows.expects(scaler))
-        if bool(self._last.withheld):
+        self._last = self._step.clip(self.accelerator.scaler)
+        if bool(self._step.skipped):
             for parameter in chain.from_iterable(
                 group["params"] for group in self._optimizer.param_groups
             ):
                 parameter.grad = None
         return self._last
+
+    def remove(self) -> None:
+        """Let the optimizer go: something else may clip it; twice is harmless."""
+        self._step.release()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the clipper's history."""

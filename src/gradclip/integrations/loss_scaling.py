@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradclip.clipping.apply.coefficients import Flag, host_waits_for
+from gradclip.clipping import flags
+from gradclip.clipping.flags import Flag
+from gradclip.clipping.kernels.device import copy_to_host
 from gradclip.integrations.wrapped import behind_accelerate
-from gradclip.record.ring import Lagged
+from gradclip.record.ring import Ring
 
 __all__ = ["SCALE_FLOOR", "OverflowWatch", "Unscaling", "begin_anew"]
 
@@ -25,7 +27,7 @@ class OverflowWatch:
     def __init__(self) -> None:
         self._at_floor = False
         self._unsettled = False
-        self._skips: Lagged[None] = Lagged()
+        self._skips: Ring[None] = Ring()
 
     def expects(self, scaler: Any) -> bool:
         """Return whether an overflow at this step would be the scaler's doing."""
@@ -38,8 +40,8 @@ class OverflowWatch:
 
     def settle(self, skipped: Flag) -> None:
         """Note whether the step was skipped; a flag on an accelerator is read some steps late."""
-        if isinstance(skipped, Tensor) and host_waits_for(skipped.device):
-            late = self._skips.push(skipped, None)
+        if isinstance(skipped, Tensor) and flags.host_waits_for(skipped.device):
+            late = self._skips.push(copy_to_host(skipped), None)
             skipped = late is not None and bool(late[0][0])
         self._unsettled = bool(skipped)
         if not skipped:

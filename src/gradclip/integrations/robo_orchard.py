@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from weakref import ref
 
 from gradclip.clipping import ClipResult, withhold
-from gradclip.clipping.step.withhold import lent
+from gradclip.clipping.step.withhold import lend
 from gradclip.config import ClassType
 from gradclip.errors import ArgumentValueError, DoubleClippingError, MissingDependencyError
 from gradclip.integrations.loss_scaling import begin_anew
@@ -188,7 +188,7 @@ class _Guard:
             )
         self.arg: ref[Any] = ref(arg)
         self._lent = ExitStack()
-        self._lent.enter_context(lent(optimizer, "step", self))
+        self._lent.enter_context(lend(optimizer, "step", self))
 
     def remove(self) -> None:
         """Give the optimizer its step back."""

@@ -2,47 +2,36 @@
 
 import sys
 from contextlib import ExitStack
-from functools import partial
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, Unpack
 
 import torch
 from torch import Tensor
 
-from gradclip.clipping import ClipResult
-from gradclip.clipping.apply.coefficients import Response, host_waits_for
-from gradclip.clipping.measure.group import Group
-from gradclip.clipping.step.ownership import disowned, owned, unwrapped
-from gradclip.clipping.step.withhold import lent, withhold_within
+from gradclip.clipping import ClipResult, GradientClipper, flags
+from gradclip.clipping.arguments import ClipOptions
+from gradclip.clipping.collect.sources import OptimizerParameters
+from gradclip.clipping.kernels.device import copy_to_host
+from gradclip.clipping.step.ownership import unwrapped
+from gradclip.clipping.step.withhold import lend
 from gradclip.errors import ArgumentTypeError, DoubleClippingError
 from gradclip.integrations.loss_scaling import SCALE_FLOOR
-from gradclip.integrations.owned import OwnedClipper
-from gradclip.record.ring import Lagged
+from gradclip.integrations.owned_step import OwnedStep
+from gradclip.record.ring import Ring
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from gradclip.clipping.arguments import Nonfinite
-    from gradclip.clipping.policies import PolicyLike
-    from gradclip.clipping.ranks.dimension import GroupLike
+    from gradclip.clipping.clipper import PoliciesLike
 
 __all__ = ["Attachment", "attach"]
 
 _Hook: TypeAlias = Any
-_SAID = "gradclip.attach"
-_COARSE = 2.0**-80
-"""A coefficient below this may not have a scale in float32."""
+_LABEL = "gradclip.attach"
 
 
 def attach(
     optimizer: torch.optim.Optimizer,
-    policy: "PolicyLike | Mapping[str, PolicyLike | None]",
-    *,
-    nonfinite: "Nonfinite" = "skip",
-    max_consecutive_skips: int = 25,
-    partitioned: "Mapping[str, GroupLike] | None" = None,
-    duplicated: "Mapping[str, GroupLike] | None" = None,
-    backend: str = "auto",
+    policy: "PoliciesLike | None" = None,
+    **options: Unpack[ClipOptions],
 ) -> "Attachment":
     """Clip the gradients of an optimizer before each of its steps, from now on.
 
@@ -59,12 +48,8 @@ def attach(
         optimizer: A torch optimizer whose step needs no closure, or a wrapper of one.
         policy: As ``GradientClipper`` takes it. Patterns need names: make the optimizer of
             ``model.named_parameters()``.
-        nonfinite: Likewise.
-        max_consecutive_skips: Likewise; overflows of an active ``GradScaler`` do not count until
-            its scale is down to 1.
-        partitioned: Likewise.
-        duplicated: Likewise.
-        backend: Likewise.
+        options: The keywords of ``GradientClipper``. Overflows of an active ``GradScaler`` do not
+            count towards ``max_consecutive_skips`` until its scale is down to 1.
 
     Returns:
         What was attached: ``last`` is the result of the last step, ``remove()`` takes it off. As a
@@ -80,26 +65,14 @@ def attach(
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> optimizer = torch.optim.SGD([weight], lr=1.0)
-    >>> handle = attach(optimizer, 1.0)
+    >>> handle = attach(optimizer, max_norm=1.0)
     >>> weight.grad = torch.tensor([3.0, 4.0])
     >>> optimizer.step()
     >>> handle.last
     ClipResult(norm_pre=5, norm_post=1, threshold=1, coefficient=0.2, \
 clipped=True, skipped=False, nonfinite=0)
     """
-    inner = _checked(optimizer)
-    make = partial(
-        _Folding,
-        inner,
-        policy,
-        owner=_SAID,
-        nonfinite=nonfinite,
-        max_consecutive_skips=max_consecutive_skips,
-        partitioned=partitioned,
-        duplicated=duplicated,
-        backend=backend,
-    )
-    return Attachment(inner, make)
+    return Attachment(_checked(optimizer), policy, options)
 
 
 class Attachment:
@@ -110,21 +83,30 @@ class Attachment:
         clipper: What clips; its ``state_dict`` is the history to save.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, make: Any) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        policy: "PoliciesLike | None",
+        options: ClipOptions,
+    ) -> None:
         self.optimizer = optimizer
-        self.clipper: _Folding = make()
-        if self.clipper.writes:
-            owned(optimizer, self, _SAID)
-        self._step = ExitStack()
+        source = OptimizerParameters(optimizer)
+        self._step = OwnedStep(optimizer, source, policy, options, owner=self, label=_LABEL)
+        self._lent_scale = ExitStack()
         self._under_way: FrameType | None = None
         self._given: tuple[Any, Any] = None, None
         self._lent: Tensor | None = None
         self._at_floor = False
-        self._scales: Lagged[None] = Lagged()
+        self._scales: Ring[None] = Ring()
         self._hooks: list[_Hook] = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
+
+    @property
+    def clipper(self) -> GradientClipper:
+        """What clips; its ``state_dict`` is the history to save."""
+        return self._step.clipper
 
     @property
     def last(self) -> ClipResult | None:
@@ -140,7 +122,7 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        disowned(self.optimizer, self)
+        self._step.release()
 
     def __enter__(self) -> Self:
         return self
@@ -169,29 +151,30 @@ class Attachment:
         # A scaler that found an infinity answers for it.
         expected = found_inf is not None and not self._at_floor
         try:
-            self.clipper.fold = scale is not None
-            result = self.clipper.clip(scale, overflow_expected=expected)
+            result = self._step.clip_scaled(scale, overflow_expected=expected)
         except BaseException:
             _forget_scaler(optimizer)
             raise
-        finally:
-            self.clipper.fold = False
         self._under_way, self._given = step, (scale, found_inf)
-        self._step.enter_context(withhold_within(optimizer, result.withheld))
-        if scale is not None and self.clipper.folded is not None:
-            self._lent = _divided(scale, self.clipper.folded, result)
-            self._step.enter_context(lent(optimizer, "grad_scale", self._lent))
+        self._step.withhold(under_way=True)
+        if scale is not None and result.deferred:
+            self._lent = _divided(scale, result)
+            self._lent_scale.enter_context(lend(optimizer, "grad_scale", self._lent))
 
     def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         if sys._getframe(1) is self._under_way:  # noqa: SLF001
             self._under_way = self._lent = None
-            self._step.close()
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self._lent_scale.close()
+        self._step.settle()
 
     def _end(self) -> None:
         """End a step that raised: ``GradScaler`` leaves what it gave to the optimizer then."""
         if self._under_way is None:
             return
-        self._step.close()
+        self._give_back()
         (old_scale, old_found), during, optimizer = self._given, self._lent, self.optimizer
         self._under_way = self._lent = None
         scale, found_inf = _attributes(optimizer)
@@ -210,45 +193,23 @@ class Attachment:
         """Note whether the scale can still fall: on an accelerator some steps late."""
         if scale is None:
             return
-        if not host_waits_for(scale.device):
+        if not flags.host_waits_for(scale.device):
             self._at_floor = float(scale) <= SCALE_FLOOR
-        elif (late := self._scales.push(scale, None)) is not None:
+        elif (late := self._scales.push(copy_to_host(scale), None)) is not None:
             self._at_floor = late[0][0] <= SCALE_FLOOR
 
 
-class _Folding(OwnedClipper):
-    """A clipper that can leave it to the optimizer to multiply by the one coefficient there is."""
-
-    fold = False
-    """Whether the optimizer divides by a scale, and so can."""
-    folded: Response | None = None
-    """What it has to multiply by in this step; None where that was done here."""
-
-    def _scale(self, group: Group, response: Response) -> None:
-        self.folded = None
-        if self.fold and self._can_fold(group, response):
-            self.folded = response
-        else:
-            super()._scale(group, response)
-
-    def _can_fold(self, group: Group, response: Response) -> bool:
-        """Return whether there is one coefficient, and a float32 scale is precise enough for it."""
-        if self._by_pattern or group.policy.scope != "group":
-            return False
-        if group.policy.element_limit is not None:
-            return False
-        single = self._peers.precision(group.gradients)[0] is torch.float32
-        return single and (response.number is None or not 0 < response.number < _COARSE)
-
-
-def _divided(scale: Tensor, response: Response, result: ClipResult) -> Tensor:
+def _divided(scale: Tensor, result: ClipResult) -> Tensor:
     """Return the scale that makes the optimizer multiply by a coefficient as well: float32, 0-d.
 
-    Where the step is withheld the coefficient is 0, and the scale stays.
+    The optimizer divides gradients by the scale s. With s / c in its place it divides by s and
+    multiplies by c. Where the step is withheld the coefficient is 0, and the scale stays.
     """
-    if response.number is not None:
-        return (scale / (1.0 if result.withheld else response.number)).to(torch.float32)
-    coefficient = torch.where(result.skipped, 1.0, response.coefficients_S[0])
+    coefficients = result.coefficients
+    number = None if isinstance(coefficients, Tensor) else coefficients.number
+    if number is not None:
+        return (scale / (1.0 if result.withheld else number)).to(torch.float32)
+    coefficient = torch.where(result.skipped, 1.0, result.coefficients_S[0])
     return (scale / coefficient.to(scale.device)).to(torch.float32)
 
 

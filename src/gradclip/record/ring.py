@@ -1,55 +1,57 @@
-"""Numbers that the host reads a few steps late, so that it waits for no device."""
+"""Numbers of the last steps that are still on a device: the host reads them some steps late."""
 
 from collections import deque
-from typing import Generic, TypeVar
-
-import torch
-from torch import Tensor
-
-from gradclip.clipping.kernels.tables import is_capturing
+from typing import Generic, Protocol, TypeVar
 
 LAG = 4
-"""Steps after which a number is read where reading at once would make the host wait."""
+"""Steps after which numbers are read where reading at once would make the host wait."""
 
 _Note = TypeVar("_Note")
 
 
-class Lagged(Generic[_Note]):
-    """Copies numbers from an accelerator while it goes on, and hands them out ``LAG`` steps later.
+class Pending(Protocol):
+    """Numbers on their way to the host."""
 
-    Every rank does so at the same step. Nothing is copied inside a CUDA graph that is captured:
-    its replays have no host.
+    def read(self) -> list[float]:
+        """Return the numbers; waits until they are there."""
+        ...
+
+
+class Ring(Generic[_Note]):
+    """Keeps the numbers of each step, and hands them out ``LAG`` steps later.
+
+    All ranks get the numbers of a step at the same later step.
     """
 
     def __init__(self) -> None:
-        self._pending: deque[tuple[Tensor, torch.Event, _Note]] = deque()
+        self._waiting: deque[tuple[Pending, _Note]] = deque()
         self.used = False
-        """Whether anything was ever copied."""
+        """Whether there were ever numbers to wait for."""
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Copy and pickle without what is on its way."""
-        return Lagged, ()
+        return Ring, ()
 
-    def push(self, values: Tensor, note: _Note) -> tuple[list[float], _Note] | None:
-        """Begin to copy the numbers of this step; return those of ``LAG`` steps ago, if any."""
-        if is_capturing(values.device):
+    def push(self, numbers: Pending | None, note: _Note) -> tuple[list[float], _Note] | None:
+        """Keep the numbers of this step; return those of ``LAG`` steps ago, if there are any.
+
+        Args:
+            numbers: On their way to the host; None keeps nothing.
+            note: What the host knows of this step, handed out with them.
+        """
+        if numbers is None:
             return None
         self.used = True
-        copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        copy.copy_(values, non_blocking=True)
-        event = torch.Event(values.device.type)
-        event.record()
-        self._pending.append((copy, event, note))
-        return self.pop() if len(self._pending) > LAG else None
+        self._waiting.append((numbers, note))
+        return self.pop() if len(self._waiting) > LAG else None
 
     def pop(self) -> tuple[list[float], _Note] | None:
         """Return the oldest numbers that wait, waiting for them; None if there are none."""
-        if not self._pending:
+        if not self._waiting:
             return None
-        copy, event, note = self._pending.popleft()
-        event.synchronize()
-        return copy.reshape(-1).tolist(), note
+        numbers, note = self._waiting.popleft()
+        return numbers.read(), note
 
     def clear(self) -> None:
         """Forget what waits."""
-        self._pending.clear()
+        self._waiting.clear()

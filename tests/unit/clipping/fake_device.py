@@ -20,12 +20,11 @@ from torch.utils import backend_registration
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
 from gradclip.clipping import Policy
 from gradclip.clipping.collect import overlap
+from gradclip.clipping.kernels import device
 from gradclip.clipping.kernels.tables import Table
 from gradclip.clipping.policies import Decision
 from gradclip.clipping.ranks.agreement import Facts
 from gradclip.clipping.ranks.dimension import Dimension
-from gradclip.clipping.step import nonfinite
-from gradclip.record.ring import Lagged
 
 DEVICE = "npy:0"
 
@@ -34,8 +33,8 @@ class RowClip(Policy):
     scope: ClassVar[Literal["unit"]] = "unit"
     clip_mode: Literal["row"] = "row"
 
-    def decide(self, norms_S, counts, state):
-        return Decision(1.0, torch.full_like(norms_S, 1.0))
+    def decide(self, seen, state):
+        return Decision(1.0, torch.full_like(seen.norms_S, 1.0))
 
 
 class RowObserver(RowClip):
@@ -107,13 +106,12 @@ def main():
     Table.on = lambda self, device: torch.zeros(
         self._values.shape, dtype=self._values.dtype, device=device
     )
-    # Addresses are asked for, and there are none; the count of skips is read late, on purpose.
+    # Addresses are asked for, and there are none; what is read late, on purpose, is nothing.
     overlap.DisjointCheck.__call__ = lambda self, gradients: None
-    nonfinite.SkipCounter.record = lambda self, skipped, *, expected: False
-    Lagged.push = lambda self, values, note: None
+    device.HostCopy = lambda values: None
     # A group whose ranks say nothing, and which is where the gradients are.
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
-    Dimension.device = lambda self, home: home
+    Dimension.device = lambda self, result_device: result_device
     Dimension.all_reduce = lambda self, values, operation: None
     Dimension.gather = lambda self, known: [everyone(known[0])]
     warnings.simplefilter("ignore")

@@ -13,11 +13,8 @@ import pytest
 import torch
 
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
-from gradclip.clipping import clipper as clipper_module
-from gradclip.clipping.apply import clamping
-from gradclip.clipping.apply import coefficients as response
+from gradclip.clipping import flags
 from gradclip.clipping.kernels import foreach
-from gradclip.clipping.measure import group
 from gradclip.clipping.step.nonfinite import SkipCounter
 
 GRADIENTS = {
@@ -45,9 +42,8 @@ POLICIES = {
 def unseen():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(foreach, "_on_cpu", lambda batch: False)
-        for module in (clipper_module, clamping, group, response):
-            patch.setattr(module, "host_waits_for", lambda device: True)
-        patch.setattr(SkipCounter, "record", lambda self, skipped, *, expected: False)
+        patch.setattr(flags, "host_waits_for", lambda device: True)
+        patch.setattr(SkipCounter, "record", lambda self, *flags, expected: False)
         yield
 
 

@@ -225,7 +225,7 @@ def test_nothing_is_kept_alive():
 # what is refused
 
 
-@pytest.mark.parametrize("how", ["attach", "clipper", "hook"])
+@pytest.mark.parametrize("how", ["attach", "hook"])
 def test_a_second_clipper_is_named(how):
     from gradclip.pipeline.hooks import (  # noqa: PLC0415
         GradientClippingHookConfig,
@@ -246,7 +246,6 @@ def test_a_second_clipper_is_named(how):
 
     second = {
         "attach": lambda: attach(optimizer, 0.5),
-        "clipper": lambda: GradientClipper(optimizer, 0.5),
         "hook": by_hook,
     }
     with pytest.raises(DoubleClippingError, match=r"SGD are already clipped.*gradclip\.attach"):
@@ -440,14 +439,37 @@ def test_measuring_is_not_owning():
         attach(optimizer, 1.0)
 
 
-def test_a_clipper_that_was_made_before_is_refused_when_it_clips():
+@pytest.mark.parametrize("first", ["clipper", "attachment"])
+def test_a_clipper_of_the_optimizer_is_found_before_the_step(first):
+    """A clipper in the loop refuses nothing: what owns the optimizer finds its marks."""
     module = model()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    if first == "attachment":
+        attachment = attach(optimizer, 0.5)
     clipper = GradientClipper(optimizer, 1.0)
-    attach(optimizer, 0.5)
+    if first == "clipper":
+        attachment = attach(optimizer, 0.5)
     loss_of(module, 0).backward()
-    with pytest.raises(DoubleClippingError, match="this GradientClipper would clip them again"):
-        clipper.clip()
+    clipper.clip()
+    before = [(p.detach().clone(), p.grad.clone()) for p in module.parameters()]
+    with pytest.raises(DoubleClippingError, match=r"a GradientClipper .*gradclip\.attach would"):
+        optimizer.step()
+    for parameter, (weight, gradient) in zip(module.parameters(), before, strict=True):
+        assert torch.equal(parameter, weight)
+        assert torch.equal(parameter.grad, gradient)
+    attachment.remove()
+
+
+def test_a_clipper_may_clip_twice_and_after_values():
+    module = model()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    loss_of(module, 0).backward()
+    gradclip.clip_grad_value_(module.parameters(), 0.5)
+    gradclip.clip_grad_norm_(module.parameters(), 0.5)
+    clipper = GradientClipper(optimizer, 0.25)
+    clipper.clip()
+    assert not clipper.clip().clipped
+    optimizer.step()
 
 
 def test_the_scaler_itself_is_refused():

@@ -64,7 +64,7 @@ def test_a_limit_beside_observing_is_refused():
 class HalfClip(Policy):
     clip_mode: str = "half"
 
-    def decide(self, norms_S, counts, state):
+    def decide(self, seen, state):
         raise NotImplementedError
 
 

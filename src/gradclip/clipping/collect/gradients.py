@@ -1,5 +1,6 @@
-"""What a call finds: the gradients of one group, checked, as the kernels see them."""
+"""What a call finds: the gradients of one pattern, checked, as the kernels see them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.collect.parameters import ParameterGroup
-from gradclip.clipping.kernels.layout import Batch, Layout, LayoutCache
+from gradclip.clipping.collect.shards import local_part
+from gradclip.clipping.kernels.tensor_specs import Batch, SpecsCache, TensorSpecs
 from gradclip.errors import UnsupportedGradientError
 
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -22,25 +24,28 @@ COARSE_GUARD, FINE_GUARD = 2.0**-21, 2.0**-44
 
 @dataclass(eq=False)
 class Gradients:
-    """The gradients of one group at one call.
+    """The gradients of one pattern at one call.
 
     Args:
         group: The parameters that they may belong to.
         present: Which of those have a gradient; None for all.
         tensors: The gradients, dense or sparse, real or complex.
         known: Recognises tensors like those of earlier calls.
-        layout: That of the tensors.
+        unit_dims: Which dimension of each tensor has its units; None where there are no units.
+        specs: That of the tensors.
     """
 
     group: ParameterGroup
     present: list[bool] | None
     tensors: list[Tensor]
-    known: LayoutCache
-    layout: Layout
+    known: SpecsCache
+    unit_dims: list[int] | None
+    specs: TensorSpecs
 
     def __post_init__(self) -> None:
-        self._kinds = self.layout.plan(_Kinds)
-        self._plain = Batch(self.tensors, self.layout) if self._kinds.plain else None
+        self._kinds = self.specs.plan(_Kinds)
+        plain = self._kinds.plain and not (self.unit_dims and any(self.unit_dims))
+        self._plain = Batch(self.tensors, self.specs) if plain else None
 
     @cached_property
     def names(self) -> list[str]:
@@ -58,7 +63,7 @@ class Gradients:
         """Real views that share the gradients' memory: scaling them scales the gradients."""
         if self._plain is not None:
             return self._plain
-        return self.known.batch([_parts(_values(tensor)) for tensor in self.tensors])
+        return self._batch([_parts(_values(tensor)) for tensor in self.tensors])
 
     def measured(self, norm_type: float) -> Batch:
         """Real tensors that have the gradients' p-norm.
@@ -70,7 +75,7 @@ class Gradients:
             return self._plain
         if norm_type == 2:  # noqa: PLR2004 - the Euclidean norm
             return self._measured_by_parts
-        return self.known.batch([_modulus(_values(tensor)) for tensor in self._coalesced])
+        return self._batch([_modulus(_values(tensor)) for tensor in self._coalesced])
 
     @property
     def has_complex(self) -> bool:
@@ -100,7 +105,14 @@ class Gradients:
 
     @cached_property
     def _measured_by_parts(self) -> Batch:
-        return self.known.batch([_parts(_values(tensor)) for tensor in self._coalesced])
+        return self._batch([_parts(_values(tensor)) for tensor in self._coalesced])
+
+    def _batch(self, tensors: list[Tensor]) -> Batch:
+        """Return tensors as the kernels see them: units in the leading dimension."""
+        if self.unit_dims:
+            dims = zip(tensors, self.unit_dims, strict=True)
+            tensors = [tensor.movedim(dim, 0) if dim else tensor for tensor, dim in dims]
+        return self.known.batch(tensors, self.specs.rows)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,56 +126,71 @@ class Gradients:
 
 
 class _Kinds:
-    """What kinds of tensors a layout has."""
+    """What kinds of tensors a specs has."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.devices = set(layout.devices)
-        self.dtypes = set(layout.dtypes)
-        self.plain = self.dtypes <= FLOATING and all(layout.dense)
+    def __init__(self, specs: TensorSpecs) -> None:
+        self.devices = set(specs.devices)
+        self.dtypes = set(specs.dtypes)
+        self.plain = self.dtypes <= FLOATING and all(specs.dense)
         """Dense, real and without a pending sign: each gradient is its own view."""
 
 
-def collect(group: ParameterGroup, known: LayoutCache, *, placed: bool = True) -> Gradients:
+def collect(
+    group: ParameterGroup, known: SpecsCache, *, by_unit: bool = False, placed: bool = True
+) -> Gradients:
     """Collect the gradients that exist, and check each, or that nothing changed since.
 
     Args:
         group: Whose gradients.
         known: Recognises tensors like those of earlier calls.
+        by_unit: Whether each unit is a row of its own.
         placed: Whether DTensors have to be placed like their parameters.
 
     Raises:
         UnsupportedGradientError: GC020, for an integer, float8 or meta gradient, or one whose
             layout has no values to measure.
     """
-    with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - of thousands of DTensors, it tells
-        found = [parameter.grad for parameter in group.parameters]
-    found = group.local(found) if placed else [getattr(g, "_local_tensor", g) for g in found]
-    layout = known.find(cast("list[Tensor]", found))  # what holds a None fits none
-    if layout is not None:
-        return Gradients(group, None, cast("list[Tensor]", found), known, layout)
-    tensors = [gradient for gradient in found if gradient is not None]
-    present = None
-    if len(tensors) < len(found):
-        present = [gradient is not None for gradient in found]
-    return as_gradients(group, present, tensors, known)
+    found = group.source.gradients(group.parameters)
+    found = group.local(found) if placed else [g if g is None else local_part(g) for g in found]
+    specs = known.find(cast("list[Tensor]", found))  # what holds a None fits none
+    if specs is not None:
+        dims = group.unit_dims if by_unit else None
+        return Gradients(group, None, cast("list[Tensor]", found), known, dims, specs)
+    return as_gradients(group, found, known, by_unit=by_unit)
 
 
 def as_gradients(
-    group: ParameterGroup, present: list[bool] | None, tensors: list[Tensor], known: LayoutCache
+    group: ParameterGroup, found: Sequence[Tensor | None], known: SpecsCache, *, by_unit: bool
 ) -> Gradients:
-    """Check each gradient, unless gradients of these kinds were checked before.
+    """Check each tensor, unless tensors of these kinds were checked before.
+
+    Args:
+        group: The parameters.
+        found: A tensor on this process for each; None where there is none.
+        known: Recognises tensors like those of earlier calls.
+        by_unit: Whether each unit is a row of its own.
 
     Raises:
         UnsupportedGradientError: GC020.
     """
-    tensors = list(map(filled, tensors))
-    layout = known.find(tensors)
-    if layout is None:
+    there = [gradient is not None for gradient in found]
+    present = None if all(there) else there
+    tensors = [filled(gradient) for gradient in found if gradient is not None]
+    dims = list(compress(group.unit_dims, there)) if by_unit else None
+    specs = known.find(tensors)
+    if specs is None:
         names = group.names if present is None else list(compress(group.names, present))
         for name, gradient in zip(names, tensors, strict=True):
-            _check_supported(name, gradient)
-        layout = known.add(tensors)
-    return Gradients(group, present, tensors, known, layout)
+            _check_supported(name, gradient, by_unit=by_unit)
+        specs = known.add(tensors, _rows(tensors, dims))
+    return Gradients(group, present, tensors, known, dims, specs)
+
+
+def _rows(tensors: list[Tensor], unit_dims: list[int] | None) -> list[int] | None:
+    if unit_dims is None:
+        return None
+    pairs = zip(tensors, unit_dims, strict=True)
+    return [tensor.shape[dim] if tensor.dim() > 1 else 1 for tensor, dim in pairs]
 
 
 def filled(tensor: Tensor) -> Tensor:
@@ -174,7 +201,7 @@ def filled(tensor: Tensor) -> Tensor:
     return done
 
 
-def _check_supported(name: str, gradient: Tensor) -> None:
+def _check_supported(name: str, gradient: Tensor, *, by_unit: bool) -> None:
     """Refuse a gradient that has no norm, or whose norm is not on this process.
 
     Raises:
@@ -185,6 +212,8 @@ def _check_supported(name: str, gradient: Tensor) -> None:
             reason = "device meta: it has no values"
         elif gradient.is_inference() and not torch.is_inference_mode_enabled():
             reason = "made in torch.inference_mode(), outside of which it may not be changed"
+        elif by_unit and gradient.layout is not torch.strided:
+            reason = f"layout {gradient.layout}: a norm for each unit needs a dense gradient"
         else:
             return
     elif gradient.dtype not in _SUPPORTED:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.collect.gradients import Gradients
-from gradclip.clipping.kernels.layout import Batch, Layout
+from gradclip.clipping.kernels.tensor_specs import Batch, TensorSpecs
 from gradclip.errors import OverlappingGradientsError
 
 
@@ -21,7 +21,7 @@ class DisjointCheck:
     """
 
     def __init__(self) -> None:
-        self._passed: list[tuple[Layout, list[int]]] = []
+        self._passed: list[tuple[TensorSpecs, list[int]]] = []
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Copy and pickle as one that has seen nothing: copies of gradients lie elsewhere."""
@@ -34,8 +34,8 @@ class DisjointCheck:
             OverlappingGradientsError: GC021, naming the first two.
         """
         batches = [group.written for group in gradients]
-        seen = [(batch.layout, batch.addresses) for batch in batches]
-        if seen == self._passed:  # the same layouts, and equal addresses
+        seen = [(batch.specs, batch.addresses) for batch in batches]
+        if seen == self._passed:  # the same specs, and equal addresses
             return
         if not _lie_apart(batches):
             _check_extents(batches, _names(gradients))
@@ -44,9 +44,9 @@ class DisjointCheck:
 
 def _lie_apart(batches: Sequence[Batch]) -> bool:
     """Return whether it is plain to see that no byte is shared: no gaps, one behind another."""
-    if not all(batch.layout.plan(_Bytes).packed for batch in batches):
+    if not all(batch.specs.plan(_Bytes).packed for batch in batches):
         return False
-    kept = [batch.layout.plan(_Bytes) for batch in batches]
+    kept = [batch.specs.plan(_Bytes) for batch in batches]
     starts = array("q")
     for batch, of_each in zip(batches, kept, strict=True):
         starts.extend(compress(batch.addresses, of_each.lengths))
@@ -65,13 +65,13 @@ _MANY = 256
 
 
 class _Bytes:
-    """How many bytes each tensor of a layout takes, which has no gaps."""
+    """How many bytes each tensor of a specs takes, which has no gaps."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.packed = all(layout.packed)
+    def __init__(self, specs: TensorSpecs) -> None:
+        self.packed = all(specs.packed)
         self.lengths = [
             shape.numel() * dtype.itemsize
-            for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True)
+            for shape, dtype in zip(specs.shapes, specs.dtypes, strict=True)
         ]
         self.taken = torch.tensor([length for length in self.lengths if length], dtype=torch.int64)
 

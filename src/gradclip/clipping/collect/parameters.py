@@ -1,219 +1,18 @@
-"""Which tensors: where parameters come from, what they are called, which policy they follow."""
+"""The parameters of each name pattern: sorted once, and again only where they were replaced."""
 
-import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from operator import is_
-from typing import Protocol, TypeAlias, cast
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.conv import _ConvTransposeNd
 
-from gradclip.clipping.collect.shards import Shards
-from gradclip.errors import ArgumentTypeError, ArgumentValueError
-
-_WRAPPERS = frozenset(
-    {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-)
-
-_PAIR = 2
-
-Names: TypeAlias = list[str | None]
-
-
-class ParameterSource(Protocol):
-    """Where parameters are found again at each call, since wrappers replace them."""
-
-    @property
-    def module(self) -> nn.Module | None:
-        """The module that has them, if it is known."""
-        ...
-
-    def tensors(self) -> list[Tensor]:
-        """Return the parameters in a fixed order; duplicates allowed."""
-        ...
-
-    def names(self) -> Names:
-        """Return what those are called, None for what has no name; asked when they changed."""
-        ...
-
-    def all_names(self) -> Names:
-        """Return what patterns may be meant for: others than those of its own, too."""
-        ...
-
-
-@dataclass(frozen=True)
-class ListedParameters:
-    """Parameters that were listed once.
-
-    Args:
-        listed: Tensors.
-        labels: What they are called, if anything.
-    """
-
-    listed: list[Tensor]
-    labels: Names | None = None
-    module: None = None
-
-    def tensors(self) -> list[Tensor]:
-        """Return what was listed."""
-        return self.listed
-
-    def names(self) -> Names:
-        """Return the names that were listed."""
-        return [None] * len(self.listed) if self.labels is None else self.labels
-
-    all_names = names
-
-
-@dataclass(frozen=True)
-class ModuleParameters:
-    """The parameters that a module has at the moment it is asked."""
-
-    module: nn.Module
-
-    def tensors(self) -> list[Tensor]:
-        """Return ``parameters()``."""
-        return list(self.module.parameters())
-
-    def names(self) -> Names:
-        """Return their names without the prefixes that wrappers add."""
-        return [clean_name(name) for name, _ in self.module.named_parameters()]
-
-    all_names = names
-
-
-@dataclass(frozen=True)
-class OptimizerParameters:
-    """The parameters that an optimizer steps, named by it or by a module.
-
-    Args:
-        optimizer: Anything with ``param_groups``; read again at each call.
-        module: Gives the names, of which the optimizer may have some that are relative to a part.
-
-    Raises:
-        ArgumentValueError: GC010, for one that steps inside the backward pass.
-    """
-
-    optimizer: torch.optim.Optimizer
-    module: nn.Module | None = None
-
-    def __post_init__(self) -> None:
-        if (
-            getattr(self.optimizer, "_overlap_with_ddp", False)
-            or type(self.optimizer).__name__ == "LayerWiseDummyOptimizer"  # of transformers
-            or any(hasattr(tensor, "_in_backward_optimizers") for tensor in self.tensors())
-        ):
-            raise ArgumentValueError(
-                "these parameters are stepped inside the backward pass, tensor by tensor, before a "
-                "norm of all gradients is known, so nothing can be clipped by it. Step after "
-                "backward(): without _apply_optimizer_in_backward, overlap_with_ddp=True, or a "
-                "layer-wise optimizer of transformers. No gradient was changed."
-            )
-
-    def tensors(self) -> list[Tensor]:
-        """Return the parameters of all groups, in order."""
-        return [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
-
-    def names(self) -> Names:
-        """Return the module's names, or the optimizer's own."""
-        module = self.module
-        known = {} if module is None else {id(p): n for n, p in module.named_parameters()}
-        names: Names = []
-        for group in self.optimizer.param_groups:
-            own = group.get("param_names") or ()
-            if len(own) != len(group["params"]):
-                own = (None,) * len(group["params"])
-            for name, parameter in zip(own, group["params"], strict=True):
-                label = known.get(id(parameter), name)
-                names.append(None if label is None else clean_name(label))
-        return names
-
-    def all_names(self) -> Names:
-        """Return its names, and those of the module: other optimizers may have the rest."""
-        others = () if self.module is None else self.module.named_parameters()
-        return [*self.names(), *(clean_name(name) for name, _ in others)]
-
-
-def clean_name(name: str) -> str:
-    """Strip what wrappers (DDP, FSDP1, ``torch.compile``, checkpointing, Fabric) put into a name.
-
-    >>> clean_name("module._orig_mod.layers.0._fsdp_wrapped_module.weight")
-    'layers.0.weight'
-    """
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    while len(parts) > 1 and parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(parts)
-
-
-def as_source(params: object) -> ParameterSource:
-    """Turn what a caller gave as parameters into a source.
-
-    Args:
-        params: A tensor, an iterable of tensors or (name, tensor) pairs, a module, an optimizer
-            (anything with ``param_groups``), or a source.
-
-    Raises:
-        ArgumentTypeError: GC011, for anything else.
-        ArgumentValueError: GC010, for a generator that was already exhausted.
-    """
-    if isinstance(params, ListedParameters | ModuleParameters | OptimizerParameters):
-        return params
-    if isinstance(params, nn.Module):
-        return ModuleParameters(params)
-    if hasattr(params, "param_groups"):
-        return OptimizerParameters(params)  # type: ignore[arg-type]
-    return _listed(as_sequence(params))
-
-
-def _listed(items: Sequence[object]) -> ListedParameters:
-    if all(issubclass(kind, Tensor) for kind in set(map(type, items))):
-        return ListedParameters(cast("list[Tensor]", list(items)))
-    tensors: list[Tensor] = []
-    names: Names = []
-    for number, item in enumerate(items):
-        name: str | None = None
-        tensor = item
-        if isinstance(item, tuple) and len(item) == _PAIR and isinstance(item[0], str):
-            name, tensor = item
-        if not isinstance(tensor, Tensor):
-            raise ArgumentTypeError(
-                f"parameters[{number}] is a {type(item).__name__}: expected a tensor or a "
-                f"(name, tensor) pair, seen {_short(item)}"
-            )
-        tensors.append(tensor)
-        names.append(None if name is None else clean_name(name))
-    return ListedParameters(tensors, names)
-
-
-def as_sequence(tensors: object) -> Sequence[object]:
-    """Read a tensor, or an iterable of whatever, once.
-
-    Raises:
-        ArgumentTypeError: GC011, if it is no iterable.
-        ArgumentValueError: GC010, for a finished generator, which would pass for an empty list.
-    """
-    if isinstance(tensors, Tensor):
-        return (tensors,)
-    if inspect.isgenerator(tensors) and inspect.getgeneratorstate(tensors) == inspect.GEN_CLOSED:
-        raise ArgumentValueError(
-            "parameters is a generator that was already exhausted, so nothing would be clipped. "
-            "Pass a fresh one (model.parameters()) or a list."
-        )
-    if isinstance(tensors, str | bytes | Mapping) or not isinstance(tensors, Iterable):
-        raise ArgumentTypeError(
-            f"parameters is a {type(tensors).__name__}: expected tensors, (name, tensor) pairs, an "
-            f"nn.Module or a torch Optimizer, seen {_short(tensors)}"
-        )
-    return tuple(tensors)
-
-
-def _short(value: object, limit: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+from gradclip.clipping.collect.shards import Shards, local_part
+from gradclip.clipping.collect.sources import ParameterSource, short
+from gradclip.errors import ArgumentValueError
 
 
 @dataclass(eq=False)
@@ -253,6 +52,33 @@ class ParameterGroup:
         return [
             f"parameters[{number}]" if (name := known[number]) is None else name
             for number in self.numbers
+        ]
+
+    @cached_property
+    def is_named(self) -> bool:
+        """Whether every parameter has a name of its own, and not only a position."""
+        known = self.source.names()
+        return all(known[number] is not None for number in self.numbers)
+
+    @cached_property
+    def unit_dims(self) -> list[int]:
+        """Which dimension of each parameter has its units: that of its outputs."""
+        module = self.source.module
+        transposed = {
+            id(each.weight)
+            for each in (() if module is None else module.modules())
+            if isinstance(each, _ConvTransposeNd)
+        }
+        return [1 if id(parameter) in transposed else 0 for parameter in self.parameters]
+
+    def rows(self, scope: Literal["group", "tensor", "unit"]) -> list[int]:
+        """Return how many rows the local part of each parameter has: its units, or one."""
+        if scope != "unit":
+            return [1] * len(self.parameters)
+        local = map(local_part, self.parameters)
+        return [
+            part.shape[dim] if part.dim() > 1 else 1
+            for part, dim in zip(local, self.unit_dims, strict=True)
         ]
 
 
@@ -336,5 +162,5 @@ class Parameters:
                 known = [name for group in self._groups.values() for name in group.names]
                 raise ArgumentValueError(
                     f"the pattern {pattern!r} of policy matches no parameter (or earlier patterns "
-                    f"took all of them); names look like {_short(known[:4], 160)}"
+                    f"took all of them); names look like {short(known[:4], 160)}"
                 )

@@ -13,6 +13,12 @@ from gradclip.errors import UnsupportedGradientError
 Placements: TypeAlias = tuple[Any, ...]
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what of a tensor is on this process."""
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
+
+
 class MisplacedGradientError(UnsupportedGradientError):
     """A gradient is placed otherwise than its parameter, and no rank expected that."""
 
@@ -177,3 +183,16 @@ def _zeros(parameter: Tensor, spec: Any, placements: Placements) -> Any:
 def _is_plainly_zero(tensor: Any) -> bool:
     local = tensor.to_local()
     return local.device.type == "cpu" and not bool(local.any())
+
+
+def global_offset(tensor: Tensor, dim: int) -> int:
+    """Return where the part on this process begins in a dimension of the whole tensor."""
+    spec: Any = getattr(tensor, "_spec", None)
+    if spec is None:
+        return 0
+    from torch.distributed.tensor._utils import (  # noqa: PLC0415 - torch has no other name for it
+        compute_local_shape_and_global_offset,
+    )
+
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, spec.mesh, spec.placements)
+    return int(offset[dim])

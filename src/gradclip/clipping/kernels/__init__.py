@@ -18,10 +18,10 @@ from typing import Any, Protocol, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from gradclip.clipping.kernels.layout import Batch, Layout, LayoutCache
+from gradclip.clipping.kernels.tensor_specs import Batch, SpecsCache, TensorSpecs
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, GradClipError
 
-__all__ = ["Backends", "Batch", "Clamped", "Kernels", "Layout", "LayoutCache", "choose"]
+__all__ = ["Backends", "Batch", "Clamped", "Kernels", "SpecsCache", "TensorSpecs", "choose"]
 
 Scalar: TypeAlias = float | Tensor
 
@@ -73,11 +73,12 @@ class Kernels(Protocol):
     """
 
     coefficients: Callable[[Tensor, Scalar, Scalar, Tensor, float, float], Tensor]
-    """``(norms_S, thresholds, targets, counts, guard, otherwise)``: what to multiply scopes by.
+    """``(norms_S, thresholds, targets, committed, guard, skipped_coefficient)``: what scopes are
+    multiplied by.
 
-    ``target / norm * (1 - guard)`` for a norm above its threshold, else 1; ``otherwise``
-    everywhere if ``counts``, 0-d bool, is false. Thresholds and targets are float64 (S,) or
-    numbers. Nothing is read on the host.
+    ``target / norm * (1 - guard)`` for a norm above its threshold, else 1;
+    ``skipped_coefficient`` everywhere if ``committed``, 0-d bool, is false. Thresholds and targets
+    are float64 (S,) or numbers. Nothing is read on the host.
     """
 
 

@@ -1,9 +1,11 @@
 """Float64 arithmetic in torch: sums over blocks, exact in range, with no large temporary."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from gradclip.clipping.kernels.device import result_device_of
 
 BLOCK = 1 << 18
 """Elements converted at a time: 2 MiB of float64, which stays in a core's cache."""
@@ -13,28 +15,17 @@ SCALE_EXPONENT = 600
 
 _DOWN, _UP = 2.0**-SCALE_EXPONENT, 2.0**SCALE_EXPONENT
 
-_WITHOUT_FLOAT64 = frozenset({"mps"})
-
-
-def home_of(devices: Collection[torch.device]) -> torch.device:
-    """Return where float64 results of tensors on some devices belong: an accelerator if it can.
-
-    A device that has no float64 hands its tensors to the CPU, block by block.
-    """
-    able = [d for d in devices if d.type != "cpu" and d.type not in _WITHOUT_FLOAT64]
-    return min(able, key=str) if able else torch.device("cpu")
-
 
 def double_blocks(row: Tensor) -> Iterator[Tensor]:
     """Yield a 1-d tensor as float64 blocks that may be changed in place."""
-    home = home_of((row.device,))
+    device = result_device_of((row.device,))
     for piece in row.split(BLOCK):
-        yield piece.to(device=home).to(torch.float64, copy=True)
+        yield piece.to(device=device).to(torch.float64, copy=True)
 
 
 def _total(sums: list[Tensor], row: Tensor) -> Tensor:
     if not sums:
-        return torch.zeros((), dtype=torch.float64, device=home_of((row.device,)))
+        return torch.zeros((), dtype=torch.float64, device=result_device_of((row.device,)))
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
@@ -76,7 +67,7 @@ def abs_max(row: Tensor) -> Tensor:
     """Return the largest modulus of a 1-d tensor: 0-d float64; 0 if empty, NaN if there is one."""
     if row.numel() == 0:
         return _total([], row)
-    low, high = torch.aminmax(row.to(home_of((row.device,))))
+    low, high = torch.aminmax(row.to(result_device_of((row.device,))))
     return torch.maximum(low.double().abs(), high.double().abs())
 
 
@@ -84,14 +75,14 @@ def coefficients(
     norms_S: Tensor,
     thresholds: float | Tensor,
     targets: float | Tensor,
-    counts: Tensor,
+    committed: Tensor,
     guard: float,
-    otherwise: float,
+    skipped_coefficient: float,
 ) -> Tensor:
     """Return what each scope is multiplied by, float64 (S,); see ``Kernels.coefficients``."""
     shrunk_S = (targets / norms_S).clamp(max=1.0) * (1 - guard)
     counted_S = torch.where(norms_S > thresholds, shrunk_S, 1.0)
-    return torch.where(counts, counted_S, otherwise)
+    return torch.where(committed, counted_S, skipped_coefficient)
 
 
 def representable(limit: float | Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -1,14 +1,61 @@
-"""What ``torch.compile`` must not look into."""
+"""What a device can do: float64, graph capture, streams, copies to the host; and torch.compile."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
+
+_WITHOUT_FLOAT64 = frozenset({"mps"})
+
+
+def result_device_of(devices: Collection[torch.device]) -> torch.device:
+    """Return where float64 results of tensors on some devices belong: an accelerator if it can.
+
+    A device that has no float64 hands its tensors to the CPU, block by block.
+    """
+    able = [d for d in devices if d.type != "cpu" and d.type not in _WITHOUT_FLOAT64]
+    return min(able, key=str) if able else torch.device("cpu")
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether work on a device goes into a CUDA graph just now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def stream_of(device: torch.device) -> int:
+    """Return which stream work on a device goes to: work on another stream does not wait for it."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+class HostCopy:
+    """A copy of some numbers to the host that the host does not wait for.
+
+    Args:
+        values: Numbers on an accelerator, of any shape.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._host.copy_(values, non_blocking=True)
+        self._copied = torch.Event(values.device.type)
+        # On the stream of the values' device: the current device may be another one.
+        self._copied.record(torch.accelerator.current_stream(values.device))
+
+    def read(self) -> list[float]:
+        """Return the numbers; the host waits until they are there."""
+        self._copied.synchronize()
+        return self._host.reshape(-1).tolist()
+
+
+def copy_to_host(values: Tensor) -> HostCopy | None:
+    """Begin to copy numbers to the host; None inside a CUDA graph, whose replays have no host."""
+    return None if is_capturing(values.device) else HostCopy(values)
 
 
 def untraced(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -28,12 +75,3 @@ def untraced(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _R
         return disabled[0](*args, **kwargs)
 
     return call
-
-
-def callers_level() -> int:
-    """Return the stack level, as ``warnings`` counts it, of the first caller outside the engine."""
-    inner = ("gradclip.", "torch.")
-    level, frame = 1, sys._getframe(1)  # noqa: SLF001 - a public name for it comes with Python 3.12
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith(inner):
-        level, frame = level + 1, frame.f_back
-    return level

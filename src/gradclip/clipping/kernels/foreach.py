@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from gradclip.clipping.kernels import Batch, Clamped, Layout, blocks
+from gradclip.clipping.kernels import Batch, Clamped, TensorSpecs, blocks
+from gradclip.clipping.kernels.device import result_device_of
 
 _SMALL = 8192
 """Rows up to this many elements are gathered and converted to float64 together."""
@@ -71,7 +72,7 @@ def abs_max(batch: Batch) -> Tensor:
 
 def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
     """Sum ``|x / scale|**p`` over each row: (R, 1)."""
-    if not batch.layout.row_sizes:
+    if not batch.specs.row_sizes:
         return torch.zeros(0, 1, dtype=torch.float64, device=scale_R.device)
     pairs = zip(_rows(batch), scale_R, strict=True)
     return torch.stack([blocks.scaled_power_sum(row, p, scale) for row, scale in pairs])[:, None]
@@ -84,7 +85,7 @@ def scale_(batch: Batch, coefficients: float | Tensor) -> None:
     elif not isinstance(coefficients, Tensor) or coefficients.numel() == 1:
         _scale_together(list(batch.tensors), float(coefficients))
     else:
-        per_tensor = coefficients.split(batch.layout.rows)
+        per_tensor = coefficients.split(batch.specs.rows)
         for tensor, factors in zip(batch.tensors, per_tensor, strict=True):
             if len(factors) == 1:
                 _scale_together([tensor], float(factors))
@@ -113,7 +114,7 @@ def _on_cpu(batch: Batch) -> bool:
 
 def _rows(batch: Batch) -> list[Tensor]:
     """Return every row of a batch, 1-d."""
-    pairs = zip(batch.tensors, batch.layout.rows, strict=True)
+    pairs = zip(batch.tensors, batch.specs.rows, strict=True)
     return [row for tensor, n in pairs for row in blocks.rows_of(tensor, n)]
 
 
@@ -131,29 +132,29 @@ def _clamp_one(tensor: Tensor, top: Any) -> Tensor:
 
 
 class _Gathering:
-    """Which rows of a layout are summed together, and which each by itself.
+    """Which rows of a specs are summed together, and which each by itself.
 
     Rows of one shape are one matrix when they are concatenated; few of a kind become a flat
     tensor with the others, whose sums are by segment.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        sizes = layout.row_sizes
-        one_each = layout.one_row_each
+    def __init__(self, specs: TensorSpecs) -> None:
+        sizes = specs.row_sizes
+        one_each = specs.one_row_each
         alike: dict[object, list[int]] = {}
         self.large: list[int] = []
         for index, size in enumerate(sizes):
             if size > _SMALL:
                 self.large.append(index)
             else:
-                alike.setdefault(layout.shapes[index] if one_each else (size,), []).append(index)
+                alike.setdefault(specs.shapes[index] if one_each else (size,), []).append(index)
         matrices: list[tuple[list[int], bool]] = []
         rest: list[int] = []
         for shape, indices in alike.items():
             if len(indices) >= _ALIKE and shape:  # numbers cannot be concatenated
                 size = sizes[indices[0]]
                 fits = size >= _WORTH_LANES and size % _LANES == 0
-                in_lanes = fits and layout.dtypes[0] is not torch.float64
+                in_lanes = fits and specs.dtypes[0] is not torch.float64
                 limit = _GATHERED_IN_LANES if in_lanes else _GATHERED
                 matrices += [(cut, in_lanes) for cut in _cut(indices, sizes, limit)]
             else:
@@ -194,8 +195,8 @@ def _cut(indices: list[int], sizes: list[int], limit: int) -> list[list[int]]:
 
 def _by_rows(batch: Batch, p: float, large: Callable[[Tensor], float]) -> Tensor:
     """Reduce each row to its sum for p = 1, 2, or its maximum for p = inf: float64 (R,)."""
-    gathering = batch.layout.plan(_Gathering)
-    rows = batch.tensors if batch.layout.one_row_each else _rows(batch)
+    gathering = batch.specs.plan(_Gathering)
+    rows = batch.tensors if batch.specs.one_row_each else _rows(batch)
     results = []
     buffer = None
     for take, count, in_lanes in gathering.matrices:
@@ -333,12 +334,12 @@ def _scale_rows(tensor: Tensor, factors: Tensor) -> None:
 
 def _norms_on_device(batch: Batch, p: float, by_blocks: Callable[[Tensor], Tensor]) -> Tensor:
     """Return each row's p-norm, float64 (R,), for p = 1, 2, inf."""
-    if not batch.layout.one_row_each or blocks.home_of((batch.device,)) != batch.device:
-        if not batch.layout.row_sizes:
-            return torch.zeros(0, dtype=torch.float64, device=blocks.home_of((batch.device,)))
+    if not batch.specs.one_row_each or result_device_of((batch.device,)) != batch.device:
+        if not batch.specs.row_sizes:
+            return torch.zeros(0, dtype=torch.float64, device=result_device_of((batch.device,)))
         sums = torch.stack([by_blocks(row) for row in _rows(batch)])
         return sums if p == inf else sums.pow(1 / p)
-    filled = [index for index, size in enumerate(batch.layout.row_sizes) if size]
+    filled = [index for index, size in enumerate(batch.specs.row_sizes) if size]
     norms = [torch.zeros((), dtype=torch.float64, device=batch.device)] * len(batch.tensors)
     if filled:
         tensors = [batch.tensors[index] for index in filled]
@@ -355,5 +356,5 @@ def _scale_on_device(batch: Batch, coefficients: Tensor) -> None:
         for tensor in batch.tensors:
             tensor.mul_(precise[0]).masked_fill_(precise[0] == 0, 0.0)
         return
-    for tensor, factors in zip(batch.tensors, precise.split(batch.layout.rows), strict=True):
+    for tensor, factors in zip(batch.tensors, precise.split(batch.specs.rows), strict=True):
         _scale_rows(tensor, factors)

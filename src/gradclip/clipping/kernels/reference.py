@@ -9,13 +9,13 @@ coefficients = blocks.coefficients
 
 
 def _rows(batch: Batch) -> list[Tensor]:
-    pairs = zip(batch.tensors, batch.layout.rows, strict=True)
+    pairs = zip(batch.tensors, batch.specs.rows, strict=True)
     return [row for tensor, n in pairs for row in blocks.rows_of(tensor, n)]
 
 
 def power_sums(batch: Batch, p: float) -> Tensor:
     """Sum ``|x|**p`` over each row, three times over for float64's range: (R, 3)."""
-    if not batch.layout.row_sizes:
+    if not batch.specs.row_sizes:
         return torch.zeros(0, 3, dtype=torch.float64)
     exponents = (0, -blocks.SCALE_EXPONENT, blocks.SCALE_EXPONENT)
     return torch.stack(
@@ -25,14 +25,14 @@ def power_sums(batch: Batch, p: float) -> Tensor:
 
 def abs_max(batch: Batch) -> Tensor:
     """Find the largest modulus of each row: (R, 1)."""
-    if not batch.layout.row_sizes:
+    if not batch.specs.row_sizes:
         return torch.zeros(0, 1, dtype=torch.float64)
     return torch.stack([blocks.abs_max(row) for row in _rows(batch)]).unsqueeze(1)
 
 
 def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
     """Sum ``|x / scale|**p`` over each row: (R, 1)."""
-    if not batch.layout.row_sizes:
+    if not batch.specs.row_sizes:
         return torch.zeros(0, 1, dtype=torch.float64)
     pairs = zip(_rows(batch), scale_R, strict=True)
     return torch.stack([blocks.scaled_power_sum(row, p, scale) for row, scale in pairs])[:, None]
@@ -40,7 +40,7 @@ def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
 
 def scale_(batch: Batch, coefficients: float | Tensor) -> None:
     """Multiply each row in float64 and round once to its dtype."""
-    rows = batch.layout.rows
+    rows = batch.specs.rows
     given = torch.as_tensor(coefficients, dtype=torch.float64)
     per_row = given.expand(sum(rows)).split(rows)
     for tensor, factors in zip(batch.tensors, per_row, strict=True):

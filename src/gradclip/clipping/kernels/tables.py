@@ -11,20 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradclip.clipping.kernels.device import is_capturing, stream_of
 from gradclip.errors import CaptureError
 
 _CAPTURED: list[Tensor] = []
 """Memory that captured graphs read at each replay, and that nobody may be given therefore."""
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Return whether work on a device goes into a CUDA graph just now."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _stream(device: torch.device) -> int:
-    """Return which stream work on a device goes to: what is queued on another is not waited for."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 class Table:
@@ -52,7 +43,7 @@ class Table:
             return self._values
         if is_capturing(device):
             return self._before_capture(device)
-        key = device, _stream(device)
+        key = device, stream_of(device)
         if key not in self._copies:
             host = self._values.pin_memory() if device.type == "cuda" else self._values
             self._copies[key] = host.to(device, non_blocking=True)
@@ -92,7 +83,7 @@ class Addresses:
             return self._captured(addresses)
         if self._spare is None:
             self._spare = self._pinned()
-        stream = _stream(self._device)
+        stream = stream_of(self._device)
         last, there = self._there.get(stream, (None, None))
         if there is None or addresses != last:
             there = self._copy(self._pinned(), addresses)

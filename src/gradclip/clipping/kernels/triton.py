@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from gradclip.clipping.kernels import Batch, Clamped, Layout, foreach
+from gradclip.clipping.kernels import Batch, Clamped, TensorSpecs, foreach
 from gradclip.clipping.kernels import triton_programs as programs
 from gradclip.clipping.kernels.blocks import representable
 from gradclip.clipping.kernels.tables import Addresses, Table
@@ -56,23 +56,23 @@ _LAUNCHERS: defaultdict[torch.device, Launcher] = defaultdict(Launcher)
 
 def power_sums(batch: Batch, p: float) -> Tensor:
     """Sum ``|x|**p`` over each row for p = 1, 2: (R, A); see ``Kernels.power_sums``."""
-    if not batch.layout.flat[0]:
+    if not batch.specs.flat[0]:
         return foreach.power_sums(batch, p)
     return _reduced(batch, int(p))
 
 
 def abs_max(batch: Batch) -> Tensor:
     """Find the largest modulus of each row: (R, 1)."""
-    if not batch.layout.flat[0]:
+    if not batch.specs.flat[0]:
         return foreach.abs_max(batch)
     return _reduced(batch, programs.MAXIMUM.value)
 
 
 def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
     """Sum ``|x / scale|**p`` over each row, in float64: (R, 1)."""
-    if not batch.layout.flat[0]:
+    if not batch.specs.flat[0]:
         return foreach.scaled_power_sums(batch, p, scale_R)
-    plan = batch.layout.plan(_Plan)
+    plan = batch.specs.plan(_Plan)
     sums_C = _empty(batch, plan.chunks)
     with current(batch.device):
         plan.launch(
@@ -91,10 +91,10 @@ def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
 
 def scale_(batch: Batch, coefficients: float | Tensor) -> None:
     """Multiply each row by its coefficient, or all by the one that there is."""
-    if not batch.layout.flat[0]:
+    if not batch.specs.flat[0]:
         foreach.scale_(batch, coefficients)
         return
-    plan = batch.layout.plan(_Plan)
+    plan = batch.specs.plan(_Plan)
     increment_version(batch.tensors)  # autograd sees no write of its own
     if not isinstance(coefficients, Tensor):
         coefficients = torch.full((1,), coefficients, dtype=torch.float64, device=batch.device)
@@ -114,9 +114,9 @@ def scale_(batch: Batch, coefficients: float | Tensor) -> None:
 
 def clamp_(batch: Batch, limit: float | Tensor, before: bool = True) -> Clamped:
     """Clamp each element to [-limit, limit], in the pass that sums squares before and after."""
-    if not batch.layout.flat[0]:
+    if not batch.specs.flat[0]:
         return foreach.clamp_(batch, limit, before)
-    plan = batch.layout.plan(_Plan)
+    plan = batch.specs.plan(_Plan)
     increment_version(batch.tensors)
     columns = _columns(batch)
     before_CA, after_CA = _empty(batch, plan.chunks, columns), _empty(batch, plan.chunks, columns)
@@ -149,9 +149,9 @@ def coefficients(
     norms_S: Tensor,
     thresholds: float | Tensor,
     targets: float | Tensor,
-    counts: Tensor,
+    committed: Tensor,
     guard: float,
-    otherwise: float,
+    skipped_coefficient: float,
 ) -> Tensor:
     """Return what each scope is multiplied by, float64 (S,), in one launch."""
     threshold_bits = target_bits = 0
@@ -172,9 +172,9 @@ def coefficients(
             *(each.contiguous() for each in given or (norms_S, norms_S)),
             threshold_bits,
             target_bits,
-            counts,
+            committed,
             _bits(1 - guard),
-            _bits(otherwise),
+            _bits(skipped_coefficient),
             found_S,
             len(norms_S),
             NUMBERS=not given,
@@ -184,7 +184,7 @@ def coefficients(
 
 
 def _reduced(batch: Batch, power: int) -> Tensor:
-    plan = batch.layout.plan(_Plan)
+    plan = batch.specs.plan(_Plan)
     columns = 1 if power == programs.MAXIMUM.value else _columns(batch)
     found_CA = _empty(batch, plan.chunks, columns)
     with current(batch.device):
@@ -243,12 +243,12 @@ def _bits(number: float) -> int:
 
 
 class _Plan:
-    """The chunks of a layout, and where its tensors were found last."""
+    """The chunks of a specs, and where its tensors were found last."""
 
-    def __init__(self, layout: Layout) -> None:
-        sizes_R = torch.tensor(layout.row_sizes, dtype=torch.int64)
-        rows_T = torch.tensor(layout.rows, dtype=torch.int64)
-        tensor_R = torch.arange(len(layout)).repeat_interleave(rows_T)
+    def __init__(self, specs: TensorSpecs) -> None:
+        sizes_R = torch.tensor(specs.row_sizes, dtype=torch.int64)
+        rows_T = torch.tensor(specs.rows, dtype=torch.int64)
+        tensor_R = torch.arange(len(specs)).repeat_interleave(rows_T)
         first_row_T = rows_T.cumsum(0) - rows_T
         start_R = (torch.arange(len(sizes_R)) - first_row_T[tensor_R]) * sizes_R
         chunks_R = (sizes_R + CHUNK - 1) // CHUNK

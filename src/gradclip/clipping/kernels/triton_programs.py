@@ -123,8 +123,8 @@ def fold(
 
 @triton.jit(
     do_not_specialize=[
-        "norms", "thresholds", "targets", "threshold_bits", "target_bits", "counts", "room_bits",
-        "otherwise_bits", "found", "scopes",
+        "norms", "thresholds", "targets", "threshold_bits", "target_bits", "committed", "room_bits",
+        "skipped_bits", "found", "scopes",
     ]
 )  # fmt: skip
 def coefficients(
@@ -133,9 +133,9 @@ def coefficients(
     targets,
     threshold_bits: tl.int64,
     target_bits: tl.int64,
-    counts,
+    committed,
     room_bits: tl.int64,
-    otherwise_bits: tl.int64,
+    skipped_bits: tl.int64,
     found,
     scopes,
     NUMBERS: tl.constexpr,
@@ -152,8 +152,8 @@ def coefficients(
         target = tl.load(targets + scope, mask=scope < scopes, other=0.0)
     shrunk = tl.minimum(target / norm, 1.0) * as_float64(room_bits)
     found_here = tl.where(norm > threshold, shrunk, 1.0)
-    if tl.load(counts) == 0:
-        found_here = tl.full([BLOCK], 0.0, tl.float64) + as_float64(otherwise_bits)
+    if tl.load(committed) == 0:
+        found_here = tl.full([BLOCK], 0.0, tl.float64) + as_float64(skipped_bits)
     tl.store(found + scope, found_here, mask=scope < scopes)
 
 

@@ -1,135 +1,188 @@
-"""The gradients of one name pattern at one call, with the policy that bounds them."""
+"""The gradients of one name pattern at one call, and what was found in them."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import inf, isnan
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradclip.clipping.apply.coefficients import Flag, as_known, host_waits_for
+from gradclip.clipping import flags
 from gradclip.clipping.collect.gradients import Gradients
+from gradclip.clipping.flags import Flag, as_known
 from gradclip.clipping.kernels import Backends, Clamped
-from gradclip.clipping.measure.norm import Apart, Measured, Norm, Scopes, Together, per_tensor
+from gradclip.clipping.measure.norm import Sums, by_scope, per_tensor, spread_over
+from gradclip.clipping.measure.norm import read as read_sums
+from gradclip.clipping.measure.norm import read_again as read_sums_again
+from gradclip.clipping.measure.pattern import Pattern
+from gradclip.clipping.measure.scopes import RowMap
 from gradclip.clipping.policies import Policy
-
-if TYPE_CHECKING:
-    from gradclip.clipping.ranks.share import Share
 
 _EUCLIDEAN = 2.0
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Group:
-    """One name pattern at one call.
+    """One pattern at one call.
 
     Args:
-        pattern: What its parameters' names match; "*" where there are no patterns.
-        policy: What bounds it.
+        of: The pattern.
         gradients: Those that exist.
-        total_order: p of the norm of all groups together.
-        share: What part of its scopes is here, where other ranks have the rest.
-        clamped: What clamping found, once it was done.
-        found: How many tensors are not finite on all ranks, where there are others.
-        unbounded: How many tensors the policy cannot bound on all ranks, where scopes of others
-            are not seen here.
-        changed: How many elements clamping changes on all ranks, where there are others.
+        rows: Which scope each of their rows has.
+        total_order: p of the norm of all patterns together.
+        together: The same rows as one scope, where ranks have to add up the norm of the pattern.
+        weights: The parameters themselves, for a policy that asks for their norms.
+        weight_rows: Which scope each of their rows has.
     """
 
-    pattern: str
-    policy: Policy
+    of: Pattern
     gradients: Gradients
+    rows: RowMap
     total_order: float
-    share: "Share | None" = None
-    clamped: Clamped | None = None
-    found: Tensor | None = None
-    unbounded: Tensor | None = None
-    changed: Tensor | None = None
-    norm: Norm = field(init=False)
-    """The norm that the policy sees."""
-    total: Norm = field(init=False)
-    """The norm that is reported for all groups together: the same where p is the same."""
-    left: Norm | None = None
-    """The norm of what clamping leaves, where ranks have to know it before anything is written."""
-
-    def __post_init__(self) -> None:
-        scopes: Scopes
-        if self.share is not None:
-            self.share.expect(self.gradients.present)
-            scopes = self.share
-        else:
-            scopes = Together() if self.policy.scope == "group" else Apart()
-        self.norm = Norm(self.policy.order, scopes)
-        same = self.total_order == self.policy.order
-        self.total = self.norm if same else Norm(self.total_order, scopes)
-
-    def scope_names(self) -> tuple[str, ...]:
-        """Return what each scope is the norm of."""
-        if self.policy.scope == "group":
-            return (self.pattern,)
-        if self.share is None:
-            names, counts = self.gradients.names, self.gradients.layout.rows
-        else:
-            names, counts = self.gradients.group.names, list(self.share.rows)
-        if self.policy.scope == "tensor":
-            return tuple(names)
-        pairs = zip(names, counts, strict=True)
-        return tuple(f"{name}[{row}]" for name, rows in pairs for row in range(rows))
+    together: RowMap | None = None
+    weights: Gradients | None = None
+    weight_rows: RowMap | None = None
 
     @property
-    def norms(self) -> list[Norm]:
-        """The norms to find: one, or two where p differs."""
-        return [self.norm] if self.total is self.norm else [self.norm, self.total]
+    def policy(self) -> Policy:
+        """What bounds it."""
+        return self.of.policy
 
-    def read(self, backends: Backends, home: torch.device) -> None:
-        """Read the gradients, where clamping them has not done that already."""
-        for norm in self.norms:
-            sums_RA = None
-            if self.clamped is not None and norm.order == _EUCLIDEAN:
-                sums_RA = self.clamped.before_RA
-            norm.read(backends, self.gradients.measured(norm.order), home, sums_RA)
+    @classmethod
+    def collect(cls, pattern: Pattern, total_order: float) -> "Group":
+        """Collect the gradients that exist now, and the weights if the policy asks for norms.
 
-    def read_again(self, backends: Backends) -> None:
-        """Read them once more for those p that need it."""
-        for norm in self.norms:
-            if norm.reads_twice:
-                norm.read_again(backends, self.gradients.measured(norm.order))
+        Args:
+            pattern: Whose gradients.
+            total_order: p of the norm of all patterns together.
 
-    def measured(self, norm: Norm, scale: float | Tensor | None) -> Measured:
-        """Return what was found, as if gradients were not multiplied by ``scale``."""
-        norms_S = norm.norms()
-        if scale is not None:
-            norms_S = norms_S / scale
-        return Measured(norms_S, norm.order, self.witness_T)
+        Raises:
+            UnsupportedGradientError: GC020, for a gradient that cannot be clipped.
+        """
+        gradients = pattern.gradients()
+        present = gradients.present
+        rows = pattern.scopes.row_map(present)
+        together = None if pattern.as_one is None else pattern.as_one.row_map(present)
+        if not (pattern.policy.needs_weight_norms and pattern.limit is None):
+            return cls(pattern, gradients, rows, total_order, together)
+        weights, weight_rows = pattern.weights(), pattern.scopes.row_map(None)
+        return cls(pattern, gradients, rows, total_order, together, weights, weight_rows)
 
-    def is_bounded(self, norms_S: Tensor) -> Flag:
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What was found in the gradients of one pattern: here, or after an exchange on all ranks.
+
+    Args:
+        norm: The norm that the policy sees.
+        total: The norm that is reported for all patterns together: the same where p is the same.
+        tensor_sums_T: A number for each tensor that exists here: not finite just where the tensor
+            is not, and NaN just where it holds a NaN.
+        pattern_norm: The norm of the whole pattern, where ranks add it up.
+        weights: The norm of the weights, where the policy asks for it.
+        left: The norm of what clamping leaves, where ranks have to know before they write.
+        clamped: What clamping found, where it was done already.
+        changed: How many elements clamping changes, where ranks have to know: 0-d float64.
+        nonfinite: How many tensors are not finite on all ranks: 0-d float64; None on one process.
+        unbounded: How many tensors the policy cannot bound on all ranks, where this one does not
+            see all scopes: 0-d float64.
+    """
+
+    norm: Sums
+    total: Sums
+    tensor_sums_T: Tensor
+    pattern_norm: Sums | None = None
+    weights: Sums | None = None
+    left: Sums | None = None
+    clamped: Clamped | None = None
+    changed: Tensor | None = None
+    nonfinite: Tensor | None = None
+    unbounded: Tensor | None = None
+
+    @property
+    def sums(self) -> dict[str, Sums]:
+        """Everything that ranks add up, each once, by name and in order."""
+        found = {
+            "norm": self.norm,
+            "total": None if self.total is self.norm else self.total,
+            "pattern_norm": self.pattern_norm,
+            "weights": self.weights,
+            "left": self.left,
+        }
+        return {name: sums for name, sums in found.items() if sums is not None}
+
+    def with_sums(self, sums: Mapping[str, Sums]) -> "Found":
+        """Return the same with other sums, as ``sums`` names them."""
+        every: dict[str, Any] = {"total": sums["norm"], **sums}
+        return replace(self, **every)
+
+    def is_bounded(self, policy: Policy, norms_S: Tensor) -> Flag:
         """Return whether nothing was found that the policy cannot bound.
 
         Args:
-            norms_S: What was measured; a policy that clamps bounds infinities.
+            policy: A policy that clamps bounds infinities.
+            norms_S: Norms of its scopes.
         """
         if self.unbounded is not None:
             return as_known(self.unbounded == 0)
-        clamps = self.policy.element_limit is not None
-        if host_waits_for(norms_S.device):
+        clamps = policy.element_limit is not None
+        if flags.host_waits_for(norms_S.device):
             return (~norms_S.isnan() if clamps else norms_S < inf).all()
         return not any(isnan(norm) if clamps else not norm < inf for norm in norms_S.tolist())
 
-    @property
-    def witness_T(self) -> Tensor:
-        """A number for each tensor: not finite just where the tensor is not, (T,)."""
-        return per_tensor(self.norm.witness_R, self.gradients.layout)
 
-    def measured_left(
-        self, backends: Backends, scale: float | Tensor | None, home: torch.device
-    ) -> Tensor:
-        """Return the norms of what clamping left, (S,)."""
-        if self.left is None:
-            assert self.clamped is not None
-            sums_RA = self.clamped.after_RA if self.norm.order == _EUCLIDEAN else None
-            self.left = Norm(self.norm.order, self.norm.scopes)
-            batch = self.gradients.measured(self.norm.order)
-            self.left.read(backends, batch, home, sums_RA)
-            self.left.read_again(backends, batch)
-        norms_S = self.left.norms()
-        return norms_S if scale is None else norms_S / scale
+def read(
+    group: Group, backends: Backends, device: torch.device, clamped: Clamped | None = None
+) -> Found:
+    """Read the gradients of a pattern, and the weights if its policy asks for them.
+
+    Args:
+        group: The pattern.
+        backends: The choice of backend.
+        device: That of the results.
+        clamped: What clamping found, which spares the read for p = 2.
+    """
+    order, gradients, rows = group.policy.order, group.gradients, group.rows
+    sums_RA = None if clamped is None or order != _EUCLIDEAN else clamped.before_RA
+    norm = read_sums(backends, gradients.measured(order), device, order, rows, sums_RA)
+    total = norm
+    if group.total_order != order:
+        batch = gradients.measured(group.total_order)
+        before_RA = None if clamped is None else clamped.before_RA
+        sums_RA = before_RA if group.total_order == _EUCLIDEAN else None
+        total = read_sums(backends, batch, device, group.total_order, rows, sums_RA)
+    weights = None
+    if group.weights is not None and group.weight_rows is not None:
+        batch = group.weights.measured(order)
+        weights = read_sums(backends, batch, device, order, group.weight_rows)
+    return Found(
+        norm,
+        total,
+        per_tensor(norm.row_sums_R, gradients.specs),
+        pattern_norm=(
+            None if group.together is None else by_scope(order, norm.rows_RA, group.together)
+        ),
+        weights=weights,
+        clamped=clamped,
+    )
+
+
+def read_again(group: Group, found: Found, backends: Backends) -> Found:
+    """Read the gradients once more for those p that need it, with the maxima of all ranks."""
+    batch = group.gradients.measured(found.norm.order)
+    norm, powers_RA = read_sums_again(backends, batch, found.norm, group.rows)
+    sums = {"norm": norm}
+    if found.total is not found.norm:
+        batch = group.gradients.measured(group.total_order)
+        sums["total"], _ = read_sums_again(backends, batch, found.total, group.rows)
+    if found.pattern_norm is not None and group.together is not None and powers_RA is not None:
+        # Rows were divided by the maximum of their scope; together they have one maximum.
+        scale_R = spread_over(norm.scale_S, group.rows, len(powers_RA))
+        ratio_R = (scale_R / found.pattern_norm.scale_S).pow(norm.order)
+        powers = group.together.sums(powers_RA * ratio_R[:, None])
+        sums["pattern_norm"] = replace(found.pattern_norm, sums_SA=powers)
+    if found.weights is not None and group.weights is not None and group.weight_rows is not None:
+        batch = group.weights.measured(found.norm.order)
+        sums["weights"], _ = read_sums_again(backends, batch, found.weights, group.weight_rows)
+    return found.with_sums({**found.sums, **sums})

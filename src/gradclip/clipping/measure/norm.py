@@ -1,17 +1,23 @@
-"""From sums per row to norms per scope: the only numbers that a policy sees."""
+"""From gradients to norms: one read of every gradient, sums by row and by scope, then a root.
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+Between the stages ranks may replace sums and maxima by those of all ranks. For p = 1, 2 and inf
+gradients are read once. Every other p takes two reads: the maximum first, then the sum of
+``|x / maximum|**p``, which is in range whatever x is.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, nan
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from gradclip.clipping.kernels import Backends, Batch, Clamped, Kernels, Layout
-from gradclip.clipping.kernels.blocks import SCALE_EXPONENT, representable, rows_of, widened
+from gradclip.clipping.kernels import Backends, Batch, Kernels, TensorSpecs
+from gradclip.clipping.kernels.blocks import SCALE_EXPONENT, widened
 from gradclip.clipping.kernels.tables import Table
+from gradclip.clipping.measure.scopes import RowMap
 
 _UP, _DOWN = 2.0**SCALE_EXPONENT, 2.0**-SCALE_EXPONENT
 _EUCLIDEAN = 2.0
@@ -21,150 +27,21 @@ _LOST_ROOT = 2.0**-450
 _LARGEST = torch.finfo(torch.float64).max
 
 
-@dataclass(eq=False)
-class Measured:
-    """What was measured of one group of gradients.
-
-    Args:
-        norms_S: p-norm of each scope, float64: infinite or NaN only where a gradient is.
-        norm_type: p.
-        witness_T: A number for each tensor: not finite just where the tensor is not, and NaN just
-            where it holds a NaN.
-    """
-
-    norms_S: Tensor
-    norm_type: float
-    witness_T: Tensor
-
-
-class Scopes(Protocol):
-    """Which scope each row of a batch belongs to, and for how much of it this rank answers."""
-
-    def sums(self, values_RA: Tensor) -> Tensor:
-        """Add up rows by scope: (S, A)."""
-        ...
-
-    def maxima(self, values_R: Tensor) -> Tensor:
-        """Return the largest row of each scope, (S,); NaN where there is one."""
-        ...
-
-    def spread(self, values_S: Tensor) -> Tensor:
-        """Give each row that is there what its scope has, (R,); (1,) where all have the same."""
-        ...
-
-
-class Together:
-    """All rows are one scope."""
-
-    def sums(self, values_RA: Tensor) -> Tensor:
-        """Add up all rows: (1, A)."""
-        return values_RA.sum(0, keepdim=True)
-
-    def maxima(self, values_R: Tensor) -> Tensor:
-        """Return the largest of all rows: (1,)."""
-        return values_R.amax(0, keepdim=True) if len(values_R) else values_R.new_zeros(1)
-
-    def spread(self, values_S: Tensor) -> Tensor:
-        """Give every row the same number."""
-        return values_S
-
-
-class Apart:
-    """Each row is a scope of its own."""
-
-    def sums(self, values_RA: Tensor) -> Tensor:
-        """Return the rows."""
-        return values_RA
-
-    def maxima(self, values_R: Tensor) -> Tensor:
-        """Return the rows."""
-        return values_R
-
-    def spread(self, values_S: Tensor) -> Tensor:
-        """Return the scopes."""
-        return values_S
-
-
-class Norm:
-    """A norm on its way from gradients to a number: between the stages, ranks may add theirs.
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """A norm on its way from gradients to a number.
 
     Args:
         order: p, > 0 or inf.
-        scopes: How rows become scopes.
+        rows_RA: What was found of each row that exists here: (R, A).
+        sums_SA: Sums of powers of each scope, (S, A). For p = inf NaN where there is one, else 0.
+        maxima_S: The largest modulus in each scope, (S,), where p asks for it.
     """
 
-    def __init__(self, order: float, scopes: Scopes) -> None:
-        self.order = order
-        self.scopes = scopes
-        self.rows_RA: Tensor
-        """What was found of each row in the first read."""
-        self.sums_SA: Tensor
-        """Sums of powers of each scope, (S, A); for p = inf its NaN, if it has any, and else 0."""
-        self.maxima_S: Tensor | None = None
-        """The largest modulus in each scope, (S,), where p asks for it."""
-
-    @property
-    def reads_twice(self) -> bool:
-        """Whether the largest modulus has to be known before powers are summed."""
-        return self.order not in {1.0, 2.0, inf}
-
-    def read(
-        self, backends: Backends, batch: Batch, home: torch.device, sums_RA: Tensor | None = None
-    ) -> None:
-        """Read the tensors: their sums for p = 1, 2, else their maxima.
-
-        Args:
-            backends: The choice of backend.
-            batch: Real tensors, of any devices, dtypes and shapes.
-            home: Device of the results.
-            sums_RA: What was summed already, for p = 1, 2.
-        """
-        p = self.order
-        if not batch.tensors:
-            self.rows_RA = torch.zeros(0, 1, dtype=torch.float64, device=home)
-        elif sums_RA is not None:
-            self.rows_RA = sums_RA
-        elif p in {1.0, 2.0}:
-            self.rows_RA = _everywhere(
-                lambda kernels, part, _: kernels.power_sums(part, p), backends, batch, home, p
-            )
-        else:
-            self.rows_RA = _everywhere(
-                lambda kernels, part, _: kernels.abs_max(part), backends, batch, home, p
-            )
-        if p in {1.0, 2.0}:
-            self.sums_SA = self.scopes.sums(self.rows_RA)
-            return
-        self.maxima_S = self.scopes.maxima(self.rows_RA[:, 0])
-        self.sums_SA = torch.where(self.maxima_S.isnan(), self.maxima_S, 0.0)[:, None]
-
-    def read_again(self, backends: Backends, batch: Batch) -> None:
-        """Sum ``|x / max|**p``, which is in range for every p, where p asks for it."""
-        if not self.reads_twice:
-            return
-        assert self.maxima_S is not None
-        home = self.maxima_S.device
-        if not batch.tensors:
-            sums_RA = self.rows_RA
-        else:
-            scale_R = self.scopes.spread(self._scale_S)
-            if len(scale_R) != len(batch.layout.row_sizes):
-                scale_R = scale_R.expand(len(batch.layout.row_sizes))
-            sums_RA = _everywhere(
-                lambda kernels, part, there: kernels.scaled_power_sums(
-                    part, self.order, there(scale_R)
-                ),
-                backends,
-                batch,
-                home,
-                self.order,
-            )
-        self.sums_SA = self.scopes.sums(sums_RA)
-
-    @property
-    def _scale_S(self) -> Tensor:
-        assert self.maxima_S is not None
-        return torch.where((self.maxima_S > 0) & self.maxima_S.isfinite(), self.maxima_S, 1.0)
+    order: float
+    rows_RA: Tensor
+    sums_SA: Tensor
+    maxima_S: Tensor | None = None
 
     def norms(self) -> Tensor:
         """Return the norm of each scope, float64 (S,), from sums and maxima."""
@@ -176,106 +53,105 @@ class Norm:
             return _saturated(norms_S, sums_SA[:, sums_SA.shape[1] // 2])
         if p == inf:
             return torch.where(sums_SA[:, 0].isnan(), nan, self.maxima_S)
-        return _saturated(self._scale_S * sums_SA[:, 0].pow(1 / p), self.maxima_S)
+        return _saturated(self.scale_S * sums_SA[:, 0].pow(1 / p), self.maxima_S)
 
     @property
-    def witness_R(self) -> Tensor:
+    def scale_S(self) -> Tensor:
+        """What elements are divided by before their powers are taken: positive and finite, (S,)."""
+        assert self.maxima_S is not None
+        return torch.where((self.maxima_S > 0) & self.maxima_S.isfinite(), self.maxima_S, 1.0)
+
+    @property
+    def row_sums_R(self) -> Tensor:
         """A number for each row: not finite just where the row is not, (R,)."""
         return self.rows_RA[:, self.rows_RA.shape[1] // 2]
 
 
-def clamp_everywhere(
-    backends: Backends, batch: Batch, limit: float | Tensor, home: torch.device, *, before: bool
-) -> Clamped:
-    """Clamp every element to [-limit, limit], wherever it is.
+def reads_twice(order: float) -> bool:
+    """Return whether the largest modulus has to be known before powers are summed."""
+    return order not in {1.0, 2.0, inf}
+
+
+def read(
+    backends: Backends,
+    batch: Batch,
+    device: torch.device,
+    order: float,
+    rows: RowMap,
+    sums_RA: Tensor | None = None,
+) -> Sums:
+    """Read tensors: their sums for p = 1, 2, else their maxima.
 
     Args:
         backends: The choice of backend.
         batch: Real tensors, of any devices, dtypes and shapes.
-        limit: A number, or 0-d float64.
-        home: Device of the results.
-        before: Whether the squares of what was there are summed on the way.
+        device: That of the results.
+        order: p.
+        rows: Which scope each row has.
+        sums_RA: What was summed already, for p = 1, 2.
     """
-    found: list[Clamped] = []
-    for part, _ in batch.parts:
-        there = limit.to(part.device) if isinstance(limit, Tensor) else limit
-        found.append(backends.on(part.device).clamp_(part, there, before))
-    changed = [clamped.changed.to(home) for clamped in found]
-    return Clamped(
-        _together([clamped.before_RA for clamped in found], batch, home),
-        _together([clamped.after_RA for clamped in found], batch, home),
-        changed[0] if len(changed) == 1 else torch.stack(changed).sum(),
-    )
+    if not batch.tensors:
+        rows_RA = torch.zeros(0, 1, dtype=torch.float64, device=device)
+    elif sums_RA is not None:
+        rows_RA = sums_RA
+    elif order in {1.0, 2.0}:
+        rows_RA = everywhere(
+            lambda kernels, part, _: kernels.power_sums(part, order), backends, batch, device, order
+        )
+    else:
+        rows_RA = everywhere(
+            lambda kernels, part, _: kernels.abs_max(part), backends, batch, device, order
+        )
+    return by_scope(order, rows_RA, rows)
 
 
-def sums_if_clamped(
-    backends: Backends, batch: Batch, limit: float | Tensor, p: float, home: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return what clamping would leave, and how many elements it would change; writes nothing.
+def by_scope(order: float, rows_RA: Tensor, rows: RowMap) -> Sums:
+    """Bring what was found of rows in the first read together by scope."""
+    if order in {1.0, 2.0}:
+        return Sums(order, rows_RA, rows.sums(rows_RA))
+    maxima_S = rows.maxima(rows_RA[:, 0])
+    return Sums(order, rows_RA, torch.where(maxima_S.isnan(), maxima_S, 0.0)[:, None], maxima_S)
 
-    Args:
-        backends: The choice of backend.
-        batch: Real tensors, of any devices, dtypes and shapes.
-        limit: A number, or 0-d float64.
-        p: 1 or 2.
-        home: Device of the results.
+
+def read_again(
+    backends: Backends, batch: Batch, found: Sums, rows: RowMap
+) -> tuple[Sums, Tensor | None]:
+    """Sum ``|x / maximum|**p``, where p asks for it, with the maxima that ``found`` has by now.
 
     Returns:
-        The sums of powers of each row, (R, A), and a count: 0-d float64. Copies are made of at most
-        2^21 elements at a time, or of one row.
+        The sums, and those of each row: (R, 1); None where nothing was read again.
     """
-    found: list[Tensor] = []
-    changed = torch.zeros((), dtype=torch.float64, device=home)
-    for part, _ in batch.parts:
-        top = representable(limit, part.dtype)
-        if isinstance(top, Tensor):
-            top = top.to(part.device)
-        rows = [
-            row
-            for tensor, n in zip(part.tensors, part.layout.rows, strict=True)
-            for row in rows_of(tensor, n)
-        ]
-        sums: list[Tensor] = []
-        for some in _in_turns(rows):
-            clamped = [row.clamp(-top, top) for row in some]  # type: ignore[arg-type]
-            differ = [(row.abs() > top).sum() for row in some]
-            changed = changed + torch.stack(differ).sum().to(home)
-            sums.append(backends.on(part.device).power_sums(Batch.of(clamped), p))
-        found.append(torch.cat(sums))
-    together = _together(found, batch, home, p)
-    assert together is not None or not batch.tensors
-    return torch.zeros(
-        0, 1, dtype=torch.float64, device=home
-    ) if together is None else together, changed
+    if not reads_twice(found.order):
+        return found, None
+    assert found.maxima_S is not None
+    if not batch.tensors:
+        powers_RA = found.rows_RA
+    else:
+        scale_R = spread_over(found.scale_S, rows, len(batch.specs.row_sizes))
+        powers_RA = everywhere(
+            lambda kernels, part, there: kernels.scaled_power_sums(
+                part, found.order, there(scale_R)
+            ),
+            backends,
+            batch,
+            found.maxima_S.device,
+            found.order,
+        )
+    return replace(found, sums_SA=rows.sums(powers_RA)), powers_RA
 
 
-def _in_turns(rows: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    turn: list[Tensor] = []
-    size = 0
-    for row in rows:
-        if turn and size + row.numel() > _COPIED:
-            yield turn
-            turn, size = [], 0
-        turn.append(row)
-        size += row.numel()
-    if turn:
-        yield turn
+def spread_over(values_S: Tensor, rows: RowMap, count: int) -> Tensor:
+    """Give each of ``count`` rows what its scope has: (R,)."""
+    values_R = rows.spread(values_S)
+    return values_R if len(values_R) == count else values_R.expand(count)
 
 
-_COPIED = 1 << 21
-
-
-def per_tensor(witness_R: Tensor, layout: Layout) -> Tensor:
+def per_tensor(row_sums_R: Tensor, specs: TensorSpecs) -> Tensor:
     """Return a number for each tensor, (T,): not finite just where one of its rows is not."""
-    if layout.one_row_each:
-        return witness_R
-    rows = witness_R.split(layout.rows)
+    if specs.one_row_each:
+        return row_sums_R
+    rows = row_sums_R.split(specs.rows)
     return torch.stack([of_one.amax() if len(of_one) else of_one.sum() for of_one in rows])
-
-
-def _saturated(norms_S: Tensor, witness_S: Tensor) -> Tensor:
-    """Keep a norm finite whose elements are, though it is beyond float64."""
-    return torch.where(witness_S < inf, norms_S.clamp(max=_LARGEST), norms_S)
 
 
 def combine(norms_S: Tensor, norm_type: float) -> Tensor:
@@ -290,8 +166,18 @@ def combine(norms_S: Tensor, norm_type: float) -> Tensor:
     return relative * scale
 
 
+def _saturated(norms_S: Tensor, tensor_sums_S: Tensor) -> Tensor:
+    """Keep a norm finite whose elements are, though it is beyond float64."""
+    return torch.where(tensor_sums_S < inf, norms_S.clamp(max=_LARGEST), norms_S)
+
+
 def _root(sums_SA: Tensor, p: float) -> Tensor:
-    """Return norms (S,) from sums of powers for p = 1, 2: (S, 1), or (S, 3) with range."""
+    """Return norms (S,) from sums of powers for p = 1, 2: (S, 1), or (S, 3) with range.
+
+    float64 gradients have three sums: of x, of x * 2^-600 and of x * 2^600. Squares above 2^1024
+    overflow in the first and are right in the second; squares below 2^-1022 vanish in the first
+    and are right in the third. In between the first is right.
+    """
     roots_SA = sums_SA.sqrt() if p == _EUCLIDEAN else sums_SA
     if sums_SA.shape[1] == 1:
         return roots_SA[:, 0]
@@ -304,35 +190,42 @@ _There: TypeAlias = Callable[[Tensor], Tensor]
 """Brings what belongs to all rows, (R,), to a part: what belongs to the rows that are there."""
 
 
-def _everywhere(
+def everywhere(
     operation: Callable[[Kernels, Batch, _There], Tensor],
     backends: Backends,
     batch: Batch,
-    home: torch.device,
+    device: torch.device,
     p: float,
 ) -> Tensor:
-    """Run an operation on each part of a batch, and bring its rows home in order: (R, A)."""
+    """Run an operation on each part of a batch, and bring the rows to a device in order: (R, A)."""
     found: list[Tensor] = []
     for part, rows in batch.parts:
         bring = partial(_bring, part.device, rows)
         found.append(operation(backends.on(part.device), part, bring))
-    together = _together(found, batch, home, p)
+    together = in_order(found, batch, device, p)
     assert together is not None
     return together
 
 
-def _together(
-    found: Sequence[Tensor | None], batch: Batch, home: torch.device, p: float = _EUCLIDEAN
+def in_order(
+    found: Sequence[Tensor | None], batch: Batch, device: torch.device, p: float = _EUCLIDEAN
 ) -> Tensor | None:
-    """Bring what was found of each part home, its rows in order: (R, A); None if one has none."""
-    there = [some.to(home) for some in found if some is not None]
+    """Bring what was found of each part to a device, rows in order: (R, A); None if one has none.
+
+    Args:
+        found: (R', A') of each part.
+        batch: What has the parts.
+        device: Where it is brought.
+        p: Of the powers that were summed.
+    """
+    there = [some.to(device) for some in found if some is not None]
     if not there or len(there) < len(found):
         return None
     if len(there) == 1:
         return there[0]
     columns = max(some.shape[1] for some in there)
     table = torch.cat([some if some.shape[1] == columns else widened(some, p) for some in there])
-    return table[batch.layout.row_order.on(home)]
+    return table[batch.specs.row_order.on(device)]
 
 
 def _bring(device: torch.device, rows: Table | None, values_R: Tensor) -> Tensor:

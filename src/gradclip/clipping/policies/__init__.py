@@ -6,7 +6,12 @@ from typing import Annotated, TypeAlias
 from pydantic import Field
 
 from gradclip.clipping.policies.base import Decision as Decision
+from gradclip.clipping.policies.base import FixedLimit as FixedLimit
+from gradclip.clipping.policies.base import Measurement as Measurement
 from gradclip.clipping.policies.base import Policy as Policy
+from gradclip.clipping.policies.base import PolicyState as PolicyState
+from gradclip.clipping.policies.base import Scope as Scope
+from gradclip.clipping.policies.base import Scopes as Scopes
 from gradclip.clipping.policies.norm import NormClip as NormClip
 from gradclip.clipping.policies.observe import ObserveClip as ObserveClip
 from gradclip.clipping.policies.value import ValueClip as ValueClip

@@ -1,53 +1,154 @@
 """What a policy is: a configuration, and a rule from norms to thresholds."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from gradclip.config import Config
 
+Scope: TypeAlias = Literal["group", "tensor", "unit"]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
+class Scopes:
+    """What a policy is told once: what has a norm of its own. The same at every step.
+
+    A scope is there whether its parameters have a gradient at a step or not.
+
+    Args:
+        names: One per scope, made when they are read: the keys of a saved history.
+        sizes_S: Elements of each scope, on all ranks that hold a part of it: int64 (S,).
+        device: Where norms and states are.
+    """
+
+    names: Sequence[str]
+    sizes_S: Tensor
+    device: torch.device
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Measurement:
+    """What a policy is told at each step. Later versions may add fields.
+
+    Args:
+        norms_S: Norm of each scope, float64 (S,); 0 where nothing has a gradient, on any rank. It
+            may be non-finite where ``committed`` is false.
+        total_norm: Norm of all parameters of the pattern, on all ranks: 0-d float64.
+        committed: Whether, as far as is known, this step will be made: 0-d bool.
+        step: How many steps were made before this one: 0-d int64, on the device.
+        weight_norms_S: Norm of the weights of each scope, with the same p: float64 (S,); only for
+            a policy with ``needs_weight_norms``.
+    """
+
+    norms_S: Tensor
+    total_norm: Tensor
+    committed: Tensor
+    step: Tensor
+    weight_norms_S: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyState:
+    """The history of a policy: tensors of fixed shapes, by name.
+
+    Args:
+        per_scope: Tensors of shape (S, ...): saved and restored by the names of scopes.
+        shared: Tensors of any shape.
+    """
+
+    per_scope: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
+
+    def copy(self) -> "PolicyState":
+        """Return the same numbers in tensors of their own."""
+        return PolicyState(
+            {name: tensor.clone() for name, tensor in self.per_scope.items()},
+            {name: tensor.clone() for name, tensor in self.shared.items()},
+        )
+
+
+EMPTY = PolicyState()
+"""The history of a policy that has none."""
+
+
+@dataclass(frozen=True, eq=False)
 class Decision:
     """What a policy answers: a scope above its threshold is scaled down to its target.
 
     Args:
         thresholds: Norm above which a scope is scaled: float64 (S,), or one number for all.
-        targets: Norm that such a scope gets: float64 (S,), or one number for all.
-        state: The policy's history after this step.
+        targets: Norm that such a scope gets: float64 (S,), or one number for all. Infinity leaves
+            a scope as it is.
+        state: The history after this step, of the shapes that it had. It is forgotten if the step
+            is not made.
+        skip: Whether this step should not be made: 0-d bool. On several ranks it may depend on
+            ``total_norm``, on the norm of scope "group" and on ``step``, which all ranks know.
     """
 
     thresholds: float | Tensor
     targets: float | Tensor
-    state: dict[str, Tensor] = field(default_factory=dict)
+    state: PolicyState = EMPTY
+    skip: bool | Tensor = False
+
+
+@dataclass(frozen=True)
+class FixedLimit:
+    """A rule that numbers say completely, so that no policy has to be asked at each step.
+
+    Args:
+        threshold: Norm above which a scope is scaled.
+        target: Norm that such a scope gets.
+        skip_above: Total norm above which the step is not made.
+    """
+
+    threshold: float
+    target: float
+    skip_above: float = inf
 
 
 class Policy(Config, ABC):
     """One way to bound gradients; one file each.
 
-    A subclass adds a ``clip_mode`` literal of its own, which names it in files, and fields.
+    A subclass adds a ``clip_mode`` literal of its own, which names it in files, and fields. It
+    never changes state: the engine keeps what ``initial_state`` and ``decide`` return, writes it
+    where the step is made, and saves it. ``decide`` is arithmetic on tensors of one device, and
+    reads nothing on the host.
     """
 
-    scope: ClassVar[Literal["group", "tensor", "unit"]] = "group"
-    """What has a norm and a coefficient of its own: all gradients of a group together, each
-    tensor, or each index of a tensor's leading dimension. On several ranks the norms of tensors and
-    of indices, and so ``norm_pre`` and ``norm_post``, are of those that this rank has a part of."""
+    scope: ClassVar[Scope]
+    """What has a norm and a coefficient of its own. "group": all gradients of a pattern together.
+    "tensor": each tensor. "unit": each index of a tensor's output dimension, which is dimension 1
+    for the weight of a transposed convolution and 0 elsewhere; a vector is one unit. Where it is
+    not said it is "group"; a policy that allows the choice makes it a field. On several ranks
+    the scopes "tensor" and "unit" are those that this rank has a part of."""
+
+    needs_weight_norms: ClassVar[bool] = False
+    """Whether ``decide`` is told the norms of the weights, for which all weights are read."""
 
     clip_mode: str
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = [kind for kind in cls.__mro__ if kind is not Policy and issubclass(kind, Policy)]
+        if not any(
+            "scope" in vars(kind) or "scope" in vars(kind).get("__annotations__", {})
+            for kind in own
+        ):
+            # Not on the base class: a subclass could not make a field of it.
+            cls.scope = "group"
+        if "decide" in vars(cls) and "fixed" not in vars(cls):
+            # A rule of its own is not that of the parent, whose numbers say nothing of it.
+            cls.fixed = Policy.fixed  # type: ignore[method-assign]
 
     @property
     def order(self) -> float:
         """The p of the norm that is measured."""
         return 2.0
-
-    @property
-    def ceiling(self) -> float:
-        """The fixed limit that errors and results quote; inf if there is none."""
-        return inf
 
     @property
     def element_limit(self) -> float | None:
@@ -56,19 +157,22 @@ class Policy(Config, ABC):
 
     @property
     def writes(self) -> bool:
-        """Whether gradients can change at all; otherwise they are measured and left alone."""
+        """Whether gradients can change, or steps be skipped; else gradients are only measured."""
         return True
 
-    def initial_state(self, scopes: int, device: torch.device) -> dict[str, Tensor]:  # noqa: ARG002 - for policies with history
-        """Return the history before the first step: tensors by name, kept and saved for it."""
-        return {}
+    def fixed(self) -> FixedLimit | None:
+        """Return the rule as numbers, where that is all there is; ``decide`` is not called then."""
+        return None
+
+    def initial_state(self, scopes: Scopes) -> PolicyState:  # noqa: ARG002 - for policies with history
+        """Return the history before the first step."""
+        return EMPTY
 
     @abstractmethod
-    def decide(self, norms_S: Tensor, counts: Tensor, state: dict[str, Tensor]) -> Decision:
-        """Decide from norms, on their device and without reading the host.
+    def decide(self, seen: Measurement, state: PolicyState) -> Decision:
+        """Decide from what was measured.
 
         Args:
-            norms_S: Norm of each scope, float64 (S,); may be non-finite where ``counts`` is false.
-            counts: 0-d bool: whether this step will be made. History must not see others.
-            state: What the last decision returned, or ``initial_state``.
+            seen: The norms, on their device.
+            state: The history after the last step that was made. It must not be changed.
         """

@@ -4,9 +4,14 @@ from math import inf
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor
 
-from gradclip.clipping.policies.base import Decision, Policy
+from gradclip.clipping.policies.base import (
+    Decision,
+    FixedLimit,
+    Measurement,
+    Policy,
+    PolicyState,
+)
 from gradclip.config import Ceiling, NormOrder
 
 
@@ -32,15 +37,14 @@ class NormClip(Policy):
         return self.norm_type
 
     @property
-    def ceiling(self) -> float:
-        """``max_norm``."""
-        return self.max_norm
-
-    @property
     def writes(self) -> bool:
         """Whether there is a ceiling at all."""
         return self.max_norm < inf
 
-    def decide(self, norms_S: Tensor, counts: Tensor, state: dict[str, Tensor]) -> Decision:  # noqa: ARG002 - no history
+    def fixed(self) -> FixedLimit:
+        """Return ``max_norm`` as threshold and target."""
+        return FixedLimit(self.max_norm, self.max_norm)
+
+    def decide(self, seen: Measurement, state: PolicyState) -> Decision:  # noqa: ARG002 - no history
         """Bring every norm above ``max_norm`` down to it."""
         return Decision(self.max_norm, self.max_norm)

@@ -3,9 +3,13 @@
 from math import inf
 from typing import Literal
 
-from torch import Tensor
-
-from gradclip.clipping.policies.base import Decision, Policy
+from gradclip.clipping.policies.base import (
+    Decision,
+    FixedLimit,
+    Measurement,
+    Policy,
+    PolicyState,
+)
 from gradclip.config import NormOrder
 
 
@@ -30,6 +34,10 @@ class ObserveClip(Policy):
         """Never."""
         return False
 
-    def decide(self, norms_S: Tensor, counts: Tensor, state: dict[str, Tensor]) -> Decision:  # noqa: ARG002 - nothing to decide
+    def fixed(self) -> FixedLimit:
+        """Return no limit."""
+        return FixedLimit(inf, inf)
+
+    def decide(self, seen: Measurement, state: PolicyState) -> Decision:  # noqa: ARG002 - nothing to decide
         """Let every norm pass."""
         return Decision(inf, inf)

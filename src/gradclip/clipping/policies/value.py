@@ -4,9 +4,14 @@ from math import inf
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor
 
-from gradclip.clipping.policies.base import Decision, Policy
+from gradclip.clipping.policies.base import (
+    Decision,
+    FixedLimit,
+    Measurement,
+    Policy,
+    PolicyState,
+)
 from gradclip.config import Ceiling
 
 
@@ -22,11 +27,6 @@ class ValueClip(Policy):
     """Largest modulus of an element, in the units of the gradients; >= 0."""
 
     @property
-    def ceiling(self) -> float:
-        """``clip_value``."""
-        return self.clip_value
-
-    @property
     def element_limit(self) -> float:
         """``clip_value``."""
         return self.clip_value
@@ -36,6 +36,10 @@ class ValueClip(Policy):
         """Whether there is a limit at all."""
         return self.clip_value < inf
 
-    def decide(self, norms_S: Tensor, counts: Tensor, state: dict[str, Tensor]) -> Decision:  # noqa: ARG002 - no norm decides
+    def fixed(self) -> FixedLimit:
+        """Return no limit of the norm: elements are clamped to ``element_limit``."""
+        return FixedLimit(inf, inf)
+
+    def decide(self, seen: Measurement, state: PolicyState) -> Decision:  # noqa: ARG002 - no norm decides
         """Scale nothing: elements are clamped to ``element_limit``, whatever the norm is."""
         return Decision(inf, inf)

@@ -5,10 +5,67 @@ Imported only where there are several; this module alone can be imported everywh
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch.distributed as dist
 from torch import Tensor
+
+from gradclip.clipping.collect.parameters import ParameterGroup
+from gradclip.clipping.collect.sources import ParameterSource
+from gradclip.clipping.ranks.peers import Peers, Rule, SingleProcess
+
+if TYPE_CHECKING:
+    from gradclip.clipping.ranks.dimension import GroupLike
+    from gradclip.clipping.ranks.ranks import Ranks
+    from gradclip.clipping.ranks.rendezvous import Rendezvous
+
+Meet: TypeAlias = "Callable[[Rendezvous, Mapping[str, ParameterGroup]], Ranks]"
+"""Finds the ranks that meet."""
+
+
+def find_peers(
+    source: ParameterSource,
+    groups: Mapping[str, ParameterGroup],
+    rules: Mapping[str, Rule | None],
+    *,
+    options: str,
+    total_order: float,
+    partitioned: "Mapping[str, GroupLike] | None",
+    duplicated: "Mapping[str, GroupLike] | None",
+    meet: "Meet | None",
+) -> Peers:
+    """Find the processes that hold parameters together with this one.
+
+    Args:
+        source: Where the parameters are found.
+        groups: The parameters by pattern.
+        rules: What their policies ask for; None leaves a pattern alone.
+        options: The other arguments of the clipper, in words that ranks can compare.
+        total_order: p of the norm of all patterns together.
+        partitioned: What ``GradientClipper`` was given.
+        duplicated: Likewise.
+        meet: Finds the ranks; None to agree with them anew, which is collective.
+
+    Raises:
+        ArgumentValueError: GC010, on every rank, if they do not mean the same thing.
+    """
+    bounded = [each for name, group in groups.items() if rules[name] for each in group.parameters]
+    if not (partitioned or duplicated or may_be_shared(bounded)):
+        return SingleProcess()
+    # Slow to import, and not for one process.
+    from gradclip.clipping.ranks.rendezvous import Rendezvous  # noqa: PLC0415
+    from gradclip.clipping.ranks.topology import Declared  # noqa: PLC0415
+
+    rendezvous = Rendezvous(
+        source,
+        rules,
+        options,
+        total_order,
+        Declared("partitioned", partitioned),
+        Declared("duplicated", duplicated),
+    )
+    return rendezvous.ranks(groups) if meet is None else meet(rendezvous, groups)
 
 
 def is_shared(parameter: Tensor) -> bool:

@@ -50,11 +50,11 @@ class Dimension:
         """How many ranks it has."""
         return len(self.ranks)
 
-    def device(self, home: torch.device) -> torch.device:
-        """Return where its collectives run: ``home`` if they can, else where the mesh is."""
+    def device(self, result_device: torch.device) -> torch.device:
+        """Return where its collectives run: with the results if it can, else on its mesh."""
         types = [device.type for device in self.group._device_types]  # noqa: SLF001 - nothing else tells
-        if home.type in types or not types:
-            return home
+        if result_device.type in types or not types:
+            return result_device
         kind = next((each for each in types if each != "cpu"), types[0])
         if kind == "cpu":
             return torch.device("cpu")

@@ -1,4 +1,11 @@
-"""One packed collective for each dimension: everything that ranks add up travels together."""
+"""One packed collective for each dimension: everything that ranks add up travels together.
+
+A pack is one vector of float64. First come the tables, one after the other: for each pattern, and
+for each norm that is found of it, one row per scope and one column per sum (three where any rank
+has float64 parameters). Behind them comes the tail: what a rank says of itself (``Status``), the
+sum over copies and its square, and counts. The sizes follow from parameters and policies alone,
+so that all ranks have vectors of one length, whatever gradients they have.
+"""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -53,12 +60,14 @@ class Pack:
         """Return which numbers take part in a dimension; None for all."""
         return self._chosen[number]
 
-    def join(self, tables: Sequence[Tensor] | None, home: torch.device, *tail: Tensor) -> Tensor:
+    def join(self, tables: Sequence[Tensor] | None, device: torch.device, *tail: Tensor) -> Tensor:
         """Return everything as one vector of float64; None stands for zeros."""
-        nothing = torch.zeros(self.size if tables is None else 0, dtype=torch.float64, device=home)
+        nothing = torch.zeros(
+            self.size if tables is None else 0, dtype=torch.float64, device=device
+        )
         return torch.cat([nothing, *(table.reshape(-1) for table in tables or ()), *tail])
 
-    def part(self, vector: Tensor) -> list[Tensor]:
+    def split(self, vector: Tensor) -> list[Tensor]:
         """Return the tables of a vector, and behind them the tail."""
         *tables, tail = vector.split(self._sizes)
         return [
@@ -95,21 +104,21 @@ def reduce_packs(
         if dimension.size == 1:
             continue
         under_way = []
-        for place, (pack, _, operation) in enumerate(wanted):
-            if not len(vectors[place]):
+        for index, (pack, _, operation) in enumerate(wanted):
+            if not len(vectors[index]):
                 continue
             chosen = pack.chosen(number)
             # A rank with nothing to add skips this as well: its vector is empty, or all is local.
             if chosen is not None and not len(chosen):
                 continue
-            mine = vectors[place] if chosen is None else vectors[place][chosen.on(nothing.device)]
+            mine = vectors[index] if chosen is None else vectors[index][chosen.on(nothing.device)]
             there = mine.to(dimension.device(nothing.device))
-            under_way.append((place, chosen, there, dimension.all_reduce(there, operation)))
-        for place, chosen, there, work in under_way:
+            under_way.append((index, chosen, there, dimension.all_reduce(there, operation)))
+        for index, chosen, there, work in under_way:
             dimension.wait(work)
             back = there.to(nothing.device)
             if chosen is None:
-                vectors[place] = back
+                vectors[index] = back
             else:
-                vectors[place][chosen.on(nothing.device)] = back
+                vectors[index][chosen.on(nothing.device)] = back
     return vectors[0], vectors[1]

@@ -1,31 +1,120 @@
-"""A process that holds its gradients alone, as the clipper sees it."""
+"""What an engine needs of other ranks, and the answers of a process that holds all by itself."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from gradclip.clipping.apply.coefficients import Flag
 from gradclip.clipping.collect.gradients import Gradients
-from gradclip.clipping.measure.group import Group
-
-if TYPE_CHECKING:
-    from gradclip.clipping.ranks.share import Share
+from gradclip.clipping.flags import Flag
 
 _Fact = TypeVar("_Fact")
 
 
-class Peers(Protocol):
-    """Who holds gradients together with this process; ``Alone`` where nobody does."""
+@dataclass(frozen=True)
+class Rule:
+    """What ranks have to know of the policy of a pattern.
 
-    def home(self, groups: Sequence[Group]) -> torch.device | None:
-        """Return where small results belong, the same at every step; None where that may change."""
+    Args:
+        label: The policy in words: the same on all ranks.
+        scope: What has a norm of its own.
+        order: The p of its norm.
+        clamps: Whether elements are limited, so that norms do not tell what is left.
+        is_fixed: Whether numbers say it completely, so that it needs no other norm.
+        weighs: Whether it asks for the norms of the weights.
+    """
+
+    label: str
+    scope: Literal["group", "tensor", "unit"]
+    order: float
+    clamps: bool
+    is_fixed: bool
+    weighs: bool
+
+    @property
+    def needs_pattern_norm(self) -> bool:
+        """Whether the norm of the whole pattern does not follow from that of the scopes here."""
+        return self.scope != "group" and not self.is_fixed
+
+
+@dataclass(frozen=True, eq=False)
+class PatternShare:
+    """What an engine needs to know of how ranks hold the parameters of one pattern.
+
+    Args:
+        weights: How much of each parameter is counted here: one over the number of its copies.
+        elements: Elements of the pattern on all ranks; None if nobody needs it.
+        row_starts: The index of the first row here among all rows, of each parameter.
+    """
+
+    weights: Sequence[float]
+    elements: int | None = None
+    row_starts: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LocalSums:
+    """What one rank found in the gradients of one pattern.
+
+    Args:
+        gradients: The gradients.
+        sums: Sums of powers by name, (S, A) each.
+        maxima: Largest moduli by the same names, (S,) each, where p is inf.
+        row_sums_RA: Sums of powers of the rows that exist here.
+        tensor_sums_T: Not finite just where a tensor is not, NaN just where it holds a NaN.
+        changed: How many elements clamping changes, for a policy that clamps: 0-d float64.
+    """
+
+    gradients: Gradients
+    sums: Mapping[str, Tensor]
+    maxima: Mapping[str, Tensor]
+    row_sums_RA: Tensor
+    tensor_sums_T: Tensor
+    changed: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class GlobalSums:
+    """What all ranks found in the gradients of one pattern.
+
+    Args:
+        sums: As in ``LocalSums``.
+        maxima: Likewise.
+        nonfinite: How many tensors are not finite: 0-d float64.
+        unbounded: How many tensors the policy cannot bound, where ranks have scopes of their own.
+        changed: As in ``LocalSums``.
+    """
+
+    sums: Mapping[str, Tensor]
+    maxima: Mapping[str, Tensor]
+    nonfinite: Tensor
+    unbounded: Tensor | None = None
+    changed: Tensor | None = None
+
+
+class Peers(Protocol):
+    """The processes that hold gradients together with this one."""
+
+    @property
+    def is_single(self) -> bool:
+        """Whether this process holds every gradient whole, and exchanges nothing."""
         ...
 
-    def share(self, pattern: str) -> "Share | None":
-        """Return what part of a group's scopes is here; None for all of it."""
+    @property
+    def rank(self) -> int:
+        """Which rank this process is; 0 where there is one."""
+        ...
+
+    @property
+    def result_device(self) -> torch.device | None:
+        """Where small results belong, the same at every step; None where that may change."""
+        ...
+
+    def share(self, pattern: str) -> PatternShare | None:
+        """Return how the parameters of a pattern are held; None where all are whole here."""
         ...
 
     def prepare(self, parameters: Callable[[], list[Tensor]]) -> None:
@@ -33,22 +122,28 @@ class Peers(Protocol):
         ...
 
     def guarding(self) -> AbstractContextManager[None]:
-        """Keep an error that happens here alone until every rank knows of it."""
+        """Keep an error that happens on this rank alone until every rank knows of it."""
         ...
 
-    def maximise(self, groups: Sequence[Group]) -> None:
-        """Replace the maxima of this rank by those of all, where a norm asks for them first."""
-        ...
-
-    def combine(self, groups: Sequence[Group], moment: str) -> Flag | None:
-        """Replace what this rank found by what all ranks found.
+    def maximise(self, maxima: Sequence[Tensor]) -> list[Tensor]:
+        """Return the maxima of all ranks, where a norm asks for them before it sums powers.
 
         Args:
-            groups: What was read.
-            moment: Where this rank stands, in words that are the same on all of them.
+            maxima: Those of this rank, (S,) each, in the order of patterns and names.
+        """
+        ...
+
+    def combine(
+        self, found: Sequence[LocalSums], step_tag: str
+    ) -> tuple[Flag | None, list[GlobalSums]]:
+        """Add up what all ranks found, and see whether anything is wrong on one of them.
+
+        Args:
+            found: What this rank found, by pattern; ignored after an error.
+            step_tag: At which step this rank stands, in words that are the same on all ranks.
 
         Returns:
-            Whether all is well; None if gradients have to be collected again.
+            Whether all is well, None if gradients have to be collected again; and the sums.
         """
         ...
 
@@ -56,37 +151,29 @@ class Peers(Protocol):
         """Return the dtype of what is reported, and the margin for rounding."""
         ...
 
-    def compare(self, groups: Sequence[Group], states: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def compare(
+        self,
+        gradients: Sequence[Gradients],
+        norms: Sequence[Tensor],
+        states: Mapping[str, Mapping[str, Tensor]],
+    ) -> None:
         """Look for copies that differ by rank, if the environment asks for it."""
         ...
 
     def gather(self, fact: _Fact) -> list[_Fact]:
-        """Return what every rank gave, in the order of ranks; only where all of them ask."""
-        ...
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether nothing is held together."""
-        ...
-
-    @property
-    def rank(self) -> int:
-        """Which rank this process is; 0 where it is alone."""
+        """Return what every rank gave, in the order of ranks; all of them ask at the same time."""
         ...
 
 
-class Alone:
-    """Nobody: every gradient is whole, here."""
+class SingleProcess:
+    """One process: every gradient is whole."""
 
-    is_alone = True
+    is_single = True
     rank = 0
+    result_device = None
 
-    def home(self, groups: Sequence[Group]) -> torch.device | None:  # noqa: ARG002
-        """Leave it to where the gradients are."""
-        return None
-
-    def share(self, pattern: str) -> "Share | None":  # noqa: ARG002
-        """Say that all of it is."""
+    def share(self, pattern: str) -> PatternShare | None:  # noqa: ARG002
+        """Return None: all is whole."""
         return None
 
     def prepare(self, parameters: Callable[[], list[Tensor]]) -> None:
@@ -94,22 +181,35 @@ class Alone:
 
     def guarding(self) -> AbstractContextManager[None]:
         """Let errors pass."""
-        return nullcontext()
+        return _NOTHING
 
-    def maximise(self, groups: Sequence[Group]) -> None:
-        """Keep what was found."""
+    def maximise(self, maxima: Sequence[Tensor]) -> list[Tensor]:
+        """Return what was found here."""
+        return list(maxima)
 
-    def combine(self, groups: Sequence[Group], moment: str) -> Flag | None:  # noqa: ARG002
-        """Keep what was found."""
-        return True
+    def combine(
+        self,
+        found: Sequence[LocalSums],  # noqa: ARG002
+        step_tag: str,  # noqa: ARG002
+    ) -> tuple[Flag | None, list[GlobalSums]]:
+        """Return that all is well; there is nothing to add up."""
+        return True, []
 
     def precision(self, gradients: Gradients) -> tuple[torch.dtype, float]:
-        """Return what follows from the gradients that there are."""
+        """Return what follows from the gradients that exist."""
         return gradients.dtype, gradients.guard
 
-    def compare(self, groups: Sequence[Group], states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Find nobody to compare with."""
+    def compare(
+        self,
+        gradients: Sequence[Gradients],
+        norms: Sequence[Tensor],
+        states: Mapping[str, Mapping[str, Tensor]],
+    ) -> None:
+        """Do nothing: there are no copies."""
 
     def gather(self, fact: _Fact) -> list[_Fact]:
         """Return what was given."""
         return [fact]
+
+
+_NOTHING = nullcontext()

@@ -1,16 +1,20 @@
 """How ranks find each other: from parameters, declarations and agreement to ``Ranks``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from gradclip.clipping.collect.parameters import ParameterGroup, ParameterSource
-from gradclip.clipping.kernels.blocks import home_of
-from gradclip.clipping.policies import Policy
+from gradclip.clipping.collect.parameters import ParameterGroup
+from gradclip.clipping.collect.shards import global_offset, local_part
+from gradclip.clipping.collect.sources import ParameterSource
+from gradclip.clipping.kernels.device import result_device_of
 from gradclip.clipping.ranks.agreement import Facts, acquainted, check_agreement
+from gradclip.clipping.ranks.dimension import gathered
 from gradclip.clipping.ranks.fsdp1 import is_flattened
+from gradclip.clipping.ranks.peers import PatternShare, Rule
 from gradclip.clipping.ranks.ranks import Member, Ranks
 from gradclip.clipping.ranks.share import Share
 from gradclip.clipping.ranks.topology import Declared, Survey, Topology
@@ -20,27 +24,27 @@ _SUMMED = {1.0, 2.0}
 
 
 @dataclass(frozen=True, eq=False)
-class Meeting:
+class Rendezvous:
     """What ranks need to know of a clipper.
 
     Args:
         source: Where its parameters are found.
-        policies: By pattern; None leaves parameters alone.
+        rules: What the policies ask for, by pattern; None leaves parameters alone.
         options: Its other arguments, in words.
-        total_order: p of the norm of all groups together.
+        total_order: p of the norm of all patterns together.
         partitioned: What ``GradientClipper`` was given.
         duplicated: Likewise.
     """
 
     source: ParameterSource
-    policies: Mapping[str, Policy | None]
+    rules: Mapping[str, Rule | None]
     options: str
     total_order: float
     partitioned: Declared
     duplicated: Declared
 
     def ranks(self, groups: Mapping[str, ParameterGroup], *, agree: bool = True) -> Ranks:
-        """Find the ranks that hold these groups together; all of them ask at the same time.
+        """Find the ranks that hold these parameters together; all of them ask at the same time.
 
         Args:
             groups: By pattern.
@@ -49,96 +53,68 @@ class Meeting:
         Raises:
             ArgumentValueError: GC010, on every rank, if they do not mean the same thing.
         """
-        bounded = [group for pattern, group in groups.items() if self.policies[pattern]]
-        parameters = [parameter for group in bounded for parameter in group.parameters]
+        bounded = {p: (group, rule) for p, group in groups.items() if (rule := self.rules[p])}
+        parameters = [tensor for group, _ in bounded.values() for tensor in group.parameters]
         survey = Survey(
             parameters,
-            lambda: self._names(bounded),
+            lambda: self._names([group for group, _ in bounded.values()]),
             self.source.module,
             self.partitioned,
             self.duplicated,
         )
-        error = survey.error or self._unable(bounded)
+        error = survey.error or _unable(bounded.values())
+        facts = self._facts(groups, survey, parameters, error, agree=agree)
+        everyone = acquainted(survey.dimensions, facts) if agree else None
+        if error is not None:
+            raise error
+        if everyone is not None:
+            check_agreement(everyone)
+        outlines = None if everyone is None else {r: each.outline for r, each in everyone.items()}
+        topology = survey.settle(outlines)
+        known = [facts] if everyone is None else list(everyone.values())
+        devices = {parameter.device for parameter in parameters if not parameter.is_meta}
+        device = result_device_of(devices) if devices else torch.device("cpu")
+        return Ranks(
+            topology,
+            [_member(group, rule, topology) for group, rule in bounded.values()],
+            self.total_order,
+            doubles=any(each.doubles for each in known),
+            singles=any(each.singles for each in known),
+            result_device=device,
+            replicas=getattr(self.source.module, "process_group", None),
+        )
+
+    def _facts(
+        self,
+        groups: Mapping[str, ParameterGroup],
+        survey: Survey,
+        parameters: Sequence[Tensor],
+        error: Exception | None,
+        *,
+        agree: bool,
+    ) -> Facts:
+        """Return what this rank says of itself."""
         doubles = [_is_double(parameter) for parameter in parameters]
-        facts = Facts(
-            policies=self._words(),
+        names = [name for p, group in groups.items() if self.rules[p] for name in group.names]
+        return Facts(
+            policies=self._policies_in_words(),
             outline=survey.outline(),
-            parameters=survey.fingerprints([n for group in bounded for n in group.names])
-            if agree
-            else {},
+            parameters=survey.fingerprints(names) if agree else {},
             doubles=any(doubles),
             singles=not all(doubles),
             unmatched=self._unmatched(groups, survey.matched),
             error=None if error is None else str(error),
-        )
-        said = None
-        if agree:
-            said = acquainted(survey.dimensions, facts)
-        if error is not None:
-            raise error
-        if said is not None:
-            check_agreement(said)
-        outlines = None if said is None else {rank: each.outline for rank, each in said.items()}
-        topology = survey.settled(outlines)
-        members = [self._member(group, topology) for group in bounded]
-        devices = {parameter.device for parameter in parameters if not parameter.is_meta}
-        everyone = [facts] if said is None else list(said.values())
-        return Ranks(
-            topology,
-            members,
-            self.total_order,
-            doubles=any(each.doubles for each in everyone),
-            singles=any(each.singles for each in everyone),
-            home=home_of(devices) if devices else torch.device("cpu"),
-            replicas=getattr(self.source.module, "process_group", None),
         )
 
     def _names(self, groups: Sequence[ParameterGroup]) -> list[str | None]:
         known = self.source.names()
         return [known[number] for group in groups for number in group.numbers]
 
-    def _unable(self, groups: Sequence[ParameterGroup]) -> ArgumentValueError | None:
-        """Return why a policy cannot be followed on several ranks, if one cannot."""
-        for group in groups:
-            policy = self._policy(group)
-            if policy.element_limit is not None and policy.order not in _SUMMED:
-                return ArgumentValueError(
-                    f"{policy!r} clamps elements and measures p = {policy.order:g}: on several "
-                    "ranks a policy that clamps measures p = 1 or 2"
-                )
-            for name, parameter in zip(group.names, group.parameters, strict=True):
-                if policy.scope != "group" and is_flattened(parameter):
-                    return ArgumentValueError(
-                        f"{policy!r} has a norm for each {policy.scope}, and {name} lies in a flat "
-                        "parameter of FSDP1, which cuts tensors anywhere: use FSDP2 (fully_shard)"
-                    )
-        return None
-
-    def _policy(self, group: ParameterGroup) -> Policy:
-        policy = self.policies[group.pattern]
-        assert policy is not None
-        return policy
-
-    def _member(self, group: ParameterGroup, topology: Topology) -> Member:
-        policy = self._policy(group)
-        if policy.scope != "group" and not topology.is_grid:
-            raise ArgumentValueError(
-                f"{policy!r} has a norm for each {policy.scope}, and these ranks hold parameters "
-                "over groups that are no grid (some are in groups that others are not in): only "
-                "norms of all parameters together are found there"
-            )
-        holdings = [topology.holdings[id(parameter)] for parameter in group.parameters]
-        by_unit = [policy.scope == "unit" and p.dim() > 1 for p in group.parameters]
-        rows = [
-            _local(parameter).shape[0] if each else 1
-            for parameter, each in zip(group.parameters, by_unit, strict=True)
-        ]
-        return Member(group.pattern, policy, Share(holdings, rows, by_unit, policy.scope))
-
-    def _words(self) -> str:
+    def _policies_in_words(self) -> str:
         """Say what is done with gradients, so that ranks can compare it."""
         policies = ", ".join(
-            f"{pattern!r}: {policy!r}" for pattern, policy in self.policies.items()
+            f"{pattern!r}: {None if rule is None else rule.label}"
+            for pattern, rule in self.rules.items()
         )
         return f"{{{policies}}} with {self.options}"
 
@@ -153,9 +129,59 @@ class Meeting:
         return frozenset(empty)
 
 
-def _local(parameter: Tensor) -> Tensor:
-    local: Tensor = getattr(parameter, "_local_tensor", parameter)
-    return local
+def _unable(
+    bounded: Iterable[tuple[ParameterGroup, Rule]],
+) -> ArgumentValueError | None:
+    """Return why a policy cannot be followed on several ranks, if one cannot."""
+    for group, rule in bounded:
+        if rule.clamps and rule.order not in _SUMMED:
+            return ArgumentValueError(
+                f"{rule.label} clamps elements and measures p = {rule.order:g}: on several "
+                "ranks a policy that clamps measures p = 1 or 2"
+            )
+        for name, parameter in zip(group.names, group.parameters, strict=True):
+            if is_flattened(parameter) and (rule.scope != "group" or rule.weighs):
+                what = (
+                    f"a norm for each {rule.scope}" if rule.scope != "group" else "norms of weights"
+                )
+                return ArgumentValueError(
+                    f"{rule.label} has {what}, and {name} lies in a flat "
+                    "parameter of FSDP1, which cuts tensors anywhere: use FSDP2 (fully_shard)"
+                )
+    return None
+
+
+def _member(group: ParameterGroup, rule: Rule, topology: Topology) -> Member:
+    if rule.scope != "group" and not topology.is_grid:
+        raise ArgumentValueError(
+            f"{rule.label} has a norm for each {rule.scope}, and these ranks hold parameters "
+            "over groups that are no grid (some are in groups that others are not in): only "
+            "norms of all parameters together are found there"
+        )
+    holdings = [topology.holdings[id(parameter)] for parameter in group.parameters]
+    by_unit = rule.scope == "unit"
+    unit_dims = [
+        dim if by_unit and parameter.dim() > 1 else None
+        for parameter, dim in zip(group.parameters, group.unit_dims, strict=True)
+    ]
+    share = Share(holdings, group.rows(rule.scope), unit_dims, rule.scope)
+    told = PatternShare(share.weights)
+    if not rule.is_fixed:
+        starts = [
+            0 if dim is None else global_offset(parameter, dim)
+            for parameter, dim in zip(group.parameters, unit_dims, strict=True)
+        ]
+        elements = _elements_on_all_ranks(group, share, topology)
+        told = PatternShare(share.weights, elements, starts)
+    return Member(group.pattern, rule, share, told)
+
+
+def _elements_on_all_ranks(group: ParameterGroup, share: Share, topology: Topology) -> int:
+    """Add up the elements of a pattern; all ranks ask at the same time."""
+    pairs = zip(group.parameters, share.weights, strict=True)
+    here = sum(local_part(parameter).numel() * weight for parameter, weight in pairs)
+    known = gathered(topology.dimensions, {dist.get_rank(): here})
+    return round(sum(known.values()))
 
 
 def _is_double(parameter: Tensor) -> bool:

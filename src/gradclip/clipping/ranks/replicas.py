@@ -8,17 +8,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradclip.clipping.measure.group import Group
+from gradclip.clipping.collect.gradients import Gradients
 from gradclip.clipping.ranks.dimension import Dimension, gathered
 from gradclip.clipping.ranks.share import Share
 from gradclip.errors import ReplicaError
 
 _Held: TypeAlias = dict[tuple[str, str, tuple[int, ...]], tuple[str, str]]
-"""By kind, name and place among those that hold parts: a digest of the bits, and words."""
+"""By kind, name and position among those that hold parts: a digest of the bits, and words."""
 
 
 def compare_replicas(
-    groups: Sequence[Group],
+    gradients: Sequence[Gradients],
+    norms: Sequence[Tensor],
     shares: Mapping[str, Share],
     dimensions: Sequence[Dimension],
     states: Mapping[str, Mapping[str, Tensor]],
@@ -26,7 +27,8 @@ def compare_replicas(
     """Compare gradients, norms and histories over all ranks; every rank takes part, and waits.
 
     Args:
-        groups: With their norms, before anything is written.
+        gradients: Of each pattern, before anything is written.
+        norms: Of each pattern, (S,).
         shares: Who holds what, by pattern.
         dimensions: Those whose ranks are compared.
         states: Histories of policies, by pattern.
@@ -34,42 +36,45 @@ def compare_replicas(
     Raises:
         ReplicaError: GC211, on every rank, naming the first difference.
     """
-    mine = _held(groups, shares, states)
+    mine = _held(gradients, norms, shares, states)
     first: dict[Any, tuple[int, str, str]] = {}
     for rank, held in gathered(dimensions, {dist.get_rank(): mine}).items():
         for key, (digest, words) in held.items():
-            other, known, said = first.setdefault(key, (rank, digest, words))
+            other, known, expected = first.setdefault(key, (rank, digest, words))
             if known != digest:
                 kind, name, _ = key
                 raise ReplicaError(
                     f"GRADCLIP_DEBUG: the {kind} of {name} differs between ranks {other} and "
-                    f"{rank}, which should hold the same: {said} and {words}. No gradient was "
+                    f"{rank}, which should hold the same: {expected} and {words}. No gradient was "
                     "changed."
                 )
 
 
 def _held(
-    groups: Sequence[Group],
+    gradients: Sequence[Gradients],
+    norms: Sequence[Tensor],
     shares: Mapping[str, Share],
     states: Mapping[str, Mapping[str, Tensor]],
 ) -> _Held:
     held: _Held = {}
-    for group in groups:
-        for name, gradient, place in _gradients(group, shares[group.pattern]):
-            held["gradient", name, place] = _digest(gradient)
-        if group.policy.scope == "group":
-            held["norm", repr(group.pattern), ()] = _digest(group.norm.norms())
-            for name, value in states.get(group.pattern, {}).items():
-                held["history", f"{group.pattern!r}, {name}", ()] = _digest(value)
+    for each, norms_S in zip(gradients, norms, strict=True):
+        pattern = each.group.pattern
+        for name, gradient, position in _named(each, shares[pattern]):
+            held["gradient", name, position] = _digest(gradient)
+        if shares[pattern].scope == "group":
+            held["norm", repr(pattern), ()] = _digest(norms_S)
+            for name, value in states.get(pattern, {}).items():
+                held["history", f"{pattern!r}, {name}", ()] = _digest(value)
     return held
 
 
-def _gradients(group: Group, share: Share) -> Iterator[tuple[str, Tensor | None, tuple[int, ...]]]:
-    present = group.gradients.present or [True] * len(share.holdings)
-    tensors = iter(group.gradients.tensors)
-    names = group.gradients.group.names
-    for name, there, holding in zip(names, present, share.holdings, strict=True):
-        yield name, next(tensors) if there else None, holding.place
+def _named(
+    gradients: Gradients, share: Share
+) -> Iterator[tuple[str, Tensor | None, tuple[int, ...]]]:
+    present = gradients.present or [True] * len(share.holdings)
+    tensors = iter(gradients.tensors)
+    for name, there, holding in zip(gradients.group.names, present, share.holdings, strict=True):
+        yield name, next(tensors) if there else None, holding.position
 
 
 def _digest(tensor: Tensor | None) -> tuple[str, str]:

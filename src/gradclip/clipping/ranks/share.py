@@ -1,9 +1,13 @@
-"""What part of a group's norms this rank answers for: from its rows to the scopes of all ranks."""
+"""What part of a pattern's norms this rank answers for, whatever gradients it has.
+
+A parameter of which several ranks hold copies is counted by each of them in part: with the weight
+one over the number of copies. So every column of a pack takes part in every sum, and all ranks
+get identical bits.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, compress
+from itertools import compress
 from typing import Literal, TypeVar
 
 import torch
@@ -13,26 +17,31 @@ from gradclip.clipping.collect.parameters import ParameterGroup
 from gradclip.clipping.kernels.tables import Table
 from gradclip.clipping.ranks.topology import Holding
 
+_Value = TypeVar("_Value")
 
-@dataclass(eq=False)
+
 class Share:
-    """How the rows of a group's parameters become scopes, whatever gradients there are.
+    """How this rank holds the parameters of a pattern.
 
     Args:
         holdings: How each parameter is held.
         rows: How many rows the local part of each has.
-        by_unit: Whether each has a row for each index of its leading dimension.
+        unit_dims: Which dimension of each has its units; None for one that is a single unit.
         scope: What a scope is.
     """
 
-    holdings: Sequence[Holding]
-    rows: Sequence[int]
-    by_unit: Sequence[bool]
-    scope: Literal["group", "tensor", "unit"]
-
-    def __post_init__(self) -> None:
-        self._present: list[bool] | None = None
-        self._seen: dict[bytes, _Present] = {}
+    def __init__(
+        self,
+        holdings: Sequence[Holding],
+        rows: Sequence[int],
+        unit_dims: Sequence[int | None],
+        scope: Literal["group", "tensor", "unit"],
+    ) -> None:
+        self.holdings = holdings
+        self.rows = rows
+        self._unit_dims = unit_dims
+        self.scope = scope
+        self._known: dict[bytes, Presence] = {}
 
     @property
     def is_apart(self) -> bool:
@@ -44,98 +53,55 @@ class Share:
         """How many scopes there are: S, the same at every step."""
         return 1 if self.scope == "group" else sum(self.rows)
 
-    def expect(self, present: list[bool] | None) -> None:
-        """Say which parameters have a gradient at this step; None for all."""
-        self._present = present
-
-    def sums(self, values_RA: Tensor) -> Tensor:
-        """Add up rows by scope, each in parts as large as the copies are many: (S, 3)."""
-        weights = self._here.weights
-        if weights is not None:
-            values_RA = values_RA * weights.on(values_RA.device)[:, None]
-        if self.scope == "group":
-            return values_RA.sum(0, keepdim=True)
-        return self._placed(values_RA)
-
-    def maxima(self, values_R: Tensor) -> Tensor:
-        """Return the largest row of each scope, (S,); NaN where there is one."""
-        if self.scope != "group":
-            return self._placed(values_R)
-        return values_R.amax(0, keepdim=True) if len(values_R) else values_R.new_zeros(1)
-
-    def spread(self, values_S: Tensor) -> Tensor:
-        """Give each row that is there what its scope has, (R,); (1,) where all have the same."""
-        places = self._here.places
-        if self.scope == "group" or places is None:
-            return values_S
-        return values_S[places.on(values_S.device)]
-
     @property
-    def has_alike(self) -> bool:
-        """Whether there are gradients that every rank holds whole."""
-        return self._here.alike is not None
+    def weights(self) -> list[float]:
+        """How much of each parameter is counted here, (parameters,)."""
+        return [1.0 / holding.copies for holding in self.holdings]
 
-    @property
-    def presence(self) -> "_Present":
-        """Which gradients there are."""
-        return self._here
+    def as_group(self) -> "Share":
+        """Return the same parameters as one scope."""
+        return Share(self.holdings, self.rows, self._unit_dims, "group")
 
-    def everywhere_alike(self, values_R: Tensor) -> Tensor:
-        """Add up the rows of parameters that every rank holds whole: 0-d."""
-        alike = self._here.alike
-        assert alike is not None
-        return values_R[alike.on(values_R.device)].sum()
-
-    def count(self, found_T: Tensor) -> Tensor:
-        """Count the tensors with a flag, each in parts as large as the copies are many: 0-d."""
-        weights = self._here.weights_T
-        found_T = found_T.to(torch.float64)
-        return (found_T if weights is None else found_T * weights.on(found_T.device)).sum()
+    def presence(self, present: Sequence[bool] | None) -> "Presence":
+        """Return what follows from which parameters have a gradient; None for all."""
+        key = b"" if present is None else bytes(present)
+        if key not in self._known:
+            if len(self._known) >= _KEPT:
+                self._known.clear()
+            self._known[key] = Presence(self, present)
+        return self._known[key]
 
     def is_local(self, dimension: int) -> list[bool]:
         """Return for each scope whether it takes no part in a dimension.
 
-        All parameters together take part everywhere. A tensor or a row does so only where it is
+        All parameters together take part everywhere. A tensor or a unit does so only where it is
         split: elsewhere its copies are whole, or it is another one.
         """
         if self.scope == "group":
             return [False]
         local = []
-        for holding, n, by_unit in zip(self.holdings, self.rows, self.by_unit, strict=True):
-            apart = holding.declared | holding.by_row if by_unit else holding.declared
-            local += [dimension not in holding.split - apart] * n
+        for holding, n, unit_dim in zip(self.holdings, self.rows, self._unit_dims, strict=True):
+            whole = holding.declared
+            if self.scope == "unit" and unit_dim is not None:
+                whole |= holding.split_along(unit_dim)
+            local += [dimension not in holding.split - whole] * n
         return local
-
-    @property
-    def _here(self) -> "_Present":
-        present = self._present
-        key = b"" if present is None else bytes(present)
-        if key not in self._seen:
-            if len(self._seen) >= _KEPT:
-                self._seen.clear()
-            self._seen[key] = _Present(self, present)
-        return self._seen[key]
-
-    def _placed(self, values: Tensor) -> Tensor:
-        """Put the rows that are there among all of them; the others are 0."""
-        places = self._here.places
-        if places is None:
-            return values
-        whole = values.new_zeros(self.scopes, *values.shape[1:])
-        return whole.index_copy_(0, places.on(values.device), values)
 
 
 _KEPT = 8
-_Value = TypeVar("_Value")
 
 
-class _Present:
-    """What follows from which gradients there are."""
+class Presence:
+    """What follows from which gradients there are.
 
-    def __init__(self, share: Share, present: list[bool] | None) -> None:
+    Args:
+        share: How the parameters are held.
+        present: Whether each has a gradient; None for all.
+    """
+
+    def __init__(self, share: Share, present: Sequence[bool] | None) -> None:
         self._share = share
-        self._chosen = [True] * len(share.rows) if present is None else present
-        self._all = all(self._chosen)
+        self._chosen = [True] * len(share.rows) if present is None else list(present)
 
     @cached_property
     def whole(self) -> bytes:
@@ -149,53 +115,40 @@ class _Present:
 
     def missing_of(self, group: ParameterGroup) -> list[str]:
         """Return the names of parameters without a gradient, of which another rank may have one."""
-        if self._all:
+        if all(self._chosen):
             return []
         held = zip(group.names, self._chosen, self._share.holdings, strict=True)
         return [name for name, there, holding in held if holding.compared and not there]
+
+    def count(self, flags_T: Tensor) -> Tensor:
+        """Count the tensors with a flag, each in parts as large as the copies are many: 0-d."""
+        flags_T = flags_T.to(torch.float64)
+        weights = self._weights_T
+        return (flags_T if weights is None else flags_T * weights.on(flags_T.device)).sum()
+
+    def sum_of_copies(self, values_R: Tensor) -> Tensor | None:
+        """Add up the rows of parameters that every rank holds whole: 0-d; None for none."""
+        rows = self._rows_of_copies
+        return None if rows is None else values_R[rows.on(values_R.device)].sum()
 
     def _compared(self, *, split: bool) -> list[bool]:
         held = zip(self._chosen, self._share.holdings, strict=True)
         return [there for there, h in held if h.compared and bool(h.split) is split]
 
     @cached_property
-    def weights(self) -> Table | None:
-        """The part of each row that is counted here, (R,); None for all of it."""
-        if self._share.scope != "group":
+    def _weights_T(self) -> Table | None:
+        weights = self._chosen_of(self._share.weights)
+        if all(weight == 1 for weight in weights):
             return None
-        return _table_of(self._by_row([1.0 / each.copies for each in self._share.holdings]))
+        return Table(torch.tensor(weights, dtype=torch.float64))
 
     @cached_property
-    def weights_T(self) -> Table | None:
-        """The part of each tensor that is counted here, (T,); None for all of it."""
-        return _table_of([1.0 / each.copies for each in self._chosen_of(self._share.holdings)])
-
-    @cached_property
-    def alike(self) -> Table | None:
-        """Which rows are of parameters that every rank holds whole; None for none."""
-        flags = self._by_row([h.compared and not h.split for h in self._share.holdings])
-        places = [row for row, flag in enumerate(flags) if flag]
-        return Table(torch.tensor(places, dtype=torch.int64)) if places else None
-
-    @cached_property
-    def places(self) -> Table | None:
-        """Where each row is among those of all parameters, (R,); None where all are there."""
-        if self._all:
-            return None
-        ends = accumulate(self._share.rows)
-        spans = self._chosen_of(list(zip(ends, self._share.rows, strict=True)))
-        places = [row for end, n in spans for row in range(end - n, end)]
-        return Table(torch.tensor(places, dtype=torch.int64))
-
-    def _by_row(self, values: Sequence[float]) -> list[float]:
-        pairs = self._chosen_of(list(zip(values, self._share.rows, strict=True)))
-        return [value for value, n in pairs for _ in range(n)]
+    def _rows_of_copies(self) -> Table | None:
+        flags = [holding.compared and not holding.split for holding in self._share.holdings]
+        pairs = self._chosen_of(list(zip(flags, self._share.rows, strict=True)))
+        of_rows = [flag for flag, n in pairs for _ in range(n)]
+        rows = [row for row, flag in enumerate(of_rows) if flag]
+        return Table(torch.tensor(rows, dtype=torch.int64)) if rows else None
 
     def _chosen_of(self, values: Sequence[_Value]) -> list[_Value]:
         return list(compress(values, self._chosen))
-
-
-def _table_of(weights: list[float]) -> Table | None:
-    if all(weight == 1 for weight in weights):
-        return None
-    return Table(torch.tensor(weights, dtype=torch.float64))

@@ -29,21 +29,25 @@ class Holding:
 
     Args:
         split: The dimensions over which its elements are split; over the others it is replicated.
-        by_row: Those of them that split its leading dimension, so that rows stay whole.
+        cuts: The tensor dimension that each of them cuts, where it is known.
         declared: Those of them along which it is another parameter, as ``partitioned`` says.
         copies: How many ranks hold the very same part, over all dimensions.
         compared: Whether every rank is expected to have a gradient for it when one has.
         flat: Whether it lies in a flat parameter of FSDP1, cut anywhere.
-        place: Which of the parts this rank has; ranks with the same place have copies.
+        position: Which of the parts this rank has; ranks with the same position have copies.
     """
 
     split: frozenset[int] = frozenset()
-    by_row: frozenset[int] = frozenset()
+    cuts: Mapping[int, int] = field(default_factory=dict)
     declared: frozenset[int] = frozenset()
     copies: int = 1
     compared: bool = True
     flat: bool = False
-    place: tuple[int, ...] = ()
+    position: tuple[int, ...] = ()
+
+    def split_along(self, tensor_dim: int) -> frozenset[int]:
+        """Return the dimensions that cut a dimension of the tensor: its slices are whole then."""
+        return frozenset(n for n, cut in self.cuts.items() if cut == tensor_dim)
 
 
 @dataclass(eq=False)
@@ -193,7 +197,7 @@ class Survey:
             found[each.mesh] = count + 1, zlib.crc32(said.encode(), checksum)
         return found
 
-    def settled(self, outlines: Mapping[int, Outline] | None) -> Topology:
+    def settle(self, outlines: Mapping[int, Outline] | None) -> Topology:
         """Return who holds what, now that this rank knows of the others.
 
         Args:
@@ -229,7 +233,7 @@ class Survey:
                 name = "" if found.copies > 1 else self._names[number] or number
                 said = f"{name} {tuple(self._parameters[number].shape)}"
                 checksum = zlib.crc32(said.encode(), checksum)
-            parts[key] = found, (found.place, len(numbers), checksum)
+            parts[key] = found, (found.position, len(numbers), checksum)
         return parts
 
     def _guarded(self, look: "Callable[[int], _Found]", number: int) -> "_Found":
@@ -249,7 +253,7 @@ class Survey:
                 raise unknown_flat(self._names[number] or f"parameters[{number}]")
             if (group := self._flat[id(parameter)]) is not None:
                 found.split |= {self._number(group)}
-                found.place = (dist.get_group_rank(group, dist.get_rank()),)
+                found.position = (dist.get_group_rank(group, dist.get_rank()),)
                 found.compared = False
         return found
 
@@ -268,7 +272,8 @@ class Survey:
         if coordinate is None:
             found.absent = True
             return found
-        split, by_row, place = set(), set(), []
+        cuts: dict[int, int] = {}
+        position: list[int] = []
         for mesh_dim, placement in enumerate(spec.placements):
             group = spec.mesh.get_group(mesh_dim)
             dimension = self._dimension(group)
@@ -280,13 +285,10 @@ class Survey:
                 )
             if placement.is_replicate():
                 continue
-            number = self._number(group)
-            split.add(number)
-            place.append(coordinate[mesh_dim])
-            if getattr(placement, "dim", None) == 0:
-                by_row.add(number)
-        found.split, found.by_row = frozenset(split), frozenset(by_row)
-        found.place = tuple(place)
+            position.append(coordinate[mesh_dim])
+            cuts[self._number(group)] = getattr(placement, "dim", -1)
+        found.split, found.cuts = frozenset(cuts), cuts
+        found.position = tuple(position)
         return found
 
     def _declare(self, number: int) -> "_Found":
@@ -313,9 +315,9 @@ class Survey:
         rank = dist.get_rank()
         for n in sorted(found.declared):
             members = self.dimensions[n].ranks
-            # Copies stand at the place of the first of them.
+            # Copies have the position of the first of them.
             twins = [each for each in once if rank in each and each <= set(members)]
-            found.place += (members.index(min(twins[0]) if twins else rank),)
+            found.position += (members.index(min(twins[0]) if twins else rank),)
         return found
 
     def _dimension(self, group: ProcessGroup) -> Dimension:
@@ -344,8 +346,8 @@ class _Found:
 
     identity: int = 0
     split: frozenset[int] = frozenset()
-    by_row: frozenset[int] = frozenset()
-    place: tuple[int, ...] = ()
+    cuts: Mapping[int, int] = field(default_factory=dict)
+    position: tuple[int, ...] = ()
     mesh: tuple[int, ...] | None = None
     compared: bool = True
     flat: bool = False
@@ -355,7 +357,7 @@ class _Found:
 
     @property
     def key(self) -> tuple[object, ...]:
-        return self.place, self.split, self.declared, self.copies, self.mesh is None
+        return self.position, self.split, self.declared, self.copies, self.mesh is None
 
     def weight(self, sizes: list[int]) -> int:
         """Return how often reducing over all dimensions counts it."""
@@ -365,12 +367,12 @@ class _Found:
     def holding(self, sizes: list[int], outlines: Mapping[int, Outline] | None) -> Holding:
         return Holding(
             self.split | self.declared,
-            self.by_row,
+            self.cuts,
             self.declared,
             self.weight(sizes),
             self._is_compared(outlines),
             self.flat,
-            self.place,
+            self.position,
         )
 
     def in_one_dimension(self, copies: int, outlines: Mapping[int, Outline]) -> Holding:
@@ -378,7 +380,7 @@ class _Found:
         split = frozenset({0}) if self.split or self.declared or self.absent else frozenset()
         declared = frozenset({0}) if self.declared else frozenset()
         compared = self._is_compared(outlines)
-        return Holding(split, frozenset(), declared, copies, compared, self.flat, self.place)
+        return Holding(split, {}, declared, copies, compared, self.flat, self.position)
 
     def _is_compared(self, outlines: Mapping[int, Outline] | None) -> bool:
         elsewhere = any(self.mesh in each.foreign for each in (outlines or {}).values())

@@ -1,6 +1,5 @@
 """Whether anything is wrong on some rank: found in numbers that travel with the sums."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,28 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradclip.clipping.apply.coefficients import Flag, host_waits_for
-from gradclip.clipping.kernels.device import callers_level
+from gradclip.clipping import flags
+from gradclip.clipping.flags import Flag
+from gradclip.clipping.kernels.device import copy_to_host
 from gradclip.clipping.kernels.tables import Table
-from gradclip.errors import RankError, ReplicaError
-from gradclip.record.ring import LAG, Lagged
+from gradclip.errors import RankError, ReplicaError, warn
+from gradclip.record.ring import LAG, Ring
 
-TAIL = 10
-"""How many numbers: those of ``Tail``; of what ranks hold alike the sum of powers, squared too."""
+STATUS = 10
+"""How many numbers: those of ``Status``, then the sum of powers of copies, and its square."""
 
 _ALIKE = 1 + 1e-4
 """Sums of powers of copies may differ by one in a hundred: rounding does less, mistakes do more."""
 
 
 @dataclass(frozen=True)
-class Tail:
+class Status:
     """What a rank says of itself at a step, as far as its host knows it.
 
     Args:
         failed: Whether something was raised here.
-        surprised: Whether gradients are placed otherwise than the ranks expected.
+        unexpected_placement: Whether gradients have other placements than the ranks expected.
         rank: Which rank it is.
-        moment: Where it stands, in words that are the same on all ranks.
+        step_tag: Where it stands, in words that are the same on all ranks.
         whole: A checksum, of 16 bits, of that and of which gradients there are that all ranks hold
             alike.
         split: The same of those that ranks hold parts of.
@@ -38,9 +38,9 @@ class Tail:
     """
 
     failed: bool
-    surprised: bool
+    unexpected_placement: bool
     rank: int
-    moment: str
+    step_tag: str
     whole: int
     split: int
     missing: list[str]
@@ -53,7 +53,7 @@ class Tail:
             1.0,
             failed,
             failed * self.rank,
-            float(self.surprised),
+            float(self.unexpected_placement),
             float(self.whole),
             float(self.whole**2),
             float(self.split),
@@ -80,47 +80,58 @@ class Verdict:
     def __init__(self, gather: Callable[[Any], list[Any]]) -> None:
         self._gather = gather
         self._warned = False
-        self._lagged: Lagged[Tail] = Lagged()
-        self.surprised = False
+        self._late: Ring[Status] = Ring()
+        self.unexpected_placement = False
         """Whether, as far as the host has read, ranks have to agree on placements anew."""
 
-    def of(self, sums: Tensor, tail: Tail, error: Exception | None) -> Flag | None:
+    def of(self, sums: Tensor, status: Status, error: Exception | None) -> Flag | None:
         """Return whether gradients may be stepped on, as far as other ranks know.
 
         Args:
             sums: What the ranks' numbers add up to, (10,).
-            tail: This rank's own.
+            status: This rank's own.
             error: What happened on this rank.
 
         Returns:
             None if ranks have to agree on placements, and to begin this step again.
         """
-        self.surprised = False
-        if not host_waits_for(sums.device):
-            self._read(sums.tolist(), tail, error)
-            return None if self.surprised else True
-        late = self._lagged.push(sums, tail)
+        self.unexpected_placement = False
+        if not flags.host_waits_for(sums.device):
+            self._read(sums.tolist(), status, error)
+            return None if self.unexpected_placement else True
+        late = self._late.push(copy_to_host(sums), status)
         if error is not None:
             raise error
         if late is not None and not late[1].failed:  # of its own it was told at once
             self._read(*late, None)
-        ranks, failed, _, surprised, whole, whole_2, _, _, alike, alike_2 = sums.unbind()
-        differ = (whole != ranks * tail.whole) | (whole_2 != ranks * tail.whole**2)
+        ranks, failed, _, unexpected_placement, whole, whole_2, _, _, alike, alike_2 = sums.unbind()
+        differ = (whole != ranks * status.whole) | (whole_2 != ranks * status.whole**2)
         spread = alike_2 * ranks > alike * alike * _ALIKE
-        return ~((failed > 0) | (surprised > 0) | differ | spread)
+        return ~((failed > 0) | (unexpected_placement > 0) | differ | spread)
 
-    def _read(self, sums: list[float], tail: Tail, error: Exception | None) -> None:
-        ranks, failed, rank, surprised, whole, whole_2, split, split_2, alike, alike_2 = sums
+    def _read(self, sums: list[float], status: Status, error: Exception | None) -> None:
+        (
+            ranks,
+            failed,
+            rank,
+            unexpected_placement,
+            whole,
+            whole_2,
+            split,
+            split_2,
+            alike,
+            alike_2,
+        ) = sums
         if failed:
             self._tell(round(rank / failed), error)
-        if surprised:
-            self.surprised = True
+        if unexpected_placement:
+            self.unexpected_placement = True
             return
-        if (whole, whole_2) != (ranks * tail.whole, ranks * tail.whole**2):
-            self._tell_moments(tail)
+        if (whole, whole_2) != (ranks * status.whole, ranks * status.whole**2):
+            self._tell_steps(status)
             raise ReplicaError(
                 "some ranks have a gradient, and others have none, for parameters that every rank "
-                f"holds whole:\n{self._missing(tail)}\n  Their optimizers would part ways. Let "
+                f"holds whole:\n{self._missing(status)}\n  Their optimizers would part ways. Let "
                 "every rank use them in the loss (times zero if need be) and reduce their "
                 "gradients (DDP does), or declare what is different on purpose: partitioned="
                 "{pattern: process group}. No gradient was changed."
@@ -135,12 +146,11 @@ class Verdict:
                 "{pattern: process group}. GRADCLIP_DEBUG=1 names the first that differs. No "
                 "gradient was changed."
             )
-        if (split, split_2) != (ranks * tail.split, ranks * tail.split**2) and not self._warned:
+        if (split, split_2) != (ranks * status.split, ranks * status.split**2) and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 "some ranks have no gradient for parameters of which others have one; their parts "
-                f"count as zero:\n{self._missing(tail)}",
-                stacklevel=callers_level(),
+                f"count as zero:\n{self._missing(status)}"
             )
 
     def _tell(self, rank: int, error: Exception | None) -> None:
@@ -149,34 +159,34 @@ class Verdict:
             raise RankError(
                 f"rank {rank} raised {LAG} steps ago; its log says what. Steps were skipped since."
             )
-        said = self._gather(None if error is None else f"{type(error).__name__}: {error}")
+        facts = self._gather(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
-        first = next(each for each in said if each is not None)
+        first = next(each for each in facts if each is not None)
         raise RankError(f"rank {rank} could not clip, so no rank did: {first}")
 
-    def _tell_moments(self, tail: Tail) -> None:
+    def _tell_steps(self, status: Status) -> None:
         """Raise if ranks do not stand at the same step.
 
         Raises:
             ReplicaError: GC211.
         """
-        said = self._gather((tail.rank, tail.moment))
-        first, expected = said[0]
-        for rank, moment in said:
-            if moment != expected:
+        facts = self._gather((status.rank, status.step_tag))
+        first, expected = facts[0]
+        for rank, step_tag in facts:
+            if step_tag != expected:
                 raise ReplicaError(
                     f"ranks {first} and {rank} do not clip the same step: rank {first} has "
-                    f"{expected}, and rank {rank} {moment}. Load a state on every rank or on none, "
-                    "and give all the same grad_scale. No gradient was changed."
+                    f"{expected}, and rank {rank} {step_tag}. Load a state on every rank or on "
+                    "none, and give all the same grad_scale. No gradient was changed."
                 )
 
     @property
     def _is_late(self) -> bool:
-        return self._lagged.used
+        return self._late.used
 
-    def _missing(self, tail: Tail) -> str:
-        lists = self._gather((tail.rank, tail.missing))
+    def _missing(self, status: Status) -> str:
+        lists = self._gather((status.rank, status.missing))
         lines = [
             f"    rank {rank} has none for {', '.join(names[:_NAMED])}"
             + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

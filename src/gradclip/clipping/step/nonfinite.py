@@ -3,10 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradclip.clipping.apply.coefficients import Flag
+import torch
+from torch import Tensor
+
 from gradclip.clipping.collect.gradients import Gradients
+from gradclip.clipping.flags import Flag, as_flag
+from gradclip.clipping.kernels.device import copy_to_host
 from gradclip.errors import NonFiniteGradientError, TooManySkipsError
-from gradclip.record.ring import Lagged
+from gradclip.record.ring import Ring
 
 _NAMED = 3
 """How many parameters at fault an error names."""
@@ -26,34 +30,41 @@ class SkipCounter:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._in_a_row = 0
-        self._lagged: Lagged[bool] = Lagged()
+        self._late: Ring[bool] = Ring()
 
-    def record(self, skipped: Flag, *, expected: bool) -> bool:
+    def record(self, skipped: Flag, unwanted: Flag = False, *, expected: bool = False) -> bool:
         """Record whether a step was skipped.
 
         Args:
             skipped: Whether it was.
+            unwanted: Whether a policy asked for it, which no loss scaler answers for.
             expected: A skip is a loss scaler's doing: it neither counts nor ends a row.
 
         Returns:
             Whether more steps in a row than the limit were skipped.
         """
         if isinstance(skipped, bool):
-            return self._count(skipped, expected)
-        late = self._lagged.push(skipped, expected)
-        return late is not None and self._count(bool(late[0][0]), late[1])
+            return self._count(skipped, expected and unwanted is False)
+        if unwanted is not False:
+            skipped = torch.stack([skipped, as_flag(unwanted, skipped.device)])
+        late = self._late.push(copy_to_host(skipped), expected)
+        return late is not None and self._count_late(*late)
 
     @property
     def in_a_row(self) -> int:
         """Skips in a row up to the last step; waits for the device."""
-        while (late := self._lagged.pop()) is not None:
-            self._count(bool(late[0][0]), late[1])
+        while (late := self._late.pop()) is not None:
+            self._count_late(*late)
         return self._in_a_row
 
     @in_a_row.setter
     def in_a_row(self, count: int) -> None:
-        self._lagged.clear()
+        self._late.clear()
         self._in_a_row = count
+
+    def _count_late(self, flags: list[float], expected: bool) -> bool:
+        unwanted = len(flags) > 1 and bool(flags[1])
+        return self._count(bool(flags[0]), expected and not unwanted)
 
     def _count(self, skipped: bool, expected: bool) -> bool:
         if not (skipped and expected):
@@ -98,7 +109,7 @@ def nonfinite_report(
     norm_type: float,
     step: int,
     last_norms: Sequence[float],
-    ceiling: float | None,
+    limit: float | Tensor,
 ) -> str:
     """Describe which gradients are non-finite, on this process or on all ranks.
 
@@ -107,7 +118,7 @@ def nonfinite_report(
         norm_type: p of the norm.
         step: Which call it was.
         last_norms: The last ones that were finite.
-        ceiling: The limit, if there is one.
+        limit: The limit that was decided; a tensor with one for each scope is not quoted.
     """
     found: dict[tuple[str, str], list[int]] = {}
     for each in faults:
@@ -115,18 +126,23 @@ def nonfinite_report(
             found.setdefault(described, []).append(each.rank)
     when = f" at step {step}" if step else ""
     count, total = sum(len(each.described) for each in faults), sum(each.total for each in faults)
-    what = "gradients" if len(faults) == 1 else f"local parts on {len(faults)} ranks"
+    kind = "gradients" if len(faults) == 1 else f"local parts on {len(faults)} ranks"
     lines = [
         f"The total norm of order {norm_type} for gradients from `parameters` is non-finite{when}",
-        f"  {count} of {total} {what} affected; first in parameter order:",
+        f"  {count} of {total} {kind} affected; first in parameter order:",
     ]
-    for (name, said), ranks in list(found.items())[:_NAMED]:
+    for (name, what), ranks in list(found.items())[:_NAMED]:
         where = "" if len(faults) == 1 else f"   on rank {', '.join(map(str, ranks[:_NAMED]))}"
-        lines.append(f"    {name}  {said}{where}")
-    if ceiling is not None:
+        lines.append(f"    {name}  {what}{where}")
+    if not isinstance(limit, Tensor) or limit.numel() == 1:
         norms = "  ".join(f"{norm:.4g}" for norm in last_norms) or "none yet"
-        lines.append(f"  last finite norms:  {norms}        limit = {ceiling:g}")
+        lines.append(f"  last finite norms:  {norms}        limit = {float(limit):g}")
     return "\n".join(lines)
+
+
+def skip_report(step: int) -> str:
+    """Describe a step that a policy skipped, though every gradient was finite."""
+    return f"The policy asked to skip step {step}; every gradient is finite"
 
 
 def nonfinite_error(report: str) -> NonFiniteGradientError:

@@ -48,7 +48,7 @@ def withhold(optimizer: torch.optim.Optimizer, skipped: Tensor | bool) -> Iterat
             # wrapper is called all the same: Accelerate's has a loss scaler to update.
             for each in list(_chain(optimizer))[1:] or [optimizer]:
                 if isinstance(each, torch.optim.Optimizer):
-                    stack.enter_context(lent(each, "step", _NoStep(each)))
+                    stack.enter_context(lend(each, "step", _NoStep(each)))
         yield
 
 
@@ -116,12 +116,12 @@ def _found_inf(optimizer: Any, skipped: Tensor) -> Iterator[None]:
     flag = skipped.to(torch.float32).reshape(())
     if isinstance(before, Tensor):
         flag = torch.maximum(flag, before.to(flag.device).clamp(max=1.0).reshape(()))
-    with lent(optimizer, "found_inf", flag):
+    with lend(optimizer, "found_inf", flag):
         yield
 
 
 @contextmanager
-def lent(optimizer: Any, name: str, value: object) -> Iterator[None]:
+def lend(optimizer: Any, name: str, value: object) -> Iterator[None]:
     """Give an optimizer an attribute, and put back what was there, unless it was set since."""
     before = getattr(optimizer, "__dict__", {}).get(name, _UNSET)
     setattr(optimizer, name, value)

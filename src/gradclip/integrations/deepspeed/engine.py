@@ -3,12 +3,12 @@
 import sys
 from collections.abc import MutableMapping
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
 from gradclip.clipping import ClipResult
-from gradclip.clipping.arguments import check_count
+from gradclip.clipping.arguments import ClipOptions, Nonfinite, one_policy, read_options
 from gradclip.clipping.step.nonfinite import SkipCounter
 from gradclip.errors import (
     ArgumentTypeError,
@@ -37,7 +37,12 @@ _NORMS_KEPT = 4
 """How many finite norms an error quotes."""
 
 
-def lower(target: "Accelerator | MutableMapping[str, Any]", policy: Any) -> None:
+def lower(
+    target: "Accelerator | MutableMapping[str, Any]",
+    policy: Any = None,
+    *,
+    max_norm: float | None = None,
+) -> None:
     """Write gradclip's limit into DeepSpeed's configuration, before the engine is made.
 
     An absent ``gradient_clipping`` or ``"auto"`` is set; a number must be the same limit already.
@@ -48,6 +53,7 @@ def lower(target: "Accelerator | MutableMapping[str, Any]", policy: Any) -> None
         target: An ``Accelerator`` with a DeepSpeed plugin, or a configuration for
             ``deepspeed.initialize``.
         policy: What ``GradientClipper`` takes, or a ``GradientClippingHookConfig``.
+        max_norm: A number, in place of a policy.
 
     Raises:
         DoubleClippingError: GC101, DeepSpeed clips to something else, or cannot do what is asked;
@@ -55,7 +61,7 @@ def lower(target: "Accelerator | MutableMapping[str, Any]", policy: Any) -> None
         ArgumentValueError: GC010, an accelerator that is not set up for DeepSpeed.
         ArgumentTypeError: GC011, a target or a policy of another kind.
     """
-    limit = limit_of(policy)
+    limit = limit_of(one_policy("lower", policy, max_norm))
     if isinstance(target, MutableMapping):
         check_able(target)
         check_equal(target.get(KEY), limit)
@@ -83,12 +89,19 @@ def lower(target: "Accelerator | MutableMapping[str, Any]", policy: Any) -> None
     config[KEY] = plugin.gradient_clipping = limit
 
 
-def observe(engine: Any, policy: Any, *, nonfinite: str = "skip") -> ClipResult:
+def observe(
+    engine: Any,
+    policy: Any = None,
+    *,
+    max_norm: float | None = None,
+    nonfinite: Nonfinite = "skip",
+) -> ClipResult:
     """Return what the engine measured and did in the step that it just made.
 
     Args:
         engine: A ``DeepSpeedEngine`` that made a step: at the end of an accumulation window.
         policy: What was lowered.
+        max_norm: A number, in place of a policy.
         nonfinite: ``"raise"`` raises where the engine skipped a step for a NaN or an infinity.
 
     Returns:
@@ -103,7 +116,9 @@ def observe(engine: Any, policy: Any, *, nonfinite: str = "skip") -> ClipResult:
             Without it too if the engine did step on such gradients.
         ArgumentValueError: GC010, the engine has made no step.
     """
-    result = EngineWatch(engine, policy, nonfinite=nonfinite, from_step=0).observe()
+    result = EngineWatch(
+        engine, one_policy("observe", policy, max_norm), from_step=0, nonfinite=nonfinite
+    ).observe()
     if result is None:
         raise ArgumentValueError(
             "the engine has made no step that could be observed: observe after engine.step(), or "
@@ -148,10 +163,10 @@ class EngineWatch:
     Args:
         engine: A ``DeepSpeedEngine``.
         policy: What was lowered.
-        nonfinite: ``"skip"``: the engine drops the step; or ``"raise"``.
-        max_consecutive_skips: Skipped steps in a row that are tolerated. Where DeepSpeed adapts a
-            loss scale it answers for overflows itself, and none are counted.
         from_step: The engine's ``global_steps`` that is known already; that of now by default.
+        options: The keywords of ``GradientClipper``. ``nonfinite`` is ``"skip"``: the engine drops
+            the step; or ``"raise"``. Where DeepSpeed adapts a loss scale it answers for overflows
+            itself, and none count towards ``max_consecutive_skips``.
 
     Raises:
         DoubleClippingError: GC101, the engine's limit is another, or it cannot be observed.
@@ -160,16 +175,16 @@ class EngineWatch:
     def __init__(
         self,
         engine: Any,
-        policy: Any,
+        policy: Any = None,
         *,
-        nonfinite: str = "skip",
-        max_consecutive_skips: int = 25,
         from_step: int | None = None,
+        **options: Unpack[ClipOptions],
     ) -> None:
         self.engine = engine
+        policy, checked = read_options(type(self).__name__, policy, options)
         self._limit = limit_of(policy)
-        self._raises = checked_nonfinite(nonfinite) == "raise"
-        self._skips = SkipCounter(check_count(max_consecutive_skips))
+        self._raises = checked_nonfinite(checked.nonfinite) == "raise"
+        self._skips = SkipCounter(checked.max_consecutive_skips)
         self._norms: list[float] = []
         self._seen = engine.global_steps if from_step is None else from_step
         check_engine(engine, self._limit)
@@ -238,10 +253,10 @@ def _result(norm: float, limit: float, *, applied: bool) -> ClipResult:
     return ClipResult(
         measured_S=measured_S,
         thresholds=ceiling,
-        response=torch.tensor([kept], dtype=torch.float64),
+        coefficients=torch.tensor([kept], dtype=torch.float64),
         withheld=not applied,
-        witness_T=measured_S,
+        tensor_sums_T=measured_S,
         norm_type=2.0,
         dtype=torch.float32,
-        scope_names=("*",),
+        scopes=("*",),
     )

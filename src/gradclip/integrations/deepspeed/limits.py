@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from math import inf
 from typing import Any
 
-from gradclip.clipping import NormClip, ObserveClip
 from gradclip.clipping.arguments import check_nonfinite
 from gradclip.clipping.policies import as_policies
 from gradclip.errors import DoubleClippingError
@@ -41,17 +40,27 @@ def limit_of(policy: Any) -> float:
             "DeepSpeed has one limit for all parameters together, and none by name",
         )
     (wanted,) = policies.values()
-    if isinstance(wanted, NormClip | ObserveClip):
-        if wanted.order != 2:  # noqa: PLR2004 - the p of the norm
-            raise _impossible(
-                f"norm_type = {wanted.order!r}", "DeepSpeed measures the 2-norm, and no other"
-            )
-        if wanted.ceiling == 0:
-            raise _impossible(
-                "max_norm = 0.0", "to DeepSpeed a limit of 0 means that nothing is clipped"
-            )
-        return wanted.ceiling if wanted.ceiling < inf else 0.0
-    raise _impossible(f"policy = {wanted!r}", "DeepSpeed clips by the norm of all gradients alone")
+    assert wanted is not None  # a mapping that bounds nothing was refused
+    limit = wanted.fixed()
+    if wanted.element_limit is not None or limit is None or limit.threshold != limit.target:
+        raise _impossible(
+            f"policy = {wanted!r}", "DeepSpeed clips by one fixed norm of all gradients alone"
+        )
+    if wanted.scope != "group":
+        raise _impossible(f"scope = {wanted.scope!r}", "DeepSpeed has one norm of all gradients")
+    if limit.skip_above < inf:
+        raise _impossible(
+            f"skip_above = {limit.skip_above!r}", "DeepSpeed makes every step that is finite"
+        )
+    if wanted.order != 2:  # noqa: PLR2004 - the p of the norm
+        raise _impossible(
+            f"norm_type = {wanted.order!r}", "DeepSpeed measures the 2-norm, and no other"
+        )
+    if limit.target == 0:
+        raise _impossible(
+            "max_norm = 0.0", "to DeepSpeed a limit of 0 means that nothing is clipped"
+        )
+    return limit.target if limit.target < inf else 0.0
 
 
 def checked_nonfinite(nonfinite: object) -> str:

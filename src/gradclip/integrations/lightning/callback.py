@@ -2,19 +2,18 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
 from gradclip.clipping import ClipResult, GradientClipper
-from gradclip.clipping.arguments import check_count, check_nonfinite
-from gradclip.clipping.collect.parameters import OptimizerParameters
-from gradclip.clipping.policies import as_policies
+from gradclip.clipping.arguments import ClipOptions
+from gradclip.clipping.collect.sources import OptimizerParameters
 from gradclip.errors import MissingDependencyError, StateError
 from gradclip.integrations.lightning.refusals import refuse_kind, refuse_rivals
 from gradclip.integrations.lightning.step import LightningStep
 from gradclip.integrations.loss_scaling import begin_anew
-from gradclip.integrations.owned import OwnedClipper
+from gradclip.integrations.owned_step import OwnedStep, checked_options
 
 try:
     from lightning.pytorch import Callback
@@ -28,9 +27,7 @@ except ModuleNotFoundError:
         ) from error
 
 if TYPE_CHECKING:
-    from gradclip.clipping.arguments import Nonfinite
-    from gradclip.clipping.policies import PolicyLike
-    from gradclip.clipping.ranks.dimension import GroupLike
+    from gradclip.clipping.clipper import PoliciesLike
 
 __all__ = ["GradientClippingCallback"]
 
@@ -78,27 +75,11 @@ class GradientClippingCallback(Callback):
 
     def __init__(
         self,
-        policy: "PolicyLike | Mapping[str, PolicyLike | None]",
-        *,
-        nonfinite: "Nonfinite" = "skip",
-        max_consecutive_skips: int = 25,
-        partitioned: "Mapping[str, GroupLike] | None" = None,
-        duplicated: "Mapping[str, GroupLike] | None" = None,
-        backend: str = "auto",
+        policy: "PoliciesLike | None" = None,
+        **options: Unpack[ClipOptions],
     ) -> None:
         super().__init__()
-        as_policies(policy)
-        self._policy = policy
-        self._make = partial(
-            OwnedClipper,
-            owner=type(self).__name__,
-            policy=policy,
-            nonfinite=check_nonfinite(nonfinite),
-            max_consecutive_skips=check_count(max_consecutive_skips),
-            partitioned=partitioned,
-            duplicated=duplicated,
-            backend=backend,
-        )
+        self._policy, self._options = checked_options(type(self).__name__, policy, options)
         self.last: ClipResult | None = None
         self._steps: list[LightningStep] = []
         self._bound = False
@@ -224,7 +205,9 @@ class GradientClippingCallback(Callback):
         refuse_kind(optimizer)
         # FSDP1's parameters do not tell which ranks have the rest, and few optimizers have names.
         source = OptimizerParameters(optimizer, module=trainer.model)
-        return LightningStep(optimizer, partial(self._make, source), owner=self)
+        label = type(self).__name__
+        step = OwnedStep(optimizer, source, self._policy, self._options, owner=self, label=label)
+        return LightningStep(step)
 
     def _number_of(self, trainer: Any, optimizer: Any) -> int:
         """Return which optimizer it is; one that was put in another's place is bound now."""

@@ -1,21 +1,26 @@
 """The callback for ``transformers.Trainer``, and the mixin that spares a second measurement."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
 
-from gradclip.clipping import ClipResult, GradientClipper, withhold
-from gradclip.clipping.collect.parameters import OptimizerParameters
-from gradclip.clipping.step.ownership import disowned, owned, owner_of, unwrapped
-from gradclip.clipping.step.withhold import lent
-from gradclip.errors import ArgumentValueError, DoubleClippingError, MissingDependencyError
+from gradclip.clipping import ClipResult, GradientClipper
+from gradclip.clipping.arguments import ClipOptions
+from gradclip.clipping.collect.sources import OptimizerParameters
+from gradclip.clipping.step.ownership import owner_of, unwrapped
+from gradclip.clipping.step.withhold import lend
+from gradclip.errors import (
+    ArgumentValueError,
+    DoubleClippingError,
+    MissingDependencyError,
+    StateError,
+)
 from gradclip.integrations.deepspeed import EngineWatch, engine_of, uses_deepspeed
-from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling, begin_anew
-from gradclip.integrations.owned import OwnedClipper
+from gradclip.integrations.loss_scaling import begin_anew
+from gradclip.integrations.owned_step import OwnedStep, checked_options
 from gradclip.integrations.transformers.history import KEY, exported, restore
 from gradclip.integrations.transformers.limits import lower_limit, refuse_other_clipping
 
@@ -30,9 +35,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from gradclip.clipping.arguments import Nonfinite
-    from gradclip.clipping.policies import PolicyLike
-    from gradclip.clipping.ranks.dimension import GroupLike
+    from gradclip.clipping.clipper import PoliciesLike
 
 __all__ = ["ClippingTrainerMixin", "GradientClippingCallback"]
 
@@ -74,41 +77,24 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        policy: "PolicyLike | Mapping[str, PolicyLike | None]",
-        *,
-        nonfinite: "Nonfinite" = "skip",
-        max_consecutive_skips: int = 25,
-        partitioned: "Mapping[str, GroupLike] | None" = None,
-        duplicated: "Mapping[str, GroupLike] | None" = None,
-        backend: str = "auto",
+        policy: "PoliciesLike | None" = None,
+        **options: Unpack[ClipOptions],
     ) -> None:
-        self._policy = policy
-        self._skipping: dict[str, Any] = {
-            "nonfinite": nonfinite,
-            "max_consecutive_skips": max_consecutive_skips,
-        }
         # What is wrong with them is said now, and not after the model was loaded.
-        GradientClipper([], policy, **self._skipping, backend=backend)
-        self._make = partial(
-            OwnedClipper,
-            owner=type(self).__name__,
-            policy=policy,
-            **self._skipping,
-            partitioned=partitioned,
-            duplicated=duplicated,
-            backend=backend,
-        )
-        self.clipper: OwnedClipper | None = None
+        self._policy, self._options = checked_options(type(self).__name__, policy, options)
         self.last: ClipResult | None = None
         self._accelerator: Accelerator | None = None
         self._watch: EngineWatch | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
         self._training: object = None
-        self._overflows, self._unscale = OverflowWatch(), Unscaling()
-        self._step = ExitStack()
-        self._skipped = False
+        self._step: OwnedStep | None = None
+        self._lent = ExitStack()
         self._steps = 0
         self._clipped_and_skipped: Tensor | None = None
+
+    @property
+    def clipper(self) -> GradientClipper | None:
+        """What clips, from the begin of training to its end, or to ``remove()``; None else."""
+        return None if self._step is None else self._step.clipper
 
     def lower_into(self, accelerator: "Accelerator", max_grad_norm: float | None) -> None:
         """Write the limit into DeepSpeed's configuration, before the engine is made.
@@ -124,7 +110,7 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
         """
         self._accelerator = accelerator if uses_deepspeed(accelerator) else None
         if self._accelerator is not None:
-            nonfinite = self._skipping["nonfinite"]
+            nonfinite = self._options.get("nonfinite", "skip")
             lower_limit(self._accelerator, self._policy, nonfinite, max_grad_norm)
 
     def report(self) -> dict[str, float]:
@@ -153,7 +139,7 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
         self.remove()
         if self._accelerator is not None:
             engine = engine_of(self._accelerator, model)
-            self._watch = EngineWatch(engine, self._policy, **self._skipping)
+            self._watch = EngineWatch(engine, self._policy, **self._options)
             self._training = state
             return
         refuse_other_clipping(args.max_grad_norm, optimizer, self._policy)
@@ -162,18 +148,21 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
             other.remove()  # it was in a training before this one, which ended by an error
         begin_anew(getattr(optimizer, "scaler", None))  # the trainer dropped the gradients
         source = OptimizerParameters(unwrapped(optimizer), module=model)
-        clipper = self._make(params=source)
+        label = type(self).__name__
+        step = OwnedStep(optimizer, source, self._policy, self._options, owner=self, label=label)
         if (saved := state.stateful_callbacks.get(KEY)) is not None:
-            restore(clipper, saved, next((p.device for p in source.tensors()), None))
-        if clipper.writes:
-            owned(optimizer, self, "GradientClippingCallback")
-        self._optimizer, self.clipper, self._training = optimizer, clipper, state
+            try:
+                restore(step.clipper, saved, next((p.device for p in source.tensors()), None))
+            except StateError:
+                step.release()
+                raise
+        self._step, self._training = step, state
 
     def on_pre_optimizer_step(
         self, _args: Any, state: Any, *_: Any, optimizer: Any, **__: Any
     ) -> None:
         """Clip, and keep the optimizer from stepping on a NaN or an infinity."""
-        self._step.close()  # where the last step raised, nobody did
+        self._lent.close()  # where the last step raised, nobody did
         if self._training is not state:
             raise ArgumentValueError(
                 "this GradientClippingCallback is not bound to this training: it was added after "
@@ -186,25 +175,24 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
                 return
             self.last = result
         else:
-            assert self.clipper is not None  # bound, and without a watch
-            scaler = getattr(optimizer, "scaler", None)
-            self._unscale(scaler, optimizer)
-            self.last = self.clipper.clip(overflow_expected=self._overflows.expects(scaler))
-            self._skipped = bool(self.last.withheld)
-            self._overflows.settle(self._skipped)
-            self._step.enter_context(withhold(optimizer, self._skipped))
+            assert self._step is not None  # bound, and without a watch
+            self.last = self._step.clip(getattr(optimizer, "scaler", None))
+            self._step.skipped = bool(self._step.skipped)  # the one number that is read
+            self._step.withhold()
         self._count(self.last)
 
     def on_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
         """Tell Accelerate of a step that was not made, so that the scheduler waits too."""
-        self._step.close()
-        if self._skipped:
+        if self._step is None:
+            return
+        self._step.settle(not self._step.skipped)
+        if self._step.skipped:
             # What step_was_skipped returns; without a loss scaler nothing else ever sets it.
-            self._step.enter_context(lent(optimizer, "_is_overflow", value=True))
+            self._lent.enter_context(lend(optimizer, "_is_overflow", value=True))
 
     def on_step_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Leave the clipper's history where the next checkpoint has it."""
-        self._step.close()
+        self._lent.close()
         if self.clipper is not None:
             state.stateful_callbacks[KEY] = exported(self.clipper)
 
@@ -228,11 +216,10 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
 
         The end of training does it, and the mixin where training raises.
         """
-        self._step.close()
-        if self._optimizer is not None:
-            disowned(self._optimizer, self)
-        self._optimizer = self.clipper = self._watch = self._training = None
-        self._skipped = False
+        self._lent.close()
+        if self._step is not None:
+            self._step.release()
+        self._step = self._watch = self._training = None
         self._steps, self._clipped_and_skipped = 0, None
 
     def _count(self, result: ClipResult) -> None:

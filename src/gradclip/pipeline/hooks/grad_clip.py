@@ -21,17 +21,17 @@ from gradclip.clipping import (
     Policy,
     ValueClip,
 )
-from gradclip.clipping.collect.parameters import OptimizerParameters
+from gradclip.clipping.arguments import ClipOptions
+from gradclip.clipping.collect.sources import OptimizerParameters
 from gradclip.clipping.policies import BUILT_IN
-from gradclip.clipping.step.ownership import check_unowned
 from gradclip.config import Ceiling, ClassType, ConfigOf, NormOrder
 from gradclip.errors import ArgumentValueError, DoubleClippingError
 from gradclip.hook import HookContext
 from gradclip.integrations.deepspeed import EngineWatch, engine_of, lower
-from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling
-from gradclip.integrations.owned import OwnedClipper
+from gradclip.integrations.owned_step import OwnedStep
 from gradclip.integrations.wrapped import behind_accelerate
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
+from gradclip.pipeline.process_groups import GroupsByPattern, resolve_groups
 
 if TYPE_CHECKING:
     import torch
@@ -74,17 +74,13 @@ clipped=True, skipped=False, nonfinite=0)
         self.clip_value = cfg.clip_value
         self.max_norm = cfg.max_norm
         self.norm_type = cfg.norm_type
-        self.clipper: GradientClipper | None = None
         self._cfg = cfg
         self._policy = cfg.as_policy()
-        self._nonfinite = cfg.nonfinite
-        self._max_consecutive_skips = cfg.max_consecutive_skips
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._step: OwnedStep | None = None
         self._watch: EngineWatch | None = None
         self._state: Mapping[str, Any] | None = None
         self._result: ClipResult | None = None
         self._stepped = False
-        self._overflows, self._unscale = OverflowWatch(), Unscaling()
         self.register_hook(
             "on_step",
             HookContext.from_callable("clip gradients", self._forget, self._after_step),
@@ -95,6 +91,11 @@ clipped=True, skipped=False, nonfinite=0)
                 "clip gradients", self._before_optimizer_step, self._after_optimizer_step
             ),
         )
+
+    @property
+    def clipper(self) -> GradientClipper | None:
+        """What clips; None before the first step, and where DeepSpeed clips."""
+        return None if self._step is None else self._step.clipper
 
     def state_dict(self) -> dict[str, Any]:
         """Return the clipper's history, once there is one."""
@@ -138,7 +139,8 @@ clipped=True, skipped=False, nonfinite=0)
 
     def _after_optimizer_step(self, arg: PipelineHookArgs) -> None:
         self._stepped = True
-        self._overflows.settle(not arg.is_optimizer_step_committed)
+        if self._step is not None:
+            self._step.settle(arg.is_optimizer_step_committed)
 
     def _clip(self, arg: PipelineHookArgs) -> None:
         if arg.exception is not None:
@@ -160,39 +162,34 @@ clipped=True, skipped=False, nonfinite=0)
         if engine is not None:
             arg.clip_result = self._result = self._observe(engine, arg)
             return
-        check_unowned(arg.optimizer, self, "GradientClippingHook")
-        clipper = self._bound(arg)
         scaler = None if arg.accelerator is None else arg.accelerator.scaler
-        self._unscale(scaler, arg.optimizer)
-        self._result = clipper.clip(overflow_expected=self._overflows.expects(scaler))
+        self._result = self._bound(arg, arg.optimizer).clip(scaler)
         arg.clip_result = self._result
 
-    def _bound(self, arg: PipelineHookArgs) -> GradientClipper:
-        """Return the clipper of ``arg.optimizer``; another optimizer gets one with its history."""
-        if self.clipper is not None and arg.optimizer is self._optimizer:
-            return self.clipper
-        assert arg.optimizer is not None
-        clipper = OwnedClipper(
-            OptimizerParameters(behind_accelerate(arg.optimizer), module=arg.model),
+    def _bound(self, arg: PipelineHookArgs, optimizer: "torch.optim.Optimizer") -> OwnedStep:
+        """Return the steps of an optimizer; another optimizer's clipper hands on its history."""
+        if self._step is not None and optimizer is self._step.optimizer:
+            return self._step
+        source = OptimizerParameters(behind_accelerate(optimizer), module=arg.model)
+        label = "GradientClippingHook"
+        step = OwnedStep(
+            optimizer,
+            source,
             self._policy,
-            owner="GradientClippingHook",
-            nonfinite=self._nonfinite,
-            max_consecutive_skips=self._max_consecutive_skips,
+            self._cfg.options(arg.accelerator),
+            owner=self,
+            label=label,
+            claims=False,  # the hooks of two trainers may share it, one after the other
         )
         state = self._state if self.clipper is None else self.clipper.state_dict()
         if state is not None:
-            clipper.load_state_dict(state)
-        self.clipper, self._optimizer = clipper, arg.optimizer
-        return clipper
+            step.clipper.load_state_dict(state)
+        self._step = step
+        return step
 
     def _watching(self, engine: Any) -> EngineWatch:
         if self._watch is None or self._watch.engine is not engine:
-            self._watch = EngineWatch(
-                engine,
-                self._policy,
-                nonfinite=self._nonfinite,
-                max_consecutive_skips=self._max_consecutive_skips,
-            )
+            self._watch = EngineWatch(engine, self._policy, **self._cfg.options(None))
         return self._watch
 
     def _observe(self, engine: Any, arg: PipelineHookArgs) -> ClipResult | None:
@@ -274,6 +271,31 @@ class GradientClippingHookConfig(PipelineHooksConfig[GradientClippingHook]):
     """What to do about a NaN or an infinity in the gradients."""
     max_consecutive_skips: int = Field(default=25, ge=0)
     """Skipped steps in a row that are tolerated."""
+
+    partitioned: GroupsByPattern | None = None
+    """Process groups by name pattern, as ``GradientClipper`` takes them; a string is the name of a
+    dimension of the accelerator's mesh: ``{"experts.*": "ep"}``. A file can have names only."""
+    duplicated: GroupsByPattern | None = None
+    """Likewise."""
+    backend: Literal["auto", "foreach", "triton", "reference"] = "auto"
+    """Which kernels are used."""
+
+    def options(self, accelerator: "Accelerator | None") -> ClipOptions:
+        """Return the keywords for ``GradientClipper``.
+
+        Args:
+            accelerator: Has the mesh whose dimensions are named.
+
+        Raises:
+            ArgumentValueError: GC010, a name that is no dimension of its mesh.
+        """
+        return ClipOptions(
+            nonfinite=self.nonfinite,
+            max_consecutive_skips=self.max_consecutive_skips,
+            partitioned=resolve_groups("partitioned", self.partitioned, accelerator),
+            duplicated=resolve_groups("duplicated", self.duplicated, accelerator),
+            backend=self.backend,
+        )
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:

@@ -9,7 +9,7 @@ import torch
 
 import oracle
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip, clip_grad_norm_
-from gradclip.clipping.collect.parameters import OptimizerParameters
+from gradclip.clipping.collect.sources import OptimizerParameters
 from gradclip.errors import ArgumentValueError
 
 backends = pytest.mark.parametrize("backend", oracle.BACKENDS)

@@ -5,7 +5,7 @@ from math import inf
 import pytest
 import torch
 
-from gradclip.clipping.kernels import Batch, blocks, choose, foreach
+from gradclip.clipping.kernels import Batch, choose, device, foreach
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPES = [(), (0,), (1,), (127,), (128,), (129,), (9000,), (3, 5), (4, 2500), (2, 3, 700)]
@@ -18,7 +18,7 @@ def kernels(request, monkeypatch):
         monkeypatch.setattr(foreach, "_on_cpu", lambda batch: False)
     if request.param == "no float64":
         monkeypatch.setattr(foreach, "_on_cpu", lambda batch: False)
-        monkeypatch.setattr(blocks, "_WITHOUT_FLOAT64", frozenset({"cpu"}))
+        monkeypatch.setattr(device, "_WITHOUT_FLOAT64", frozenset({"cpu"}))
         name = "foreach"
     return choose(name).on(torch.device("cpu"))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gradclip import GradientClipper
-from gradclip.clipping import clipper as clipper_module
+from gradclip.clipping import engine
 from gradclip.clipping.kernels import tables
 from gradclip.clipping.kernels.tables import Addresses, Table
 from gradclip.errors import CaptureError
@@ -16,7 +16,7 @@ META, CPU = torch.device("meta"), torch.device("cpu")
 def capturing(monkeypatch):
     def begin():
         monkeypatch.setattr(tables, "is_capturing", lambda device: True)
-        monkeypatch.setattr(clipper_module, "is_capturing", lambda device: True)
+        monkeypatch.setattr(engine, "is_capturing", lambda device: True)
 
     return begin
 
@@ -26,7 +26,7 @@ def test_a_table_is_copied_once_for_each_stream(monkeypatch):
     assert table.on(CPU).tolist() == [0, 1, 2]
     first = table.on(META)
     assert table.on(META) is first
-    monkeypatch.setattr(tables, "_stream", lambda device: 7)
+    monkeypatch.setattr(tables, "stream_of", lambda device: 7)
     assert table.on(META) is not first
 
 

@@ -15,7 +15,7 @@ import oracle
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip, clip_grad_norm_
 from gradclip.clipping.kernels import Batch, choose
 from gradclip.clipping.kernels.tables import Addresses
-from gradclip.clipping.measure import norm as reduction
+from gradclip.clipping.measure import norm
 
 triton = pytest.importorskip("gradclip.clipping.kernels.triton")
 
@@ -67,7 +67,7 @@ def truth(tensors, p):
 
 def root(sums_RA, p):
     if sums_RA.shape[1] == 3:
-        return reduction._root(sums_RA.cpu(), p)
+        return norm._root(sums_RA.cpu(), p)
     return sums_RA[:, 0].cpu() if p == inf else sums_RA[:, 0].cpu() ** (1 / p)
 
 
@@ -76,7 +76,7 @@ def measured(kernels, batch, p):
         return root(kernels.power_sums(batch, p), p)
     if p == inf:
         return root(kernels.abs_max(batch), p)
-    scale_R = torch.full((len(batch.layout.row_sizes),), 2.0, dtype=torch.float64, device=DEVICE)
+    scale_R = torch.full((len(batch.specs.row_sizes),), 2.0, dtype=torch.float64, device=DEVICE)
     return root(kernels.scaled_power_sums(batch, p, scale_R), p) * 2
 
 
@@ -237,7 +237,7 @@ def test_elements_beyond_two_to_the_31(kernels, monkeypatch):
     tensor[-20:] = 0.0
     tensor[-17:] = 2.0
     batch = Batch.of([tensor])
-    plan = batch.layout.plan(triton._Plan)
+    plan = batch.specs.plan(triton._Plan)
     assert plan.table.on(torch.device("cpu"))[-1].tolist() == [0, 1 << 31, 20, 0]
     if not ON_GPU:  # the interpreter would take hours for the chunks before the last
         plan.chunks = 1

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gradclip.clipping.kernels import Batch, choose
-from gradclip.clipping.measure import norm as reduction
+from gradclip.clipping.measure import norm
+from gradclip.clipping.measure.scopes import OneScope, OneScopeEach
 
 TENSORS = [
     torch.tensor([[3.0, 4.0], [6.0, 8.0]]),
@@ -24,16 +25,15 @@ PLACES = [torch.device("cpu"), torch.device("cpu", 0), torch.device("cpu", 0), t
 def test_rows_come_home_in_their_order(p, per_row, backend):
     def measured(devices):
         batch = Batch.of(TENSORS, ROWS)
-        batch.layout.devices = devices
+        batch.specs.devices = devices
         home = torch.device("cpu")
-        norm = reduction.Norm(p, reduction.Apart() if per_row else reduction.Together())
-        norm.read(choose(backend), batch, home)
-        norm.read_again(choose(backend), batch)
-        return norm
+        rows = OneScopeEach(sum(ROWS), None) if per_row else OneScope()
+        found = norm.read(choose(backend), batch, home, p, rows)
+        return norm.read_again(choose(backend), batch, found, rows)[0]
 
     together, apart = measured([torch.device("cpu")] * 4), measured(PLACES)
     torch.testing.assert_close(apart.norms(), together.norms(), rtol=1e-13, atol=0)
-    torch.testing.assert_close(apart.witness_R, together.witness_R, rtol=1e-13, atol=0)
+    torch.testing.assert_close(apart.row_sums_R, together.row_sums_R, rtol=1e-13, atol=0)
     if per_row:
         rows = [row for t, n in zip(TENSORS, ROWS, strict=True) for row in t.reshape(n, -1)]
         truth = [torch.linalg.vector_norm(r.double() / 1e150, p) * 1e150 for r in rows[2:3]]

@@ -10,9 +10,9 @@ import torch
 
 from gradclip import GradientClipper
 from gradclip.clipping import Policy
-from gradclip.clipping.policies import Decision
+from gradclip.clipping.policies import Decision, PolicyState
 from gradclip.config import Ceiling
-from gradclip.errors import StateError
+from gradclip.errors import ArgumentValueError, StateError
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -26,8 +26,8 @@ class TensorClip(Policy):
     clip_mode: Literal["test-tensor"] = "test-tensor"
     max_norm: Ceiling
 
-    def decide(self, norms_S, counts, state):
-        ceiling_S = torch.full_like(norms_S, self.max_norm)
+    def decide(self, seen, state):
+        ceiling_S = torch.full_like(seen.norms_S, self.max_norm)
         return Decision(ceiling_S, ceiling_S)
 
 
@@ -42,21 +42,15 @@ class RunningMean(Policy):
 
     clip_mode: Literal["test-mean"] = "test-mean"
 
-    def initial_state(self, scopes, device):
-        return {
-            "sum": torch.zeros(scopes, dtype=torch.float64, device=device),
-            "count": torch.zeros((), dtype=torch.int64, device=device),
-        }
+    def initial_state(self, scopes):
+        zeros_S = torch.zeros(len(scopes.names), dtype=torch.float64, device=scopes.device)
+        return PolicyState({"sum": zeros_S}, {"count": torch.tensor(0, device=scopes.device)})
 
-    def decide(self, norms_S, counts, state):
-        mean_S = torch.where(state["count"] > 0, state["sum"] / state["count"], torch.inf)
+    def decide(self, seen, state):
+        sum_S, count = state.per_scope["sum"], state.shared["count"]
+        mean_S = torch.where(count > 0, sum_S / count, torch.inf)
         return Decision(
-            mean_S,
-            mean_S,
-            {
-                "sum": torch.where(counts, state["sum"] + norms_S, state["sum"]),
-                "count": state["count"] + counts,
-            },
+            mean_S, mean_S, PolicyState({"sum": sum_S + seen.norms_S}, {"count": count + 1})
         )
 
 
@@ -140,7 +134,7 @@ def test_a_clipper_can_be_copied_with_its_history(way):
     clipper.clip()
     other = way(clipper)
     for each in (clipper, other):
-        (tensor,) = each._source.tensors()
+        (tensor,) = each._engine.source.tensors()
         tensor.grad = torch.tensor([6.0, 8.0])
         assert float(each.clip().norm_post) == pytest.approx(5.0)
 
@@ -152,42 +146,53 @@ class RunningMeans(RunningMean):
     clip_mode: Literal["test-means"] = "test-means"
 
 
+ZEROS, COUNT = torch.zeros(2, dtype=torch.float64), torch.tensor(1)
+SAVED = {"scopes": [["a", 1], ["b", 1]], "named": True}
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"sum": torch.zeros(2)}, r"has \['count', 'sum'\], seen \['sum'\]"),
+        ({**SAVED, "per_scope": {"sum": ZEROS}, "shared": {}}, r"shared \['count'\], seen \[\]"),
         ({}, "seen"),
-        ({"sum": torch.zeros(3), "count": torch.tensor(1)}, r"of 2 norms, seen the shape \(3,\)"),
-        ({"sum": torch.zeros(()), "count": torch.tensor(1)}, r"of 2 norms, seen the shape \(\)"),
+        (
+            {**SAVED, "per_scope": {"sum": torch.zeros(3).double()}, "shared": {"count": COUNT}},
+            r"of 2 norms, seen \(3,\)",
+        ),
+        (
+            {**SAVED, "per_scope": {"sum": torch.zeros(2)}, "shared": {"count": COUNT}},
+            r"'sum' .* seen \(2,\) torch.float32",
+        ),
     ],
 )
 def test_a_history_that_does_not_fit_is_refused_before_a_gradient_changes(wrong, message):
-    weights = [parameter(torch.tensor([3.0, 4.0])), parameter(torch.tensor([1.0]))]
+    weights = [("a", parameter(torch.tensor([3.0, 4.0]))), ("b", parameter(torch.tensor([1.0])))]
     clipper = GradientClipper(weights, RunningMeans())
-    clipper.load_state_dict({**clipper.state_dict(), "states": {"*": wrong}})
-    with pytest.raises(StateError, match=message):
+
+    def resume():
+        clipper.load_state_dict({**clipper.state_dict(), "states": {"*": wrong}})
         clipper.clip()
-    assert weights[0].grad.tolist() == [3.0, 4.0]
+
+    with pytest.raises(StateError, match=message):
+        resume()
+    assert weights[0][1].grad.tolist() == [3.0, 4.0]
 
 
 class Growing(Policy):
-    """Clips to the median of all norms so far, which it keeps."""
+    """Keeps all norms so far, which no buffer of one size can."""
 
     clip_mode: Literal["test-growing"] = "test-growing"
 
-    def initial_state(self, scopes, device):
-        return {"seen": torch.ones(1, dtype=torch.float64, device=device)}
+    def initial_state(self, scopes):
+        return PolicyState(shared={"seen": torch.ones(1, dtype=torch.float64)})
 
-    def decide(self, norms_S, counts, state):
-        seen = torch.cat([state["seen"], norms_S])
-        return Decision(seen.median(), seen.median(), {"seen": seen})
+    def decide(self, seen, state):
+        every = torch.cat([state.shared["seen"], seen.norms_S])
+        return Decision(every.median(), every.median(), PolicyState(shared={"seen": every}))
 
 
-def test_a_history_may_grow():
+def test_a_history_has_one_size():
     weight = parameter(torch.tensor([3.0, 4.0]))
-    clipper, again = (GradientClipper([weight], Growing()) for _ in range(2))
-    clipper.clip()
-    clipper.clip()
-    again.load_state_dict(clipper.state_dict())
-    again.clip()
-    assert again.state_dict()["states"]["*"]["seen"].shape == (4,)
+    with pytest.raises(ArgumentValueError, match=r"shared\['seen'\] is \(1,\) .* returned \(2,\)"):
+        GradientClipper([weight], Growing()).clip()
+    assert weight.grad.tolist() == [3.0, 4.0]

@@ -18,7 +18,7 @@ _Plan = TypeVar("_Plan")
 
 
 @dataclass(eq=False)
-class Layout:
+class TensorSpecs:
     """Devices, dtypes and shapes of some tensors, and what was worked out from them.
 
     It holds no tensor: it outlives the step, and keeps no gradient alive.
@@ -44,7 +44,7 @@ class Layout:
     _plans: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], rows: Sequence[int] | None = None) -> "Layout":
+    def of(cls, tensors: Sequence[Tensor], rows: Sequence[int] | None = None) -> "TensorSpecs":
         """Describe tensors.
 
         Args:
@@ -69,8 +69,8 @@ class Layout:
     def __len__(self) -> int:
         return len(self.shapes)
 
-    def plan(self, kind: Callable[["Layout"], _Plan]) -> _Plan:
-        """Return what ``kind`` makes of this layout: made once, and kept with it."""
+    def plan(self, kind: Callable[["TensorSpecs"], _Plan]) -> _Plan:
+        """Return what ``kind`` makes of this specs: made once, and kept with it."""
         if kind not in self._plans:
             self._plans[kind] = kind(self)
         plan: _Plan = self._plans[kind]
@@ -88,15 +88,15 @@ class Layout:
         return list(chain.from_iterable(repeat(s.numel() // max(n, 1), n) for s, n in each))
 
     @cached_property
-    def places(self) -> list["Place"]:
+    def parts(self) -> list["Part"]:
         """The parts that kernels see: each of one device, one dtype, and flat or not."""
         kinds: dict[tuple[object, ...], list[int]] = {}
         for index, kind in enumerate(zip(self.devices, self.dtypes, self.flat, strict=True)):
             kinds.setdefault(kind, []).append(index)
         if len(kinds) <= 1:
-            return [Place(self, None, None) for _ in kinds]
+            return [Part(self, None, None) for _ in kinds]
         return [
-            Place(
+            Part(
                 self._part(chosen),
                 chosen,
                 Table(torch.tensor(self._rows_of(chosen), dtype=torch.int64)),
@@ -106,16 +106,16 @@ class Layout:
 
     @cached_property
     def row_order(self) -> Table:
-        """Where each row is, (R,), among the rows of all places one after the other."""
-        rows = [row for place in self.places for row in self._rows_of(place.indices or [])]
+        """Where each row is, (R,), among the rows of all parts one after the other."""
+        rows = [row for part in self.parts for row in self._rows_of(part.indices or [])]
         return Table(torch.tensor(rows, dtype=torch.int64).argsort())
 
     def _rows_of(self, indices: list[int]) -> list[int]:
         ends = list(accumulate(self.rows))
         return [row for i in indices for row in range(ends[i] - self.rows[i], ends[i])]
 
-    def _part(self, chosen: list[int]) -> "Layout":
-        return Layout(
+    def _part(self, chosen: list[int]) -> "TensorSpecs":
+        return TensorSpecs(
             shapes=[self.shapes[i] for i in chosen],
             dtypes=[self.dtypes[i] for i in chosen],
             devices=[self.devices[i] for i in chosen],
@@ -127,31 +127,31 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """The tensors of a layout that are on one device and of one dtype.
+class Part:
+    """The tensors of a specs that are on one device and of one dtype.
 
     Args:
-        layout: Of these alone.
+        specs: Of these alone.
         indices: Which they are; None for all.
         rows: Which rows are theirs, (R',); None for all.
     """
 
-    layout: Layout
+    specs: TensorSpecs
     indices: list[int] | None
     rows: Table | None
 
 
 @dataclass(eq=False)
 class Batch:
-    """Tensors at one step, with their layout."""
+    """Tensors at one step, with their specs."""
 
     tensors: Sequence[Tensor]
-    layout: Layout
+    specs: TensorSpecs
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], rows: Sequence[int] | None = None) -> "Batch":
         """Describe tensors that will not come again."""
-        return cls(tensors, Layout.of(tensors, rows))
+        return cls(tensors, TensorSpecs.of(tensors, rows))
 
     @cached_property
     def addresses(self) -> list[int]:
@@ -161,66 +161,67 @@ class Batch:
     @property
     def device(self) -> torch.device:
         """The device of all, for a batch that a kernel gets."""
-        return self.layout.devices[0]
+        return self.specs.devices[0]
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of all, for a batch that a kernel gets."""
-        return self.layout.dtypes[0]
+        return self.specs.dtypes[0]
 
     @cached_property
     def parts(self) -> list[tuple["Batch", Table | None]]:
         """The part on each device and of each dtype, and which rows it has; None for all."""
         return [
             (self, None)
-            if place.indices is None
-            else (Batch([self.tensors[index] for index in place.indices], place.layout), place.rows)
-            for place in self.layout.places
+            if part.indices is None
+            else (Batch([self.tensors[index] for index in part.indices], part.specs), part.rows)
+            for part in self.specs.parts
         ]
 
 
-class LayoutCache:
+class SpecsCache:
     """Recognises tensors like those of the last calls, so that nothing is worked out twice.
 
     Args:
-        by_unit: Whether each index of a leading dimension is a row of its own.
         capacity: Layouts that are kept.
     """
 
-    def __init__(self, *, by_unit: bool = False, capacity: int = 4) -> None:
-        self._by_unit = by_unit
+    def __init__(self, *, capacity: int = 4) -> None:
         self._capacity = capacity
-        self._known: tuple[tuple[Any, Layout], ...] = ()
+        self._known: tuple[tuple[Any, TensorSpecs], ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle as one that knows nothing yet."""
-        return partial(LayoutCache, by_unit=self._by_unit, capacity=self._capacity), ()
+        return partial(SpecsCache, capacity=self._capacity), ()
 
-    def find(self, tensors: Sequence[Tensor]) -> Layout | None:
-        """Return the layout of earlier tensors of the same types, devices, shapes and strides."""
-        for position, (facts, layout) in enumerate(self._known):
-            if len(layout) == len(tensors) and _hold(facts, tensors):
+    def find(self, tensors: Sequence[Tensor]) -> TensorSpecs | None:
+        """Return the specs of earlier tensors of the same types, devices, shapes and strides."""
+        for position, (facts, specs) in enumerate(self._known):
+            if len(specs) == len(tensors) and _hold(facts, tensors):
                 if position:
-                    self._keep(facts, layout)
-                return layout
+                    self._keep(facts, specs)
+                return specs
         return None
 
-    def add(self, tensors: Sequence[Tensor]) -> Layout:
-        """Describe tensors that were not found, and recognise them from now on."""
-        shapes = [tensor.shape for tensor in tensors]
-        rows = [s[0] if self._by_unit and len(s) > 1 else 1 for s in shapes]
-        layout = Layout.of(tensors, rows)
-        self._keep(_facts(tensors), layout)
-        return layout
+    def add(self, tensors: Sequence[Tensor], rows: Sequence[int] | None = None) -> TensorSpecs:
+        """Describe tensors that were not found, and recognise them from now on.
 
-    def batch(self, tensors: Sequence[Tensor]) -> Batch:
-        """Return tensors with their layout, found or made."""
-        layout = self.find(tensors)
-        return Batch(tensors, self.add(tensors) if layout is None else layout)
+        Args:
+            tensors: Of any kind.
+            rows: Rows of each; 1 where they are not given.
+        """
+        specs = TensorSpecs.of(tensors, rows)
+        self._keep(_facts(tensors), specs)
+        return specs
 
-    def _keep(self, facts: object, layout: Layout) -> None:
-        others = [known for known in self._known if known[1] is not layout]
-        self._known = ((facts, layout), *others[: self._capacity - 1])
+    def batch(self, tensors: Sequence[Tensor], rows: Sequence[int] | None = None) -> Batch:
+        """Return tensors with their specs, found or made."""
+        specs = self.find(tensors)
+        return Batch(tensors, self.add(tensors, rows) if specs is None else specs)
+
+    def _keep(self, facts: object, specs: TensorSpecs) -> None:
+        others = [known for known in self._known if known[1] is not specs]
+        self._known = ((facts, specs), *others[: self._capacity - 1])
 
 
 def _is_packed(tensor: Tensor) -> bool:

@@ -10,8 +10,8 @@ import torch
 
 from gradclip import GradientClipper
 from gradclip.clipping.collect import overlap
-from gradclip.clipping.kernels import Batch, layout
-from gradclip.clipping.kernels.layout import Layout, LayoutCache
+from gradclip.clipping.kernels import Batch, tensor_specs
+from gradclip.clipping.kernels.tensor_specs import SpecsCache, TensorSpecs
 from gradclip.errors import OverlappingGradientsError, UnsupportedGradientError
 
 CHANGES = {
@@ -29,8 +29,8 @@ CHANGES = {
 def known(request, monkeypatch):
     """torch compares thousands of tensors in one call; without that it takes a little longer."""
     if request.param == "one by one":
-        monkeypatch.setattr(layout, "_Guards", None)
-    return LayoutCache(capacity=2)
+        monkeypatch.setattr(tensor_specs, "_Guards", None)
+    return SpecsCache(capacity=2)
 
 
 @pytest.mark.parametrize("changed", CHANGES.values(), ids=CHANGES)
@@ -77,14 +77,14 @@ def test_the_parts_are_of_one_device_one_dtype_and_flat_or_not():
     ]
     # By rows a transposed matrix is not flat; as one row it is.
     assert parts == [([0], [0, 1]), ([1, 4], [2, 6]), ([2, 3], [3, 4, 5])]
-    assert batch.layout.row_order.on(torch.device("cpu")).tolist() == [0, 1, 2, 4, 5, 6, 3]
-    assert Layout.of(tensors).flat == [True, True, False, True, True]
+    assert batch.specs.row_order.on(torch.device("cpu")).tolist() == [0, 1, 2, 4, 5, 6, 3]
+    assert TensorSpecs.of(tensors).flat == [True, True, False, True, True]
 
 
 def _identified(parts):
     """Tensors compare by identity here."""
     for part, rows in parts:
-        yield Batch([_Same(t) for t in part.tensors], part.layout), rows
+        yield Batch([_Same(t) for t in part.tensors], part.specs), rows
 
 
 class _Same:

@@ -1,0 +1,56 @@
+"""Flags that cost nothing: a bool where the host knows it, a 0-d bool tensor elsewhere."""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Flag: TypeAlias = bool | Tensor
+"""A bool on the CPU, where reading is free; a 0-d bool tensor on an accelerator."""
+
+_FALSE_AND_TRUE = torch.tensor(False), torch.tensor(True)
+
+
+def host_waits_for(device: torch.device) -> bool:
+    """Return whether reading a number from a device would make the host wait."""
+    return device.type != "cpu"
+
+
+def as_flag(flag: Flag, device: torch.device) -> Tensor:
+    """Return a flag as 0-d bool tensor; filled on the device, since the host waits for a copy."""
+    if not isinstance(flag, bool):
+        return flag
+    if device.type == "cpu":
+        return _FALSE_AND_TRUE[flag]
+    return torch.full((), flag, dtype=torch.bool, device=device)
+
+
+def as_known(flag: Flag) -> Flag:
+    """Return a flag as bool where reading it costs nothing."""
+    if isinstance(flag, bool) or host_waits_for(flag.device):
+        return flag
+    return bool(flag)
+
+
+def negated(flag: Flag) -> Flag:
+    """Return whether a flag is false."""
+    return not flag if isinstance(flag, bool) else ~flag
+
+
+def all_of(flags: Sequence[Flag]) -> Flag:
+    """Return whether all are true: as bool where that is known without reading a tensor."""
+    tensors = [flag for flag in flags if not isinstance(flag, bool)]
+    known = all(flag for flag in flags if isinstance(flag, bool))
+    if not (tensors and known):
+        return known
+    return tensors[0] if len(tensors) == 1 else torch.stack(tensors).all()
+
+
+def any_of(flags: Sequence[Flag]) -> Flag:
+    """Return whether any is true: as bool where that is known without reading a tensor."""
+    tensors = [flag for flag in flags if not isinstance(flag, bool)]
+    known = any(flag for flag in flags if isinstance(flag, bool))
+    if not tensors or known:
+        return known
+    return tensors[0] if len(tensors) == 1 else torch.stack(tensors).any()

@@ -1,0 +1,134 @@
+"""One optimizer step that is clipped: unscale, clip, withhold, settle; once, for every way in."""
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip.clipping import ClipResult, GradientClipper, withhold
+from gradclip.clipping.arguments import ClipOptions, read_options
+from gradclip.clipping.collect.sources import ParameterSource
+from gradclip.clipping.flags import Flag, negated
+from gradclip.clipping.kernels import choose
+from gradclip.clipping.policies import as_policies
+from gradclip.clipping.step.ownership import Owner, check_unclaimed, claim, release
+from gradclip.clipping.step.withhold import withhold_within
+from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling
+
+__all__ = ["OwnedStep", "checked_options"]
+
+
+def checked_options(called: str, policy: Any, options: ClipOptions) -> tuple[Any, ClipOptions]:
+    """Check arguments before there is an optimizer; return a policy, and the other keywords.
+
+    Raises:
+        ArgumentTypeError: GC011, for an argument of the wrong kind.
+        ArgumentValueError: GC010, for one out of range.
+    """
+    policy, checked = read_options(called, policy, options)
+    as_policies(policy)
+    choose(checked.backend)
+    kept: Any = {key: value for key, value in options.items() if key != "max_norm"}
+    return policy, kept
+
+
+class OwnedStep:
+    """The steps of one optimizer, whose gradients are clipped before each of them.
+
+    Args:
+        optimizer: A torch optimizer, or a wrapper of one.
+        source: Its parameters.
+        policy: As ``GradientClipper`` takes it.
+        options: The keywords of ``GradientClipper``.
+        owner: What clips; it is not kept alive.
+        label: What an error calls it.
+        claims: Whether the owner keeps the optimizer until ``release``. One that shares it over
+            time, as the hooks of two trainers do, only looks for the claims of others.
+
+    Raises:
+        DoubleClippingError: GC101, something else clips its gradients already.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        source: ParameterSource,
+        policy: Any,
+        options: ClipOptions,
+        *,
+        owner: object,
+        label: str,
+        claims: bool = True,
+    ) -> None:
+        self.optimizer = optimizer
+        self.clipper = GradientClipper.with_role(
+            Owner(label), source, policy, options, called=label
+        )
+        self.skipped: Flag = False
+        """Whether the step after the last ``clip`` should not be made."""
+        self._owner, self._label = owner, label
+        self._claims = claims
+        if claims and self.clipper.writes:
+            claim(optimizer, owner, label)
+        self._overflows, self._unscale = OverflowWatch(), Unscaling()
+        self._scaled = False
+        self._taken = ExitStack()
+
+    def clip(self, scaler: Any = None, *, unscale: bool = True) -> ClipResult:
+        """Unscale the gradients, unless the loop did, and clip them.
+
+        Args:
+            scaler: A ``GradScaler``, or None.
+            unscale: Whether to unscale; otherwise somebody does before this is called.
+        """
+        self._begin()
+        if unscale:
+            self._unscale(scaler, self.optimizer)
+        self._scaled = scaler is not None
+        result = self.clipper.clip(overflow_expected=self._overflows.expects(scaler))
+        self.skipped = result.withheld
+        return result
+
+    def clip_scaled(self, grad_scale: Tensor | None, *, overflow_expected: bool) -> ClipResult:
+        """Clip gradients that the optimizer divides by a scale, and may multiply by a coefficient.
+
+        Args:
+            grad_scale: The scale; None where there is none.
+            overflow_expected: A loss scaler answers for an overflow at this step.
+        """
+        self._begin()
+        result = self.clipper.clip(
+            grad_scale, overflow_expected=overflow_expected, defer_scaling=grad_scale is not None
+        )
+        self.skipped = result.withheld
+        return result
+
+    def withhold(self, *, under_way: bool = False) -> None:
+        """Keep the optimizer from stepping until ``settle``, if the step was skipped.
+
+        Args:
+            under_way: The step has begun already, as in a hook of it.
+        """
+        context = withhold_within if under_way else withhold
+        self._taken.enter_context(context(self.optimizer, self.skipped))
+
+    def settle(self, made: Flag | None = None) -> None:
+        """End the step: give back what withholding it took.
+
+        Args:
+            made: Whether the step was made, for the loss scaler; None where nobody can tell.
+        """
+        self._taken.close()
+        if made is not None and self._scaled:
+            self._overflows.settle(negated(made))
+
+    def release(self) -> None:
+        """Let the optimizer go; twice is harmless. The clipper stays, with its history."""
+        self._taken.close()
+        release(self.optimizer, self._owner)
+
+    def _begin(self) -> None:
+        self._taken.close()  # where the last step raised, nobody did
+        if not self._claims and self.clipper.writes:
+            check_unclaimed(self.optimizer, self._owner, self._label)
