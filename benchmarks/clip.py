@@ -15,6 +15,7 @@ from math import inf
 
 import torch
 from accelerate import Accelerator
+from gradients import LIMIT, Gradients
 from models import Case, cases
 from timing import RESULTS, Function, finish, machine, paired, read, replayed, write
 from torch import Tensor
@@ -22,55 +23,10 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import gradclip
 
-LIMIT = 1.0
-SPIKE = 1.1 * LIMIT
 FEW = 400
 """Tensors up to which compiling torch's function takes minutes at most."""
 
 Row = dict[str, object]
-
-
-class Gradients:
-    """Random gradients of a model, with a norm of a fifth of the limit."""
-
-    def __init__(self, case: Case, device: str) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-        block = torch.randn(1 << 22, generator=generator, device=device)
-        block *= 0.2 * LIMIT / case.elements**0.5
-        self.parameters: list[Tensor] = []
-        offset = 0
-        for shape in case.shapes:
-            # The weights themselves are not needed, and would take as much memory again.
-            weight = torch.zeros((), dtype=case.dtype, device=device).expand(shape)
-            parameter = torch.nn.Parameter(weight)
-            gradient = torch.empty(shape, dtype=case.dtype, device=device)
-            flat, done = gradient.view(-1), 0
-            while done < len(flat):
-                piece = block[offset : offset + len(flat) - done]
-                flat[done : done + len(piece)] = piece
-                done, offset = done + len(piece), (offset + len(piece)) % len(block)
-            parameter.grad = gradient
-            self.parameters.append(parameter)
-        self.first = self.gradients()[0].view(-1)[:1]
-
-    def gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.parameters if p.grad is not None]
-
-    def spike(self) -> None:
-        """Make the next call clip."""
-        self.first.fill_(SPIKE)
-
-    def move(self) -> None:
-        """Put the gradients elsewhere, as ``zero_grad(set_to_none=True)`` does."""
-        for parameter in self.parameters:
-            parameter.grad = parameter.grad.clone() if parameter.grad is not None else None
-        self.first = self.gradients()[0].view(-1)[:1]
-
-    def norm(self) -> float:
-        total = 0.0
-        for gradient in self.gradients():
-            total += sum(float(p.double().square().sum()) for p in gradient.view(-1).split(1 << 24))
-        return total**0.5
 
 
 def contenders(case: Case, what: str, parameters: list[Tensor], device: str) -> dict[str, Function]:
