@@ -6,7 +6,10 @@ from torch import nn
 
 from gradclip import GradientClipper, attach
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),  # once in a process
+]
 
 
 def model():
@@ -52,8 +55,8 @@ def test_a_fused_optimizer_never_waits():
     loss = loss_of(module, 3)
     loss.backward()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for _ in range(8):
             optimizer.step()
     finally:
