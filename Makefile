@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .DEFAULT_GOAL := help
 ROBO := .venv-robo
-.PHONY: help demo test test-integrations test-robo-orchard test-gpu check format bench bench-gpu clean
+.PHONY: help demo test test-integrations test-robo-orchard test-gpu gpu-check check format bench bench-gpu clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,10 +24,27 @@ test-integrations: $(VENV)/.integrations  ## run the tests of the frameworks tha
 test-robo-orchard: $(ROBO)/.installed  ## run gradclip inside the pipeline of RoboOrchardLab 0.4.0
 	OMP_NUM_THREADS=1 $(ROBO)/bin/python -m pytest -o addopts=-q -o filterwarnings=default tests/robo_orchard
 
-# On the machine's own python, whose torch knows the GPU; compute-sanitizer comes with CUDA.
+# What needs a GPU runs on the machine's own python, whose torch knows the GPU. It finds src first, and
+# then what PYTHONPATH names already: a machine without a network has its packages in a folder.
+FROM_SRC := PYTHONUNBUFFERED=1 PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH}
+GPU_PYTEST := $(PYTHON) -m pytest -p no:cacheprovider -o addopts= -o filterwarnings=default -q
+KERNELS := tests/unit/clipping/kernels/test_triton.py
+
 test-gpu:  ## on a GPU: the kernels, no host waits, CUDA graphs; with SANITIZER=compute-sanitizer, checked
-	PYTHONPATH=src $(SANITIZER) $(PYTHON) -m pytest -p no:cacheprovider -o addopts= tests/gpu \
-		tests/unit/clipping/test_triton.py tests/unit/clipping/test_triton_compiles.py
+	$(FROM_SRC) $(SANITIZER) $(GPU_PYTEST) tests/gpu $(KERNELS) \
+		tests/unit/clipping/kernels/test_triton_compiles.py
+
+# Each command has a time limit, and each runs whatever became of the one before. The test that is
+# left out leads three programs through 2^31 elements. compute-sanitizer comes with CUDA.
+gpu-check:  ## on a GPU, under 8 minutes: measurements (clip_gpu.csv), tests, and some under compute-sanitizer
+	failed=; \
+	$(FROM_SRC) timeout 270 $(PYTHON) benchmarks/gpu_check.py || failed="$$failed measurements"; \
+	$(FROM_SRC) timeout 110 $(GPU_PYTEST) -n 8 tests/gpu $(KERNELS) \
+		--deselect $(KERNELS)::test_elements_beyond_two_to_the_31 || failed="$$failed tests"; \
+	$(FROM_SRC) PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 90 compute-sanitizer --error-exitcode 9 \
+		$(GPU_PYTEST) $(KERNELS) -k "(ragged or clamping or each_row) and dtype1" \
+		|| failed="$$failed compute-sanitizer"; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 check: $(VENV)/.dev  ## format, lint, types, layers: what a commit must pass
 	$(BIN)/ruff format --check
@@ -49,9 +66,9 @@ bench: $(VENV)/.bench  ## measure on the CPU: benchmarks/results/*.csv, and the 
 	$(BIN)/python benchmarks/report.py
 
 bench-gpu:  ## measure on a CUDA device, with the machine's own python and its torch
-	PYTHONPATH=src $(PYTHON) benchmarks/clip.py --device cuda
-	PYTHONPATH=src $(PYTHON) benchmarks/training_step.py --device cuda 2>/dev/null
-	PYTHONPATH=src $(PYTHON) benchmarks/report.py
+	$(FROM_SRC) $(PYTHON) benchmarks/clip.py --device cuda
+	$(FROM_SRC) $(PYTHON) benchmarks/training_step.py --device cuda
+	$(FROM_SRC) $(PYTHON) benchmarks/report.py
 
 clean:  ## remove the environment and what the tools left
 	rm -rf $(VENV) $(ROBO) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
