@@ -16,6 +16,7 @@ from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip, clip_gra
 from gradclip.clipping.kernels import Batch, choose
 from gradclip.clipping.kernels.tables import Addresses
 from gradclip.clipping.measure import norm as reduction
+from pairwise import pairwise
 
 triton = pytest.importorskip("gradclip.clipping.kernels.triton")
 
@@ -118,9 +119,11 @@ def test_nothing_non_finite_is_lost_wherever_it_is(kernels, dtype, p):
         assert all(found.isnan() if isnan(value) else found == inf), (value, found)
 
 
-@pytest.mark.parametrize("p", [1.0, 2.0])
-@pytest.mark.parametrize("magnitude", [1e-44, 2e-38, 1e-30, 1e-20, 1e-12, 1e12, 1e25, 3e38])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pairwise(
+    dtype=[torch.float32, torch.bfloat16],
+    magnitude=[1e-44, 2e-38, 1e-30, 1e-20, 1e-12, 1e12, 1e25, 3e38],
+    p=[1.0, 2.0],
+)
 def test_magnitudes_that_float32_sums_lose(kernels, dtype, magnitude, p):
     tensors = [
         torch.full((150,), magnitude, dtype=dtype, device=DEVICE),
