@@ -9,10 +9,9 @@ import torch
 
 import oracle
 from gradclip import GradientClipper, withhold
+from pairwise import pairwise
 
 INF, NAN = math.inf, math.nan
-bad_values = pytest.mark.parametrize("bad", [INF, -INF, NAN])
-
 
 OPTIMIZERS = {
     "SGD": lambda ps, **k: torch.optim.SGD(ps, lr=0.1, **k),
@@ -165,8 +164,7 @@ def test_an_error_inside_leaves_nothing_behind(kind, way):
     assert everything(params, optimizer) == everything(reference, theirs)
 
 
-@kinds
-@bad_values
+@pairwise(kind=list(OPTIMIZERS), way=WAYS, bad=[INF, -INF, NAN])
 def test_a_clipped_loop_with_one_bad_batch_is_a_loop_without_it(kind, way, bad):
     finals = []
     for batches in ([1, 2, None, 3], [1, 2, 3]):
