@@ -19,6 +19,7 @@ from gradclip.clipping.apply import coefficients as response
 from gradclip.clipping.kernels import foreach
 from gradclip.clipping.measure import group
 from gradclip.clipping.step.nonfinite import SkipCounter
+from pairwise import pairwise
 
 GRADIENTS = {
     "within": [[0.3, 0.4], [0.1, -0.2]],
@@ -71,11 +72,13 @@ def clipped(gradients, policy, nonfinite, dtype, grad_scale, backend="foreach"):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-@pytest.mark.parametrize("backend", ["foreach", "triton"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-@pytest.mark.parametrize("gradients", GRADIENTS.values(), ids=GRADIENTS)
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])  # with every policy and gradients
+@pairwise(
+    gradients=GRADIENTS,
+    policy=POLICIES,
+    dtype=[torch.float32, torch.float64, torch.bfloat16],
+    backend=["foreach", "triton"],
+)
 def test_it_answers_as_the_path_that_looks(gradients, policy, nonfinite, dtype, backend):
     if backend == "triton":
         pytest.importorskip("triton")
