@@ -4,28 +4,32 @@ With the environment variable ``ALL_COMBINATIONS`` set, every combination of all
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
 import pytest
 
 
-def chosen(*sizes: int) -> list[tuple[int, ...]]:
-    """Choose cases, a number below each size, so that every two numbers of two places meet.
+def chosen(*kinds: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Choose cases, one value of each kind, so that every two values of two kinds meet.
 
     Each case is the one that has the most pairs that no case before it has: the choice is the
     same in every run.
     """
-    every = list(product(*map(range, sizes)))
     if os.environ.get("ALL_COMBINATIONS"):
-        return every
-    pairs = {case: set(combinations(enumerate(case), min(2, len(sizes)))) for case in every}
+        return list(product(*kinds))
+    every = list(product(*(range(len(kind)) for kind in kinds)))
+    size = min(2, len(kinds))
+    pairs = {case: set(combinations(enumerate(case), size)) for case in every}
     missing, cases = set().union(*pairs.values()), []
     while missing:
         cases.append(max(every, key=lambda case: len(pairs[case] & missing)))
         missing -= pairs[cases[-1]]
-    return sorted(cases)
+    return [
+        tuple(kind[place] for kind, place in zip(kinds, case, strict=True))
+        for case in sorted(cases)
+    ]
 
 
 def pairwise(*fixtures: str, **values: Iterable[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
@@ -40,14 +44,10 @@ def pairwise(*fixtures: str, **values: Iterable[Any] | Mapping[str, Any]) -> pyt
         for each in values.values()
     ]
     cases = [
-        [each[number] for each, number in zip(named, numbers, strict=True)]
-        for numbers in chosen(*map(len, named))
-    ]
-    parameters = [
         pytest.param(*(value for _, value in case), id="-".join(name for name, _ in case))
-        for case in cases
+        for case in chosen(*named)
     ]
-    return pytest.mark.parametrize(tuple(values), parameters, indirect=list(fixtures))
+    return pytest.mark.parametrize(tuple(values), cases, indirect=list(fixtures))
 
 
 def name_of(value: Any) -> str:
