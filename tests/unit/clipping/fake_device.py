@@ -4,7 +4,6 @@ Prints what raised, a line each. It runs in a process of its own: it registers a
 ``torch.cat`` and ``torch.stack`` as strict as they are on a GPU.
 """
 
-import itertools
 import sys
 import warnings
 from dataclasses import replace
@@ -26,6 +25,7 @@ from gradclip.clipping.ranks.agreement import Facts
 from gradclip.clipping.ranks.dimension import Dimension
 from gradclip.clipping.step import nonfinite
 from gradclip.record.ring import Lagged
+from pairwise import chosen
 
 DEVICE = "npy:0"
 
@@ -118,8 +118,8 @@ def main():
     Dimension.gather = lambda self, known: [everyone(known[0])]
     warnings.simplefilter("ignore")
     mixed = (torch.float32, torch.float64)
-    for (name, policy), mode, missing, dtypes, scale, partitioned in itertools.product(
-        POLICIES.items(),
+    for (name, policy), mode, missing, dtypes, scale, partitioned in chosen(
+        list(POLICIES.items()),
         ("skip", "propagate"),
         ("", "a", "ab"),
         (mixed[:1] * 2, mixed),
