@@ -36,6 +36,7 @@ def close(mine, reference, rel=2e-6):
         torch.testing.assert_close(one.grad, other.grad, rtol=rel, atol=0)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", NAMES)
 def test_signatures_are_torchs(name):
     def shape(function):

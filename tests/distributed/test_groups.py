@@ -289,6 +289,7 @@ def one_rank_differs(rank):
         clipper.clip()
 
 
+@pytest.mark.smoke
 def test_a_rank_that_has_the_sum_already():
     together(one_rank_differs, 2)
 

@@ -47,6 +47,7 @@ def test_help_names_the_commands_and_needs_no_torch():
     assert "loaded []" in result.stdout
 
 
+@pytest.mark.smoke
 def test_version_needs_no_torch():
     result = run("--version", script=LOADED)
 

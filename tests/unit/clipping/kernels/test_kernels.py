@@ -48,6 +48,7 @@ def truth(tensors, rows, p):
 
 
 class TestSums:
+    @pytest.mark.smoke
     @pairwise("kernels", kernels=KERNELS, dtype=DTYPES, many=[False, True], p=[1.0, 2.0])
     def test_power_sums(self, kernels, dtype, many, p):
         tensors = tensors_of(dtype)
@@ -150,6 +151,7 @@ def test_a_coefficient_that_float32_cannot_hold(request):
         torch.testing.assert_close(tensor, torch.full((5,), 3.70368e-4), rtol=1e-6, atol=0)
 
 
+@pytest.mark.smoke
 @pairwise("kernels", kernels=KERNELS, dtype=DTYPES, limit=[0.0, 0.25, 1e10])
 def test_clamp(kernels, dtype, limit):
     extremes = [torch.tensor([inf, -inf, 0.1]), torch.tensor([float("nan"), 0.1])]

@@ -174,6 +174,7 @@ class TestScale:
             assert torch.equal(tensor, wanted)
 
 
+@pytest.mark.smoke
 def test_a_coefficient_that_float32_cannot_hold(kernels):
     tensor = torch.full((100,), 3e38, device=DEVICE)
     kernels.scale_(Batch.of([tensor]), 1.23456e-42)
@@ -369,6 +370,7 @@ def test_zeroed_again_and_again_as_training_does():
         assert float(weight.grad.norm()) == pytest.approx(1.0, rel=1e-5)
 
 
+@pytest.mark.smoke
 def test_the_function_too(monkeypatch):
     monkeypatch.setenv("GRADCLIP_BACKEND", "triton")
     parameters = model()

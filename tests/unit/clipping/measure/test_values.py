@@ -77,6 +77,7 @@ def test_ragged_tensors_of_one_dtype(dtype, p, backend):
     check_untouched(grads, oracle.norm(grads, p) * 1.001, p, backend)
 
 
+@pytest.mark.smoke
 @backends
 @orders
 def test_mixed_dtypes(p, backend):
@@ -329,6 +330,7 @@ def test_a_norm_that_equals_the_limit_is_untouched(dtype, backend):
     check_untouched([torch.tensor([3.0, -4.0, -0.0], dtype=dtype)], 4.0, math.inf, backend)
 
 
+@pytest.mark.smoke
 @backends
 @orders
 def test_max_norm_zero_gives_zeros(p, backend):
@@ -383,6 +385,7 @@ def test_grad_scale_measures_what_the_gradients_really_are(as_tensor, p, backend
     oracle.assert_untouched(scaled, before)
 
 
+@pytest.mark.smoke
 @backends
 @pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=str)
 def test_value_mode(dtype, backend):
@@ -434,6 +437,7 @@ def test_value_mode_with_grad_scale(backend):
     assert params[0].grad.tolist() == [1.0, -64.0, 8.0, 64.0]
 
 
+@pytest.mark.smoke
 @backends
 def test_observe_measures_and_writes_nothing(backend):
     params = oracle.parameters(*oracle.ragged(7), *oracle.ragged(8, BF16))

@@ -61,6 +61,7 @@ def named(**values):
     return [(name, oracle.parameter(torch.tensor(v))) for name, v in values.items()]
 
 
+@pytest.mark.smoke
 @backends
 def test_raise_tells_what_and_where_and_changes_nothing(backend):
     pairs = named(fine=[2.5, 0.0], spoiled=[1.0] * 7)
@@ -127,6 +128,7 @@ def test_sparse_gradients_are_skipped_too(backend):
     assert all(bool((g.to_dense() == 0).all()) for g in oracle.gradients(params))
 
 
+@pytest.mark.smoke
 @backends
 def test_every_group_is_skipped_when_one_is_bad(backend):
     pairs = named(a=[NAN, 1.0], b=[3.0, 4.0])

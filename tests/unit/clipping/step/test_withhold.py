@@ -97,6 +97,7 @@ def test_a_step_that_is_not_withheld_is_the_ordinary_one(kind, way, flag):
     assert set(vars(optimizer)) == set(vars(their_optimizer))
 
 
+@pytest.mark.smoke
 @kinds
 def test_a_parameter_that_joins_late_is_withheld_too(kind, way):
     (params, optimizer), (reference, theirs) = trainee(kind, way), trainee(kind, way)
