@@ -6,7 +6,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .DEFAULT_GOAL := help
 ROBO := .venv-robo
-.PHONY: help demo test test-integrations test-robo-orchard test-gpu gpu-check check format bench bench-gpu clean
+.PHONY: help demo smoke test test-all test-integrations test-robo-orchard test-gpu gpu-check check format bench \
+	bench-gpu clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -15,8 +16,15 @@ demo: $(VENV)/.demo  ## train a small model without and with clipping, under a m
 	$(BIN)/gradclip demo
 
 # One thread each: two processes with threads of their own on two cores wait for each other.
-test: $(VENV)/.dev  ## run the tests
+test: $(VENV)/.dev  ## run the tests; where arguments are independent, on every pair of their values
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/integrations --ignore tests/robo_orchard
+
+test-all:  ## run the same tests on every combination of values
+	ALL_COMBINATIONS=1 $(MAKE) test
+
+# The folders that have such tests: to collect the others takes longer than to run these.
+smoke: $(VENV)/.dev  ## run one test of each kind, while you work: half a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m smoke tests/contract tests/distributed tests/unit
 
 test-integrations: $(VENV)/.integrations  ## run the tests of the frameworks that gradclip meets
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations

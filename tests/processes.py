@@ -13,8 +13,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-LIMIT = 30.0
-"""Seconds after which a test of several processes counts as one that hangs."""
+from patience import seconds
 
 _PRELOADED = [
     "torch",
@@ -37,7 +36,7 @@ def together(
     function: Callable[..., Any],
     ranks: int,
     *args: Any,
-    limit: float = LIMIT,
+    limit: float | None = None,
     env: dict[str, str] | None = None,
     group_timeout: float | None = None,
 ) -> list[Any]:
@@ -47,7 +46,7 @@ def together(
         function: At the top of a module that can be imported, as pickling asks.
         ranks: How many processes.
         args: Whatever can be pickled; what the function returns too.
-        limit: Seconds after which all are killed.
+        limit: Seconds after which all are killed; ``patience.seconds()`` where it is not given.
         env: Environment variables of every rank.
         group_timeout: Seconds that a collective waits for a rank; ``limit`` where it is not given.
 
@@ -81,11 +80,12 @@ def outcomes_of(
     function: Callable[..., Any],
     ranks: int,
     *args: Any,
-    limit: float = LIMIT,
+    limit: float | None = None,
     env: dict[str, str] | None = None,
     group_timeout: float | None = None,
 ) -> list[Outcome]:
     """Run a function as ``together`` does, where ranks are expected to fail."""
+    limit = seconds() if limit is None else limit
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
         running = []
@@ -109,7 +109,7 @@ def outcomes_of(
                     outcome.problem = "it died without a word"
                 del waiting[pipe]
         for rank in waiting.values():
-            outcomes[rank].problem = f"it was still running after {limit} s"
+            outcomes[rank].problem = f"it was still running after {limit:.0f} s"
         for rank, (process, pipe) in enumerate(running):
             process.join(max(0.1, started + limit - time.monotonic()))
             if process.is_alive():

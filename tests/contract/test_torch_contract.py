@@ -11,6 +11,7 @@ from torch.nn import utils as theirs
 import gradclip as ours
 import oracle
 from gradclip.errors import NonFiniteGradientError
+from pairwise import pairwise
 
 ORDERS = (0.5, 1, 1.5, 2, 2.0, 3.0, 4, math.inf, "inf")
 FOREACH = (None, True, False)
@@ -35,6 +36,7 @@ def close(mine, reference, rel=2e-6):
         torch.testing.assert_close(one.grad, other.grad, rtol=rel, atol=0)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", NAMES)
 def test_signatures_are_torchs(name):
     def shape(function):
@@ -44,9 +46,7 @@ def test_signatures_are_torchs(name):
     assert shape(getattr(ours, name)) == shape(getattr(theirs, name))
 
 
-@orders
-@foreach
-@pytest.mark.parametrize("max_norm", [0.5, 2, 1e9])
+@pairwise(max_norm=[0.5, 2, 1e9], foreach=FOREACH, p=ORDERS)
 def test_clip_grad_norm(max_norm, foreach, p):
     mine, reference = model(), model()
     before = oracle.gradients(mine.parameters())
@@ -103,9 +103,7 @@ def test_get_total_norm(foreach, p):
     torch.testing.assert_close(alone, theirs.get_total_norm(grads[0], p), rtol=1e-6, atol=0)
 
 
-@orders
-@foreach
-@pytest.mark.parametrize("max_norm", [0.5, 1e9])
+@pairwise(max_norm=[0.5, 1e9], foreach=FOREACH, p=ORDERS)
 def test_measuring_and_scaling_apart_is_clipping(max_norm, foreach, p):
     apart, reference, whole = model(), model(), model()
     total = ours.get_total_norm(oracle.gradients(apart.parameters()), p, foreach=foreach)
@@ -185,9 +183,7 @@ def test_nothing_to_clip_is_zero():
     assert ours.clip_grads_with_norm_([], 1.0, torch.tensor(2.0)) is None
 
 
-@foreach
-@pytest.mark.parametrize("p", [1, 2.0, math.inf, "inf"])
-@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pairwise(bad=[math.inf, -math.inf, math.nan], p=[1, 2.0, math.inf, "inf"], foreach=FOREACH)
 def test_error_if_nonfinite(bad, p, foreach):
     params = oracle.parameters(torch.tensor([1.0, 2.0]), torch.tensor([bad, 2.0]), None)
     before = oracle.look(params)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from patience import seconds
 from processes import RanksFailedError, outcomes_of, together
 
 
@@ -36,10 +37,17 @@ def test_every_rank_returns_its_value():
 )
 def test_a_rank_that_fails_is_a_failure(how, said):
     with pytest.raises(RanksFailedError, match=said):
-        together(fail, 2, how, limit=3.0)
+        together(fail, 2, how, limit=seconds(3))
 
 
 def test_what_became_of_each_rank_is_known():
-    outcomes = outcomes_of(fail, 2, "die", limit=10.0)
+    outcomes = outcomes_of(fail, 2, "die", limit=seconds(10))
     assert outcomes[1].exit_code == 7
     assert outcomes[0].exit_code != 0  # its barrier lost a rank
+
+
+@pytest.mark.parametrize(("load", "waits"), [(0.5, 10), (1, 10), (3, 30), (100, 50)])
+def test_a_busy_machine_is_waited_for_longer(monkeypatch, load, waits):
+    """The load is for each core; there is an end to waiting."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (load * os.cpu_count(), 0.0, 0.0))
+    assert seconds(10) == waits

@@ -114,7 +114,7 @@ def test_patterns_name_parameters_without_what_fabric_adds():
 
 
 def test_two_ranks_of_fsdp2_end_where_one_process_does_and_fsdp1_is_refused():
-    (norms, found, refusal), (others, _, _) = together(fits_fabric, 2, limit=60)
+    (norms, found, refusal), (others, _, _) = together(fits_fabric, 2)
     assert norms == others
     module = Plain()
     optimizer = momentum(module.named_parameters())

@@ -30,7 +30,7 @@ def reference():
 @pytest.mark.parametrize("fits", [fits_ddp, fits_fsdp1, fits_fsdp2])
 def test_two_ranks_end_where_one_process_clipped_by_lightning_does(reference, fits):
     """Lightning#21928, #19235, #13339: its own norm clipping is refused, or lost, under FSDP."""
-    first, second = together(fits, RANKS, limit=60)
+    first, second = together(fits, RANKS)
     losses = [(one + two) / 2 for one, two in zip(first[0], second[0], strict=True)]
     assert losses == pytest.approx(reference.losses, rel=1e-6, abs=1e-6)
     for found in (first, second):
@@ -47,7 +47,7 @@ def test_two_ranks_end_where_one_process_clipped_by_lightning_does(reference, fi
 
 
 def test_what_one_rank_finds_no_rank_steps_on_under_a_fused_optimizer_and_a_scaler():
-    for results, unchanged, scale in together(fits_fsdp2_in_half, RANKS, limit=60):
+    for results, unchanged, scale in together(fits_fsdp2_in_half, RANKS):
         steps = range(1, STEPS)
         assert unchanged == [n == OVERFLOW for n in steps]
         assert [each.skipped for each in results[1:]] == [n == OVERFLOW for n in steps]
@@ -56,5 +56,5 @@ def test_what_one_rank_finds_no_rank_steps_on_under_a_fused_optimizer_and_a_scal
 
 def test_a_sharded_run_is_resumed_with_its_history(tmp_path):
     """Such a strategy restores a checkpoint after fitting has started, not before."""
-    found = together(resumes_fsdp2, RANKS, str(tmp_path), limit=60)
+    found = together(resumes_fsdp2, RANKS, str(tmp_path))
     assert found == [(STEPS, 2 * STEPS)] * RANKS

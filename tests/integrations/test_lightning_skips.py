@@ -24,6 +24,7 @@ from lightning_runs import (
 
 from gradclip.errors import NonFiniteGradientError, TooManySkipsError
 from gradclip.integrations.lightning import GradientClippingCallback
+from pairwise import pairwise
 
 pytestmark = QUIET
 
@@ -110,9 +111,11 @@ def test_lightning_spreads_a_nan_to_all_weights():
     assert all(each.isnan().all() for each in weights(model).values())
 
 
-@pytest.mark.parametrize("make", [adamw, fused_adamw, momentum, fused_momentum])
-@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
-@pytest.mark.parametrize("when", [0, 3])
+@pairwise(
+    make=[adamw, fused_adamw, momentum, fused_momentum],
+    value=[torch.nan, -torch.inf],
+    when=[0, 3],
+)
 def test_a_nan_changes_neither_weights_nor_moments(make, value, when):
     model, clipping = Net(make, broken={when: value}), GradientClippingCallback(LIMIT)
     keep = Keep(clipping)

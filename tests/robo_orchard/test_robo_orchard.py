@@ -430,7 +430,7 @@ def under_fsdp1(rank, grad_clip, poisoned=None):
 @pytest.mark.parametrize("ours", [True, False])
 def test_fsdp1_is_clipped_by_one_norm_where_a_parameter_is_frozen(ours):
     """Their hook hands Accelerate a filtered list, and every rank clips by a norm of its own."""
-    runs = together(under_fsdp1, 2, CLIP if ours else THEIRS, limit=100)
+    runs = together(under_fsdp1, 2, CLIP if ours else THEIRS)
     after = math.sqrt(sum(squares for (squares,), _, _ in runs))
     _, norm = truth((ROWS[0].double() + 3 * ROWS[3].double()) / 2, 1.0, 2)
     if ours:
@@ -444,7 +444,7 @@ def test_fsdp1_is_clipped_by_one_norm_where_a_parameter_is_frozen(ours):
 @pytest.mark.parametrize("poisoned", [0, 1])
 def test_a_nan_on_one_rank_keeps_every_rank_from_stepping_under_a_scaler(poisoned):
     """Its own scaler tells a rank nothing of the others."""
-    runs = together(under_fsdp1, 2, CLIP, poisoned, limit=100)
+    runs = together(under_fsdp1, 2, CLIP, poisoned)
     assert all(math.isnan(norm) for _, (norm,), _ in runs)
     assert [changed for _, _, changed in runs] == [False, False]
 

@@ -22,6 +22,7 @@ def _fresh():
     GradientState._reset_state()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("block", BLOCKS)
 def test_it_runs_as_it_stands(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import gradclip
+from patience import seconds
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SOURCE = Path(gradclip.__file__).parents[1]
@@ -31,7 +32,7 @@ def execute(command, folder):
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=seconds(),
         env={**os.environ, "PYTHONPATH": str(SOURCE)},
     )
     assert result.returncode == 0, result.stderr

@@ -73,6 +73,7 @@ def channel_of(*hooks):
 # Order
 
 
+@pytest.mark.smoke
 def test_begin_runs_befores_body_and_afters_in_the_order_of_registration(log):
     channel = channel_of(*(Tracer(name, log) for name in "abc"))
     arg = Args()

@@ -39,6 +39,7 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.smoke
 def test_the_public_names_are_these():
     assert sorted(gradclip.__all__) == sorted(
         [*ENGINE, "__version__", "attach", "config", "errors"]

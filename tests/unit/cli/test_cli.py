@@ -7,6 +7,7 @@ import pytest
 from gradclip import __version__
 from gradclip.cli import app, main
 from gradclip.errors import ConfigError
+from patience import seconds
 
 # Runs the command in a fresh interpreter, with the modules that are named first made missing.
 COMMAND = """
@@ -32,7 +33,7 @@ def run(*arguments, script=COMMAND, missing=("nothing",)):
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=seconds(),
         env={**os.environ, "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "100"},
     )
 
@@ -46,6 +47,7 @@ def test_help_names_the_commands_and_needs_no_torch():
     assert "loaded []" in result.stdout
 
 
+@pytest.mark.smoke
 def test_version_needs_no_torch():
     result = run("--version", script=LOADED)
 

@@ -3,6 +3,7 @@
 A CPU runs it when it is told not to look; the answers must be those of the path that looks.
 """
 
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
 from gradclip.clipping import flags
 from gradclip.clipping.kernels import foreach
 from gradclip.clipping.step.nonfinite import SkipCounter
+from pairwise import pairwise
 
 GRADIENTS = {
     "within": [[0.3, 0.4], [0.1, -0.2]],
@@ -50,7 +52,13 @@ def unseen():
 def test_nothing_is_read_and_no_devices_are_mixed():
     """A device without memory raises where the host reads, or a tensor of another device comes."""
     script = Path(__file__).with_name("fake_device.py")
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # the script chooses in pairs
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout == ""
 
@@ -67,11 +75,13 @@ def clipped(gradients, policy, nonfinite, dtype, grad_scale, backend="foreach"):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-@pytest.mark.parametrize("backend", ["foreach", "triton"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-@pytest.mark.parametrize("gradients", GRADIENTS.values(), ids=GRADIENTS)
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])  # with every policy and gradients
+@pairwise(
+    gradients=GRADIENTS,
+    policy=POLICIES,
+    dtype=[torch.float32, torch.float64, torch.bfloat16],
+    backend=["foreach", "triton"],
+)
 def test_it_answers_as_the_path_that_looks(gradients, policy, nonfinite, dtype, backend):
     if backend == "triton":
         pytest.importorskip("triton")

@@ -101,6 +101,7 @@ def my_pkg(tmp_path, monkeypatch):
 # What running code made configurable
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "cls", [Base, Base.Inner, Derived, BaseConfig, SecondConfig, Holder, Unrelated]
 )

@@ -122,6 +122,7 @@ def shown(error_class, path, text, **options):
 # Writing and reading
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("config", [LIST, HookConfig(), Norm(max_norm="inf"), HookListConfig()])
 def test_what_is_dumped_loads_back_equal(tmp_path, suffix, config):

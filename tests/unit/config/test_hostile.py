@@ -12,6 +12,7 @@ import pytest
 from gradclip.config import AnyConfig, ClassConfig, ClassInitFromConfigMixin, Config, load
 from gradclip.config.class_type import resolve
 from gradclip.errors import ClassTypeError, ConfigError, ConfigFileError
+from patience import seconds
 
 HERE = __name__
 
@@ -285,7 +286,7 @@ def test_a_hostile_file_is_refused_soon(tmp_path, suffix, text, words):
     started = time.perf_counter()
     with pytest.raises(ConfigError) as caught:
         load(path)
-    assert time.perf_counter() - started < 20
+    assert time.perf_counter() - started < seconds(20)
     assert words in str(caught.value)
     assert f"hostile.{suffix}" in str(caught.value)
     assert len(str(caught.value)) < 2_000
@@ -305,7 +306,7 @@ def test_a_file_with_very_many_errors_is_refused_in_few_words(tmp_path):
         started = time.perf_counter()
         with pytest.raises(ConfigError, match="more errors") as caught:
             load(path)
-        assert time.perf_counter() - started < 20
+        assert time.perf_counter() - started < seconds(20)
         assert len(str(caught.value)) < 4_000
 
 

@@ -32,6 +32,7 @@ def write(path, steps, **options):
             recorder.write(StepRecord(step=step, loss=float(step)))
 
 
+@pytest.mark.smoke
 def test_what_is_written_is_what_is_read(tmp_path):
     path = tmp_path / "folder" / "run.jsonl"
     with RunRecorder(path, meta={"seed": 4}) as recorder:

@@ -53,6 +53,7 @@ def test_a_norm_that_is_no_number_counts_as_the_largest():
     assert (summary.nonfinite, summary.norm_max) == (1, math.inf)
 
 
+@pytest.mark.smoke
 def test_the_finding_is_one_line():
     clipped = run([1.5] * 50, [2.0] * 10 + [0.5] * 40)
     unclipped = run([2.25] * 50, [0.5] * 50, threshold=math.inf)

@@ -78,6 +78,7 @@ def ours(accelerator, optimizer, module):
     return AcceleratorClipper(accelerator, optimizer, 0.7, model=module)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("scaler", [False, True])
 def test_it_is_accelerates_own_where_both_are_right(scaler):
     said, losses, skips, _ = train(ours, scaler=scaler)

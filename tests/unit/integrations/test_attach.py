@@ -93,6 +93,7 @@ def test_it_is_unscale_clip_and_step_by_hand(kind, flags, scaled, policy):
     assert not {"grad_scale", "found_inf"} & vars(mine).keys()
 
 
+@pytest.mark.smoke
 def test_no_second_pass_is_made_under_a_scaler_and_fused():
     """The coefficient is in the scale: gradients are written by the optimizer alone."""
     weight = nn.Parameter(torch.ones(4))
@@ -191,6 +192,7 @@ def test_parameters_that_are_added_later_are_clipped():
     assert float(handle.last.norm_pre) == 5.0
 
 
+@pytest.mark.smoke
 def test_removing_it_leaves_everything_as_it_was():
     module = model()
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)

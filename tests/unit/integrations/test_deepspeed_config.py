@@ -42,6 +42,7 @@ def test_the_limit_is_written(policy, limit, before):
     assert target == config(gradient_clipping=limit)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("rival", [1.0, 1, 0, 0.0, 0.50001, True, "0.5"])
 def test_another_limit_is_refused(rival):
     target = config(gradient_clipping=rival)

@@ -6,6 +6,7 @@ import pytest
 
 import gradclip.pipeline
 from gradclip.errors import MissingDependencyError
+from patience import seconds
 
 
 def test_hooks_need_no_accelerate_and_the_package_no_torch():
@@ -13,7 +14,7 @@ def test_hooks_need_no_accelerate_and_the_package_no_torch():
         "import sys, gradclip.pipeline; assert 'torch' not in sys.modules;"
         "import gradclip.pipeline.hooks; assert 'accelerate' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=seconds())
 
 
 def test_the_trainer_without_accelerate_says_what_to_install(monkeypatch):

@@ -82,6 +82,7 @@ def on(channel, **functions):
     return hooks
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 @pytest.mark.parametrize("clip", [CLIP, None])
 def test_it_trains_bit_for_bit_like_a_loop_written_by_hand(weights, accumulate, clip):

@@ -363,6 +363,7 @@ OVERLAPPING = {
 }
 
 
+@pytest.mark.smoke
 @takers
 @pytest.mark.parametrize("overlap", OVERLAPPING)
 def test_gradients_that_share_bytes(overlap, taker):

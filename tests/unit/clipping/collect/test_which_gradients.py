@@ -66,6 +66,7 @@ class Wrapper(torch.nn.Module):
         self.add_module(prefix, inner)
 
 
+@pytest.mark.smoke
 @backends
 def test_groups_by_module(backend):
     model = net()

@@ -6,12 +6,16 @@ import pytest
 import torch
 
 from gradclip.clipping.kernels import Batch, choose, device, foreach
+from pairwise import pairwise
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPES = [(), (0,), (1,), (127,), (128,), (129,), (9000,), (3, 5), (4, 2500), (2, 3, 700)]
 
 
-@pytest.fixture(params=["foreach", "reference", "foreach as on an accelerator", "no float64"])
+KERNELS = ["foreach", "reference", "foreach as on an accelerator", "no float64"]
+
+
+@pytest.fixture(params=KERNELS)
 def kernels(request, monkeypatch):
     name = request.param.split()[0]
     if request.param == "foreach as on an accelerator":
@@ -43,10 +47,9 @@ def truth(tensors, rows, p):
     return torch.stack([norm.double() for norm in norms])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("many", [False, True])
 class TestSums:
-    @pytest.mark.parametrize("p", [1.0, 2.0])
+    @pytest.mark.smoke
+    @pairwise("kernels", kernels=KERNELS, dtype=DTYPES, many=[False, True], p=[1.0, 2.0])
     def test_power_sums(self, kernels, dtype, many, p):
         tensors = tensors_of(dtype)
         rows = as_rows(tensors) if many else [1] * len(tensors)
@@ -58,13 +61,14 @@ class TestSums:
         )
         assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
+    @pairwise("kernels", kernels=KERNELS, dtype=DTYPES, many=[False, True])
     def test_abs_max(self, kernels, dtype, many):
         tensors = tensors_of(dtype)
         rows = as_rows(tensors) if many else [1] * len(tensors)
         maxima_R = kernels.abs_max(Batch.of(tensors, rows))[:, 0]
         torch.testing.assert_close(maxima_R, truth(tensors, rows, inf), rtol=0, atol=0)
 
-    @pytest.mark.parametrize("p", [0.5, 3.0])
+    @pairwise("kernels", kernels=KERNELS, dtype=DTYPES, many=[False, True], p=[0.5, 3.0])
     def test_scaled_power_sums(self, kernels, dtype, many, p):
         tensors = tensors_of(dtype)
         rows = as_rows(tensors) if many else [1] * len(tensors)
@@ -76,9 +80,13 @@ class TestSums:
         torch.testing.assert_close(norms_R, truth(tensors, rows, p), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("value", [float("nan"), inf, -inf])
-@pytest.mark.parametrize("position", [0, 1, 126, 127, 128, 8191, 8999])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pairwise(
+    "kernels",
+    kernels=KERNELS,
+    dtype=DTYPES,
+    position=[0, 1, 126, 127, 128, 8191, 8999],
+    value=[float("nan"), inf, -inf],
+)
 def test_nothing_non_finite_is_lost(kernels, dtype, position, value):
     tensor = torch.ones(9000, dtype=dtype)
     tensor[position] = value
@@ -143,8 +151,8 @@ def test_a_coefficient_that_float32_cannot_hold(request):
         torch.testing.assert_close(tensor, torch.full((5,), 3.70368e-4), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("limit", [0.0, 0.25, 1e10])
+@pytest.mark.smoke
+@pairwise("kernels", kernels=KERNELS, dtype=DTYPES, limit=[0.0, 0.25, 1e10])
 def test_clamp(kernels, dtype, limit):
     extremes = [torch.tensor([inf, -inf, 0.1]), torch.tensor([float("nan"), 0.1])]
     tensors = [*tensors_of(dtype), *(t.to(dtype) for t in extremes)]
@@ -188,9 +196,13 @@ def test_more_small_tensors_than_are_gathered_at_once(monkeypatch):
     assert sums == [float(n) ** 3 for n in range(60)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2048,), (16, 128)])
-@pytest.mark.parametrize("odd", [None, 0.0, 1e-30, 1e30, inf, float("nan")])
+@pairwise(
+    "kernels",
+    kernels=KERNELS,
+    dtype=DTYPES,
+    shape=[(2048,), (16, 128)],
+    odd=[None, 0.0, 1e-30, 1e30, inf, float("nan")],
+)
 def test_tensors_of_one_shape_that_are_gathered_in_lanes(kernels, dtype, shape, odd):
     torch.manual_seed(0)
     tensors = [torch.randn(shape).to(dtype) for _ in range(200)]

@@ -16,6 +16,7 @@ from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip, clip_gra
 from gradclip.clipping.kernels import Batch, choose
 from gradclip.clipping.kernels.tables import Addresses
 from gradclip.clipping.measure import norm
+from pairwise import pairwise
 
 triton = pytest.importorskip("gradclip.clipping.kernels.triton")
 
@@ -103,24 +104,24 @@ def test_alignment_does_not_show_in_a_single_bit(kernels, dtype):
         assert len(set(sums_R)) == 1
 
 
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, inf])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing_non_finite_is_lost_wherever_it_is(kernels, dtype, p):
+@pairwise(dtype=DTYPES, p=[1.0, 2.0, 3.0, inf], value=[nan, inf, -inf])
+def test_nothing_non_finite_is_lost_wherever_it_is(kernels, dtype, p, value):
     generator = torch.Generator().manual_seed(0)
     edges = [0, 1, BLOCK - 1, BLOCK, CHUNK - 1, CHUNK, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 8]
     anywhere = torch.randint(0, 2 * CHUNK + 9, (32,), generator=generator).tolist()
-    for value in (nan, inf, -inf):
-        tensors = []
-        for position in edges + anywhere:
-            tensors.append(random(2 * CHUNK + 9, dtype, offset=position % 2))
-            tensors[-1][position] = value
-        found = measured(kernels, Batch.of(tensors), p)
-        assert all(found.isnan() if isnan(value) else found == inf), (value, found)
+    tensors = []
+    for position in edges + anywhere:
+        tensors.append(random(2 * CHUNK + 9, dtype, offset=position % 2))
+        tensors[-1][position] = value
+    found = measured(kernels, Batch.of(tensors), p)
+    assert all(found.isnan() if isnan(value) else found == inf), found
 
 
-@pytest.mark.parametrize("p", [1.0, 2.0])
-@pytest.mark.parametrize("magnitude", [1e-44, 2e-38, 1e-30, 1e-20, 1e-12, 1e12, 1e25, 3e38])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pairwise(
+    dtype=[torch.float32, torch.bfloat16],
+    magnitude=[1e-44, 2e-38, 1e-30, 1e-20, 1e-12, 1e12, 1e25, 3e38],
+    p=[1.0, 2.0],
+)
 def test_magnitudes_that_float32_sums_lose(kernels, dtype, magnitude, p):
     tensors = [
         torch.full((150,), magnitude, dtype=dtype, device=DEVICE),
@@ -173,6 +174,7 @@ class TestScale:
             assert torch.equal(tensor, wanted)
 
 
+@pytest.mark.smoke
 def test_a_coefficient_that_float32_cannot_hold(kernels):
     tensor = torch.full((100,), 3e38, device=DEVICE)
     kernels.scale_(Batch.of([tensor]), 1.23456e-42)
@@ -368,6 +370,7 @@ def test_zeroed_again_and_again_as_training_does():
         assert float(weight.grad.norm()) == pytest.approx(1.0, rel=1e-5)
 
 
+@pytest.mark.smoke
 def test_the_function_too(monkeypatch):
     monkeypatch.setenv("GRADCLIP_BACKEND", "triton")
     parameters = model()

@@ -2,12 +2,12 @@
 
 from math import inf
 
-import pytest
 import torch
 
 from gradclip.clipping.kernels import Batch, choose
 from gradclip.clipping.measure import norm
 from gradclip.clipping.measure.scopes import OneScope, OneScopeEach
+from pairwise import pairwise
 
 TENSORS = [
     torch.tensor([[3.0, 4.0], [6.0, 8.0]]),
@@ -19,9 +19,7 @@ ROWS = [2, 1, 3, 1]
 PLACES = [torch.device("cpu"), torch.device("cpu", 0), torch.device("cpu", 0), torch.device("cpu")]
 
 
-@pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0, inf])
-@pytest.mark.parametrize("per_row", [False, True])
-@pytest.mark.parametrize("backend", ["foreach", "reference"])
+@pairwise(p=[0.5, 1.0, 2.0, 3.0, inf], per_row=[False, True], backend=["foreach", "reference"])
 def test_rows_come_home_in_their_order(p, per_row, backend):
     def measured(devices):
         batch = Batch.of(TENSORS, ROWS)

@@ -16,6 +16,7 @@ from gradclip import (
     get_total_norm,
 )
 from gradclip.clipping.kernels import foreach
+from pairwise import pairwise
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 C64, C128 = torch.complex64, torch.complex128
@@ -69,15 +70,14 @@ def check_untouched(grads, max_norm, p=2.0, backend="auto"):
         assert float(result.norm_post) == float(result.norm_pre)
 
 
-@backends
-@orders
-@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=str)
+@pairwise(dtype=[F16, BF16, F32, F64], p=oracle.ORDERS, backend=oracle.BACKENDS)
 def test_ragged_tensors_of_one_dtype(dtype, p, backend):
     grads = oracle.ragged(1, dtype)
     check_clip(grads, oracle.norm(grads, p) / 3, p, backend)
     check_untouched(grads, oracle.norm(grads, p) * 1.001, p, backend)
 
 
+@pytest.mark.smoke
 @backends
 @orders
 def test_mixed_dtypes(p, backend):
@@ -85,25 +85,23 @@ def test_mixed_dtypes(p, backend):
     check_clip(grads, oracle.norm(grads, p) / 7, p, backend)
 
 
-@backends
-@orders
-@pytest.mark.parametrize("size", [1, 7, 127, 128, 129, 1000, 16383, 16384, 16385, 70_001])
+@pairwise(
+    size=[1, 7, 127, 128, 129, 1000, 16383, 16384, 16385, 70_001],
+    p=oracle.ORDERS,
+    backend=oracle.BACKENDS,
+)
 def test_one_tensor_of_any_size(size, p, backend):
     grads = [oracle.randn(size)]
     check_clip(grads, oracle.norm(grads, p) / 2, p, backend)
 
 
-@backends
-@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
-@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pairwise(dtype=[BF16, F32], p=[1.0, 2.0, math.inf], backend=oracle.BACKENDS)
 def test_three_million_elements(dtype, p, backend):
     grads = [oracle.randn(3_000_000, dtype=dtype), oracle.randn(5, dtype=dtype)]
     check_clip(grads, oracle.norm(grads, p) / 2, p, backend)
 
 
-@backends
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
-@pytest.mark.parametrize("spike", [0.0, 1e4, 1e12])
+@pairwise(spike=[0.0, 1e4, 1e12], p=[1.0, 2.0, 3.0], backend=oracle.BACKENDS)
 def test_constants_and_spikes(spike, p, backend):
     """Equal elements round the same way, and a spike hides the rest: hard for partial sums."""
     flat = torch.full((200_000,), 0.1)
@@ -134,10 +132,12 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@backends
-@pytest.mark.parametrize("p", [0.5, 1.0, 2.0, math.inf])
-@pytest.mark.parametrize("dtype", [BF16, F32, F64], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pairwise(
+    layout=list(LAYOUTS),
+    dtype=[BF16, F32, F64],
+    p=[0.5, 1.0, 2.0, math.inf],
+    backend=oracle.BACKENDS,
+)
 def test_layouts(layout, dtype, p, backend):
     base = oracle.randn(64, 50, dtype=dtype)
     view = LAYOUTS[layout](base)
@@ -154,9 +154,7 @@ def test_layouts(layout, dtype, p, backend):
     assert oracle.bits(base[surroundings]) == around, "elements between the gradient's changed"
 
 
-@backends
-@orders
-@pytest.mark.parametrize("dtype", [C64, C128], ids=str)
+@pairwise(dtype=[C64, C128], p=oracle.ORDERS, backend=oracle.BACKENDS)
 def test_complex_gradients_count_by_modulus(dtype, p, backend):
     three_four = torch.tensor([3 + 4j, 0j, -5j], dtype=dtype)
     grads = [three_four.clone(), oracle.randn(33, 3, dtype=dtype), oracle.randn(20, dtype=F32)]
@@ -186,9 +184,7 @@ def sparse(seed=0, dtype=F32):
     return torch.sparse_coo_tensor(rows, values, (9, 4), check_invariants=False)
 
 
-@backends
-@orders
-@pytest.mark.parametrize("dtype", [BF16, F32, F64], ids=str)
+@pairwise(dtype=[BF16, F32, F64], p=oracle.ORDERS, backend=oracle.BACKENDS)
 def test_sparse_gradients(dtype, p, backend):
     grads = [sparse(dtype=dtype), oracle.randn(5, dtype=dtype)]
     truth = oracle.norm([grads[0].to_dense(), grads[1]], p)
@@ -225,9 +221,7 @@ PENDING = {
 }
 
 
-@backends
-@orders
-@pytest.mark.parametrize("pending", PENDING)
+@pairwise(pending=list(PENDING), p=oracle.ORDERS, backend=oracle.BACKENDS)
 def test_a_pending_conjugation_or_sign(pending, p, backend):
     """Views instead of copies: autograd gives the first for ``w.conj()``, hooks any."""
     view = PENDING[pending]()
@@ -237,10 +231,12 @@ def test_a_pending_conjugation_or_sign(pending, p, backend):
     check_clip(grads, oracle.norm(grads, p) / 2, p, backend)
 
 
-@backends
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
-@pytest.mark.parametrize("magnitude", [1e-38, 1e-30, 1e-23, 1e-19, 1e-10, 1.0, 1e15, 1e19, 1e22])
-@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pairwise(
+    magnitude=[1e-38, 1e-30, 1e-23, 1e-19, 1e-10, 1.0, 1e15, 1e19, 1e22],
+    dtype=[BF16, F32],
+    p=[1.0, 2.0, 3.0, math.inf],
+    backend=oracle.BACKENDS,
+)
 def test_float32_magnitudes(dtype, magnitude, p, backend):
     grads = [(magnitude * (1 + oracle.randn(s).abs())).to(dtype) for s in (1, 130, 1000, 20_000)]
     params = oracle.parameters(*grads)
@@ -258,9 +254,7 @@ def test_float32_largest_and_smallest_together(p, backend):
     check_clip(grads, oracle.norm(grads, p) / 2, p, backend)
 
 
-@backends
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
-@pytest.mark.parametrize("value", [3e38, -3e38, 1.2e-38])
+@pairwise(value=[3e38, -3e38, 1.2e-38], p=[1.0, 2.0, 3.0, math.inf], backend=oracle.BACKENDS)
 def test_float32_ends_of_the_range(value, p, backend):
     grads = [torch.tensor([0.0, value])]
     result = clip(oracle.parameters(*grads), math.inf, p, backend)
@@ -297,9 +291,11 @@ def test_a_coefficient_below_the_smallest_normal_number(dtype, value, max_norm, 
     assert post >= max_norm * (1 - 1e-5)
 
 
-@backends
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
-@pytest.mark.parametrize("magnitude", [1e-300, 1e-200, 1e-160, 1e-20, 1e20, 1e153, 1e200, 1e300])
+@pairwise(
+    magnitude=[1e-300, 1e-200, 1e-160, 1e-20, 1e20, 1e153, 1e200, 1e300],
+    p=[1.0, 2.0, 3.0, math.inf],
+    backend=oracle.BACKENDS,
+)
 def test_float64_magnitudes(magnitude, p, backend):
     grads = [magnitude * (1 + oracle.randn(s, dtype=F64).abs()) for s in (1, 130, 20_000)]
     check_clip(grads, oracle.norm(grads, p) / 2, p, backend)
@@ -315,9 +311,7 @@ def test_float64_extremes_together(p, backend):
     check_clip(small, oracle.norm(small, p) / 2, p, backend)
 
 
-@backends
-@orders
-@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=str)
+@pairwise(dtype=[F16, BF16, F32, F64], p=oracle.ORDERS, backend=oracle.BACKENDS)
 def test_signed_zeros_and_subnormals_are_untouched(dtype, p, backend):
     info = torch.finfo(dtype)
     step = info.smallest_normal * info.eps
@@ -336,6 +330,7 @@ def test_a_norm_that_equals_the_limit_is_untouched(dtype, backend):
     check_untouched([torch.tensor([3.0, -4.0, -0.0], dtype=dtype)], 4.0, math.inf, backend)
 
 
+@pytest.mark.smoke
 @backends
 @orders
 def test_max_norm_zero_gives_zeros(p, backend):
@@ -372,9 +367,7 @@ def test_accumulated_gradients_of_a_model(p, backend):
         oracle.assert_bounded(after, 0.5, p)
 
 
-@backends
-@orders
-@pytest.mark.parametrize("as_tensor", [False, True])
+@pairwise(as_tensor=[False, True], p=oracle.ORDERS, backend=oracle.BACKENDS)
 def test_grad_scale_measures_what_the_gradients_really_are(as_tensor, p, backend):
     scale = 2.0**10
     factor = torch.tensor(scale) if as_tensor else scale
@@ -392,6 +385,7 @@ def test_grad_scale_measures_what_the_gradients_really_are(as_tensor, p, backend
     oracle.assert_untouched(scaled, before)
 
 
+@pytest.mark.smoke
 @backends
 @pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=str)
 def test_value_mode(dtype, backend):
@@ -443,6 +437,7 @@ def test_value_mode_with_grad_scale(backend):
     assert params[0].grad.tolist() == [1.0, -64.0, 8.0, 64.0]
 
 
+@pytest.mark.smoke
 @backends
 def test_observe_measures_and_writes_nothing(backend):
     params = oracle.parameters(*oracle.ragged(7), *oracle.ragged(8, BF16))

@@ -60,6 +60,7 @@ def parameter(gradient):
     return tensor
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_tensor_has_its_own_coefficient(backend):
     a, b = parameter(torch.tensor([3.0, 4.0])), parameter(torch.tensor([0.3, 0.4]))
@@ -73,6 +74,7 @@ def test_each_tensor_has_its_own_coefficient(backend):
     assert float(result.coefficient) == pytest.approx(0.2)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_row_has_its_own_coefficient(backend):
     matrix = parameter(torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]]))
@@ -94,6 +96,7 @@ def test_a_non_finite_row_skips_everything_and_counts_one_tensor():
     assert torch.equal(matrix.grad, torch.zeros(2, 2))
 
 
+@pytest.mark.smoke
 def test_history_sees_finite_steps_only_and_survives_a_restart():
     def run(clipper, weight, norms):
         coefficients = []

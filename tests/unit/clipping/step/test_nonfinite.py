@@ -9,13 +9,16 @@ import torch
 import oracle
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
 from gradclip.errors import GradClipError, NonFiniteGradientError, TooManySkipsError
+from pairwise import pairwise
 
 INF, NAN = math.inf, math.nan
 backends = pytest.mark.parametrize("backend", oracle.BACKENDS)
 bad_values = pytest.mark.parametrize("bad", [INF, -INF, NAN])
-orders = pytest.mark.parametrize("p", oracle.ORDERS)
-bad_dtypes = pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64], ids=str
+any_bad = pairwise(
+    dtype=[torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64],
+    p=oracle.ORDERS,
+    bad=[INF, -INF, NAN],
+    backend=oracle.BACKENDS,
 )
 
 
@@ -27,10 +30,7 @@ def poisoned(bad, dtype=torch.float32):
     return oracle.parameters(ok[0], long, ok[1], torch.tensor([1, bad, 2], dtype=dtype), ok[2])
 
 
-@backends
-@bad_values
-@orders
-@bad_dtypes
+@any_bad
 def test_skip_zeroes_every_gradient(dtype, p, bad, backend):
     params = poisoned(bad, dtype)
     grads = oracle.gradients(params)
@@ -44,10 +44,7 @@ def test_skip_zeroes_every_gradient(dtype, p, bad, backend):
         assert bool((g == 0).all())
 
 
-@backends
-@bad_values
-@orders
-@bad_dtypes
+@any_bad
 def test_propagate_returns_the_norm_and_writes_nothing(dtype, p, bad, backend):
     params = poisoned(bad, dtype)
     before = oracle.look(params)
@@ -64,6 +61,7 @@ def named(**values):
     return [(name, oracle.parameter(torch.tensor(v))) for name, v in values.items()]
 
 
+@pytest.mark.smoke
 @backends
 def test_raise_tells_what_and_where_and_changes_nothing(backend):
     pairs = named(fine=[2.5, 0.0], spoiled=[1.0] * 7)
@@ -130,6 +128,7 @@ def test_sparse_gradients_are_skipped_too(backend):
     assert all(bool((g.to_dense() == 0).all()) for g in oracle.gradients(params))
 
 
+@pytest.mark.smoke
 @backends
 def test_every_group_is_skipped_when_one_is_bad(backend):
     pairs = named(a=[NAN, 1.0], b=[3.0, 4.0])
@@ -138,10 +137,12 @@ def test_every_group_is_skipped_when_one_is_bad(backend):
     assert [p.grad.tolist() for _, p in pairs] == [[0.0, 0.0], [0.0, 0.0]]
 
 
-@backends
-@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
-@pytest.mark.parametrize("policy", [INF, ObserveClip(), NormClip(max_norm=INF, norm_type=INF)])
-@bad_values
+@pairwise(
+    bad=[INF, -INF, NAN],
+    policy=[INF, ObserveClip(), NormClip(max_norm=INF, norm_type=INF)],
+    nonfinite=["skip", "propagate"],
+    backend=oracle.BACKENDS,
+)
 def test_observing_never_writes(bad, policy, nonfinite, backend):
     params = poisoned(bad)
     before = oracle.look(params)

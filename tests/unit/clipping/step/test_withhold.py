@@ -9,10 +9,9 @@ import torch
 
 import oracle
 from gradclip import GradientClipper, withhold
+from pairwise import pairwise
 
 INF, NAN = math.inf, math.nan
-bad_values = pytest.mark.parametrize("bad", [INF, -INF, NAN])
-
 
 OPTIMIZERS = {
     "SGD": lambda ps, **k: torch.optim.SGD(ps, lr=0.1, **k),
@@ -98,6 +97,7 @@ def test_a_step_that_is_not_withheld_is_the_ordinary_one(kind, way, flag):
     assert set(vars(optimizer)) == set(vars(their_optimizer))
 
 
+@pytest.mark.smoke
 @kinds
 def test_a_parameter_that_joins_late_is_withheld_too(kind, way):
     (params, optimizer), (reference, theirs) = trainee(kind, way), trainee(kind, way)
@@ -165,8 +165,7 @@ def test_an_error_inside_leaves_nothing_behind(kind, way):
     assert everything(params, optimizer) == everything(reference, theirs)
 
 
-@kinds
-@bad_values
+@pairwise(kind=list(OPTIMIZERS), way=WAYS, bad=[INF, -INF, NAN])
 def test_a_clipped_loop_with_one_bad_batch_is_a_loop_without_it(kind, way, bad):
     finals = []
     for batches in ([1, 2, None, 3], [1, 2, 3]):

@@ -30,6 +30,7 @@ def names(root):
     return sorted(each.name for each in root.iterdir())
 
 
+@pytest.mark.smoke
 def test_a_checkpoint_says_what_it_holds(tmp_path):
     place = store.write(tmp_path, progress(12, epoch=3), fill)
     assert place == tmp_path / "epoch-0003-step-00000012"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from gradclip.diagnostics.record import read_record
+from patience import seconds
 
 KILLS = 10
 
@@ -22,7 +23,7 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_not(tmp_path):
         [sys.executable, str(script), str(tmp_path), "4", str(KILLS)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=seconds(),
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -42,6 +42,7 @@ def step(hooks, arg, *values):
     return arg
 
 
+@pytest.mark.smoke
 def test_it_is_used_as_in_the_original():
     """hooks as a list of configurations, FIFO, begin as a context manager that yields the arg."""
     torch.manual_seed(0)
@@ -88,6 +89,7 @@ def test_it_clips_in_either_order_of_registration(linear, order):
         torch.testing.assert_close(arg.model.weight.detach(), expected)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("order", ["clip first", "optimizer first"])
 def test_it_clips_once_per_step(linear, order):
     hooks = [CLIP(), OptimizerHook()]

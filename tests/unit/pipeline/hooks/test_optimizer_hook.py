@@ -27,6 +27,7 @@ def step(hooks, arg, *values):
         arg.model.weight.grad = torch.tensor([values])
 
 
+@pytest.mark.smoke
 def test_it_steps_optimizer_and_scheduler_and_drops_the_gradients(linear):
     layer = linear([1.0, 1.0])
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)

@@ -55,6 +55,7 @@ def test_the_channels_are_those_of_the_original_and_the_optimizer_step():
     assert all(isinstance(c, HookContextChannel) for c in PipelineHooks().hooks.values())
 
 
+@pytest.mark.smoke
 def test_hooks_run_in_the_order_of_registration_before_and_after():
     log = []
     hooks = PipelineHooks()

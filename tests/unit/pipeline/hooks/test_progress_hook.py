@@ -42,6 +42,7 @@ def train(linear, monkeypatch, gradients, *, enabled=True, seconds_per_step=1.0,
     return file.getvalue(), len(draws)
 
 
+@pytest.mark.smoke
 def test_it_shows_step_loss_norm_and_share_clipped(linear, monkeypatch):
     text, _ = train(linear, monkeypatch, [[3.0, 4.0], [0.0, 0.5], [0.0, 0.5], [30.0, 40.0]])
     last = [line for line in text.replace("\r", "\n").splitlines() if "4/4" in line][-1]

@@ -46,6 +46,7 @@ class Loop:
             arg.model.weight.grad = torch.tensor([gradient])
 
 
+@pytest.mark.smoke
 def test_every_optimizer_step_is_a_line(path, linear):
     loop = Loop(path, linear)
     with loop.hooks.begin("on_loop", loop.arg.copy_with_updates()):

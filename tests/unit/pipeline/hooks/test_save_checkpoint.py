@@ -71,6 +71,7 @@ def test_checkpoints_are_taken_when_they_are_due(tmp_path, config, limits, expec
     assert saved(tmp_path) == expected
 
 
+@pytest.mark.smoke
 def test_one_that_is_due_within_a_window_waits_for_its_end(tmp_path):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
     config = save(tmp_path, save_step_freq=4, save_epoch_freq=None, save_when_loop_end=False)

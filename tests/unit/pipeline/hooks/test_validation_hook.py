@@ -17,6 +17,7 @@ def seen_by(channel, count, **config):
     return seen
 
 
+@pytest.mark.smoke
 def test_it_evaluates_every_so_many_steps_and_epochs():
     assert seen_by("on_step", 7, step_eval_freq=3) == [2, 5]
     assert seen_by("on_epoch", 7, epoch_eval_freq=2) == [1, 3, 5]
