@@ -82,6 +82,21 @@ class Gradients:
         """Whether a gradient has complex elements, which have no order."""
         return bool(self._kinds.dtypes & COMPLEX)
 
+    def require_real(self) -> None:
+        """Refuse complex gradients, where elements are clamped.
+
+        Raises:
+            UnsupportedGradientError: GC020, naming the first.
+        """
+        if not self.has_complex:
+            return
+        pairs = zip(self.names, self.tensors, strict=True)
+        name, tensor = next(pair for pair in pairs if pair[1].is_complex())
+        raise UnsupportedGradientError(
+            f"the gradient of {name} is {tensor.dtype}, and complex numbers have no order to clamp "
+            "by: use NormClip for it. No gradient was changed."
+        )
+
     @property
     def has_sparse(self) -> bool:
         """Whether a gradient has to be coalesced before its elements are changed."""

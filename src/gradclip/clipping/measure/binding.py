@@ -1,0 +1,113 @@
+"""The patterns of an engine, bound to parameters and ranks, and again when those were replaced."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from gradclip.clipping.arguments import Options
+from gradclip.clipping.collect.parameters import ParameterGroup, Parameters
+from gradclip.clipping.collect.sources import ParameterSource
+from gradclip.clipping.kernels import SpecsCache
+from gradclip.clipping.measure.pattern import Pattern, rule_of
+from gradclip.clipping.policies import Policy
+from gradclip.clipping.ranks import find_peers
+from gradclip.clipping.ranks.peers import Peers, SingleProcess
+
+if TYPE_CHECKING:
+    from gradclip.clipping.ranks import Meet
+
+_EUCLIDEAN = 2.0
+
+
+class Binding:
+    """Finds the parameters of each pattern, and who holds them together with this process.
+
+    Args:
+        source: Where parameters and gradients come from.
+        policies: What bounds them, by name pattern; None leaves a pattern alone.
+        options: The checked keywords.
+        by_pattern: Whether patterns were given; otherwise there is one, of all parameters.
+        known: Recognises gradients, for all engines that share it; None for one per pattern.
+        meet: Finds the ranks of parameters; None to agree with them anew.
+    """
+
+    def __init__(
+        self,
+        source: ParameterSource,
+        policies: Mapping[str, Policy | None],
+        options: Options,
+        *,
+        by_pattern: bool,
+        known: SpecsCache | None,
+        meet: "Meet | None",
+    ) -> None:
+        self._source, self._policies, self._options = source, policies, options
+        self._known, self._meet = known, meet
+        self._parameters = Parameters(source, list(policies) if by_pattern else None)
+        self._rules = {
+            name: None if policy is None else rule_of(policy) for name, policy in policies.items()
+        }
+        orders = {policy.order for policy in policies.values() if policy}
+        self.total_order = orders.pop() if len(orders) == 1 else _EUCLIDEAN
+        """p of the norm of all patterns together."""
+        self.patterns: list[Pattern] = []
+        """Those that have a policy, in order."""
+        self.peers: Peers = SingleProcess()
+        """The processes that hold the parameters."""
+        self._groups: dict[str, ParameterGroup] | None = None
+
+    def find(self, *, anew: bool) -> Peers:
+        """Bind to the parameters that there are now, where they were replaced.
+
+        Args:
+            anew: Look in any case who holds them, where nobody else did so far.
+
+        Raises:
+            ArgumentValueError: GC010, for a pattern that matches nothing, or ranks that disagree.
+        """
+        groups = self._parameters.groups()
+        if groups is not self._groups or (anew and self.peers.is_single):
+            self.peers = self._find_peers(groups)
+            self._bind(groups)
+        elif any(pattern.is_outdated for pattern in self.patterns):
+            self._bind(groups)
+        return self.peers
+
+    def bounded(self) -> list[Tensor]:
+        """Return the parameters that have a policy, in the order that all ranks have."""
+        return [tensor for pattern in self.patterns for tensor in pattern.parameters.parameters]
+
+    def every(self) -> list[Tensor]:
+        """Return the first parameter of each pattern, those without a policy too."""
+        groups = self._parameters.groups().values()
+        return [group.parameters[0] for group in groups if group.parameters]
+
+    def _find_peers(self, groups: dict[str, ParameterGroup]) -> Peers:
+        options = self._options
+        if not (options.partitioned or options.duplicated):
+            self._parameters.require_matches()
+        return find_peers(
+            self._source,
+            groups,
+            self._rules,
+            options=options.in_words,
+            total_order=self.total_order,
+            partitioned=options.partitioned,
+            duplicated=options.duplicated,
+            meet=self._meet,
+        )
+
+    def _bind(self, groups: dict[str, ParameterGroup]) -> None:
+        known = {pattern.name: pattern.known for pattern in self.patterns}
+        self._groups = groups
+        self.patterns = [
+            Pattern(
+                policy,
+                groups[name],
+                self.peers.share(name),
+                self._known or known.get(name) or SpecsCache(),
+            )
+            for name, policy in self._policies.items()
+            if policy is not None
+        ]
