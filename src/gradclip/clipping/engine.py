@@ -21,6 +21,7 @@ from gradclip.clipping.measure.binding import Binding
 from gradclip.clipping.measure.exchange import exchange_maxima, exchange_sums
 from gradclip.clipping.measure.group import Found, Group, read, read_again
 from gradclip.clipping.measure.norm import Sums, combine
+from gradclip.clipping.measure.pattern import Pattern
 from gradclip.clipping.policies import Decision, Measurement, Policy
 from gradclip.clipping.policies.checks import check_decision, check_skip_is_shared
 from gradclip.clipping.ranks.peers import Peers
@@ -66,17 +67,14 @@ class _Decided:
         bounded: Whether nothing was found in a pattern that its policy cannot bound.
         committed: Whether nothing forbids the step: no NaN, no infinity, no error on any rank.
         unwanted: Whether a policy asks to skip the step.
+        made: Whether the step is made: committed, and not unwanted.
     """
 
     decisions: list[Decision]
     bounded: list[Flag]
     committed: Flag
     unwanted: Flag
-
-    @property
-    def made(self) -> Flag:
-        """Whether the step is made."""
-        return all_of([self.committed, negated(self.unwanted)])
+    made: Flag
 
 
 class Engine:
@@ -140,9 +138,13 @@ class Engine:
         while sound is None:  # again where ranks had to agree on placements first
             step = self._collect(grad_scale, peers)
             found = self._measure(step, peers)
-            sound, found = exchange_sums(peers, step.groups, found, self._step_tag(step))
+            sound = True
+            if not peers.is_single:
+                sound, found = exchange_sums(peers, step.groups, found, self._step_tag(step))
         norms = [step.unscaled(each.norm) for each in found]
-        peers.compare([g.gradients for g in step.groups], norms, self._histories.tensors())
+        if not peers.is_single:
+            gradients = [group.gradients for group in step.groups]
+            peers.compare(gradients, norms, self._histories.tensors())
 
         decided = self._decide(step, found, norms, sound)
         self._judge.judge(
@@ -152,10 +154,12 @@ class Engine:
             committed=decided.committed,
             unwanted=decided.unwanted,
             overflow_expected=overflow_expected,
+            may_skip=self._binding.may_skip,
             peers=peers,
             step=self.step,
         )
-        self._commit(step, decided)
+        if self._binding.asks:
+            self._commit(step, decided)
 
         results = [
             self._apply(step, decided, number, found[number], norms[number], defer=defer_scaling)
@@ -191,7 +195,8 @@ class Engine:
                 device = result_device_of(devices or known)
             if isinstance(scale, Tensor):
                 scale = scale.to(device)
-            self._prepare_histories(device)
+            if self._binding.asks:
+                self._prepare_histories(device)
             groups = collected
         assert device is not None
         return _Step(groups, device, scale)
@@ -200,9 +205,9 @@ class Engine:
         """Refuse gradients that cannot be clipped together, before any is written."""
         self._check_disjoint([group.gradients for group in groups])
         for group in groups:
-            if group.policy.element_limit is not None:
+            if group.of.element_limit is not None:
                 group.gradients.require_real()
-            if group.policy.writes:
+            if group.of.writes:
                 self._role.check(self._marked(group))
         has_gradients = any(group.gradients.tensors for group in groups)
         if not (self._warned or has_gradients) and self._binding.every():
@@ -226,7 +231,7 @@ class Engine:
 
     def _mark(self, step: _Step) -> None:
         for group in step.groups:
-            if group.policy.writes:
+            if group.of.writes:
                 self._role.mark(self._marked(group), group.policy)
 
     # measure
@@ -243,6 +248,8 @@ class Engine:
                 if not peers.is_single:
                     each = self._clamping.foresee(group, each, step.scale, step.device)
                 found.append(each)
+        if not self._binding.reads_twice:
+            return found
         found = exchange_maxima(peers, found)
         with peers.guarding():
             return [
@@ -266,11 +273,11 @@ class Engine:
     ) -> _Decided:
         """Ask each policy, but for those that numbers say completely."""
         bounded = [
-            each.is_bounded(group.policy, norms_S)
+            each.is_bounded(group.of, norms_S)
             for group, each, norms_S in zip(step.groups, found, norms, strict=True)
         ]
         # What only measures forbids no step.
-        writing = [b for group, b in zip(step.groups, bounded, strict=True) if group.policy.writes]
+        writing = [b for group, b in zip(step.groups, bounded, strict=True) if group.of.writes]
         committed = all_of([sound, *writing])
         decisions = []
         for group, each, norms_S in zip(step.groups, found, norms, strict=True):
@@ -281,8 +288,11 @@ class Engine:
             elif decision is None:
                 decision = self._ask(step, group, each, norms_S, committed)
             decisions.append(decision)
-        unwanted = any_of([as_known(decision.skip) for decision in decisions])
-        return _Decided(decisions, bounded, committed, unwanted)
+        unwanted: Flag = False
+        if self._binding.may_skip:
+            unwanted = any_of([as_known(decision.skip) for decision in decisions])
+        made = all_of([committed, negated(unwanted)])
+        return _Decided(decisions, bounded, committed, unwanted, made)
 
     def _ask(
         self, step: _Step, group: Group, found: Found, norms_S: Tensor, committed: Flag
@@ -311,7 +321,7 @@ class Engine:
         made = decided.made
         new = {
             # The history of what only measures sees no NaN either.
-            group.of.name: (decision.state, made if group.policy.writes else all_of([made, fine]))
+            group.of.name: (decision.state, made if group.of.writes else all_of([made, fine]))
             for group, decision, fine in zip(
                 step.groups, decided.decisions, decided.bounded, strict=True
             )
@@ -333,29 +343,29 @@ class Engine:
     ) -> ClipResult:
         """Scale or clamp the gradients of a pattern, and say what was done."""
         group, decision = step.groups[number], decided.decisions[number]
-        policy, committed, unwanted = group.policy, decided.committed, decided.unwanted
+        pattern, committed, unwanted = group.of, decided.committed, decided.unwanted
         dtype, guard = self._binding.peers.precision(group.gradients)
-        zeroes = self._skips or (not self._by_pattern and _is_zero(policy, decision))
+        zeroes = self._skips or (not self._by_pattern and _is_zero(pattern, decision))
         coefficients = Coefficients(
             self._backends,
             norms_S,
             decision,
             committed,
-            unwanted if policy.writes else False,
+            unwanted if pattern.writes else False,
             guard=guard,
-            skipped_coefficient=0.0 if zeroes and policy.writes else 1.0,
+            skipped_coefficient=0.0 if zeroes and pattern.writes else 1.0,
         )
         thresholds, clamped, left_S = decision.thresholds, None, None
-        if policy.element_limit is not None:
-            thresholds = policy.element_limit
+        if pattern.element_limit is not None:
+            thresholds = pattern.element_limit
             clamped, left_S = self._clamping.finish(
                 group, found, norms_S, step.scale, bounded=committed, unwanted=unwanted
             )
-        deferred = defer and self._can_defer(policy, coefficients, dtype)
-        if policy.writes and not deferred:
+        deferred = defer and self._can_defer(pattern, coefficients, dtype)
+        if pattern.writes and not deferred:
             scale_gradients(self._backends, group.gradients, coefficients, group.rows)
         withheld: Flag = False
-        if policy.writes:
+        if pattern.writes:
             withheld = negated(decided.made) if self._skips else unwanted
         return ClipResult(
             measured_S=norms_S,
@@ -363,19 +373,20 @@ class Engine:
             coefficients=coefficients,
             withheld=withheld,
             tensor_sums_T=found.tensor_sums_T,
-            norm_type=policy.order,
+            norm_type=pattern.order,
             dtype=dtype,
-            scopes=group.of.scope_names,
+            scopes=pattern.scope_names,
             clamped=clamped,
             left_S=left_S,
             nonfinite_on_ranks=found.nonfinite,
             deferred=deferred,
-            policy_may_skip=any(each.may_skip for each in self._binding.patterns),
+            policy_may_skip=self._binding.may_skip,
         )
 
-    def _can_defer(self, policy: Policy, coefficients: Coefficients, dtype: torch.dtype) -> bool:
+    def _can_defer(self, pattern: Pattern, coefficients: Coefficients, dtype: torch.dtype) -> bool:
         """Return whether an optimizer's scale, in float32, can have the one coefficient in it."""
-        if self._by_pattern or policy.scope != "group" or policy.element_limit is not None:
+        whole = pattern.policy.scope == "group" and pattern.element_limit is None
+        if self._by_pattern or not whole:
             return False
         number = coefficients.number
         return dtype is torch.float32 and (number is None or not 0 < number < _COARSE)
@@ -427,10 +438,10 @@ def _pattern_norm(step: _Step, group: Group, found: Found, norms_S: Tensor) -> T
     """Return the norm of all parameters of a pattern, on all ranks: 0-d."""
     if found.pattern_norm is not None:
         return step.unscaled(found.pattern_norm)[0]
-    return combine(norms_S, group.policy.order)
+    return combine(norms_S, group.of.order)
 
 
-def _is_zero(policy: Policy, decision: Decision) -> bool:
+def _is_zero(pattern: Pattern, decision: Decision) -> bool:
     """Return whether gradients are set to zero in any case, whatever they are."""
-    limit = decision.targets if policy.element_limit is None else policy.element_limit
+    limit = decision.targets if pattern.element_limit is None else pattern.element_limit
     return not isinstance(limit, Tensor) and limit == 0

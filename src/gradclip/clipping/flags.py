@@ -1,6 +1,6 @@
 """Flags that cost nothing: a bool where the host knows it, a 0-d bool tensor elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TypeAlias
 
 import torch
@@ -38,19 +38,27 @@ def negated(flag: Flag) -> Flag:
     return not flag if isinstance(flag, bool) else ~flag
 
 
-def all_of(flags: Sequence[Flag]) -> Flag:
+def all_of(flags: Iterable[Flag]) -> Flag:
     """Return whether all are true: as bool where that is known without reading a tensor."""
-    tensors = [flag for flag in flags if not isinstance(flag, bool)]
-    known = all(flag for flag in flags if isinstance(flag, bool))
-    if not (tensors and known):
-        return known
+    tensors = []
+    for flag in flags:
+        if flag is False:
+            return False
+        if flag is not True:
+            tensors.append(flag)
+    if not tensors:
+        return True
     return tensors[0] if len(tensors) == 1 else torch.stack(tensors).all()
 
 
-def any_of(flags: Sequence[Flag]) -> Flag:
+def any_of(flags: Iterable[Flag]) -> Flag:
     """Return whether any is true: as bool where that is known without reading a tensor."""
-    tensors = [flag for flag in flags if not isinstance(flag, bool)]
-    known = any(flag for flag in flags if isinstance(flag, bool))
-    if not tensors or known:
-        return known
+    tensors = []
+    for flag in flags:
+        if flag is True:
+            return True
+        if flag is not False:
+            tensors.append(flag)
+    if not tensors:
+        return False
     return tensors[0] if len(tensors) == 1 else torch.stack(tensors).any()

@@ -163,18 +163,18 @@ class Clamping:
     @staticmethod
     def _norm_here(group: Group, found: Found) -> Tensor:
         """Return the norm of the gradients that are on this rank, (1,): p is 1 or 2 on ranks."""
-        return by_scope(group.policy.order, found.norm.rows_RA, OneScope()).norms()
+        return by_scope(group.of.order, found.norm.rows_RA, OneScope()).norms()
 
     @staticmethod
     def _leaves_alone(group: Group, norms_S: Tensor, device: torch.device) -> bool:
-        limit = group.policy.element_limit
+        limit = group.of.element_limit
         return limit is not None and not flags.host_waits_for(device) and _is_within(limit, norms_S)
 
 
 def _limit(group: Group, scale: float | Tensor | None) -> float | Tensor | None:
     """Return the limit of each element as it is now, still multiplied by the scale."""
-    limit = group.policy.element_limit
-    if limit is None or not group.policy.writes:
+    limit = group.of.element_limit
+    if limit is None or not group.of.writes:
         return None
     return limit if scale is None else limit * scale
 

@@ -9,6 +9,7 @@ from gradclip.clipping.arguments import Options
 from gradclip.clipping.collect.parameters import ParameterGroup, Parameters
 from gradclip.clipping.collect.sources import ParameterSource
 from gradclip.clipping.kernels import SpecsCache
+from gradclip.clipping.measure.norm import reads_twice
 from gradclip.clipping.measure.pattern import Pattern, rule_of
 from gradclip.clipping.policies import Policy
 from gradclip.clipping.ranks import find_peers
@@ -53,9 +54,17 @@ class Binding:
         """p of the norm of all patterns together."""
         self.patterns: list[Pattern] = []
         """Those that have a policy, in order."""
+        self.may_skip = False
+        """Whether a policy may ask to skip a step."""
+        self.asks = False
+        """Whether a policy is asked at each step, and may have a history."""
+        orders = {self.total_order, *(policy.order for policy in policies.values() if policy)}
+        self.reads_twice = any(map(reads_twice, orders))
+        """Whether a norm needs the largest modulus first; the same on all ranks."""
         self.peers: Peers = SingleProcess()
         """The processes that hold the parameters."""
         self._groups: dict[str, ParameterGroup] | None = None
+        self._by_unit = False
 
     def find(self, *, anew: bool) -> Peers:
         """Bind to the parameters that there are now, where they were replaced.
@@ -70,7 +79,7 @@ class Binding:
         if groups is not self._groups or (anew and self.peers.is_single):
             self.peers = self._find_peers(groups)
             self._bind(groups)
-        elif any(pattern.is_outdated for pattern in self.patterns):
+        elif self._by_unit and any(pattern.is_outdated for pattern in self.patterns):
             self._bind(groups)
         return self.peers
 
@@ -111,3 +120,6 @@ class Binding:
             for name, policy in self._policies.items()
             if policy is not None
         ]
+        self._by_unit = any(pattern.by_unit for pattern in self.patterns)
+        self.may_skip = any(pattern.may_skip for pattern in self.patterns)
+        self.asks = any(pattern.limit is None for pattern in self.patterns)

@@ -28,6 +28,7 @@ class Group:
 
     Args:
         of: The pattern.
+        policy: What bounds it.
         gradients: Those that exist.
         rows: Which scope each of their rows has.
         total_order: p of the norm of all patterns together.
@@ -37,17 +38,13 @@ class Group:
     """
 
     of: Pattern
+    policy: Policy
     gradients: Gradients
     rows: RowMap
     total_order: float
     together: RowMap | None = None
     weights: Gradients | None = None
     weight_rows: RowMap | None = None
-
-    @property
-    def policy(self) -> Policy:
-        """What bounds it."""
-        return self.of.policy
 
     @classmethod
     def collect(cls, pattern: Pattern, total_order: float) -> "Group":
@@ -65,9 +62,11 @@ class Group:
         rows = pattern.scopes.row_map(present)
         together = None if pattern.as_one is None else pattern.as_one.row_map(present)
         if not (pattern.policy.needs_weight_norms and pattern.limit is None):
-            return cls(pattern, gradients, rows, total_order, together)
+            return cls(pattern, pattern.policy, gradients, rows, total_order, together)
         weights, weight_rows = pattern.weights(), pattern.scopes.row_map(None)
-        return cls(pattern, gradients, rows, total_order, together, weights, weight_rows)
+        return cls(
+            pattern, pattern.policy, gradients, rows, total_order, together, weights, weight_rows
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,16 +116,16 @@ class Found:
         every: dict[str, Any] = {"total": sums["norm"], **sums}
         return replace(self, **every)
 
-    def is_bounded(self, policy: Policy, norms_S: Tensor) -> Flag:
+    def is_bounded(self, pattern: Pattern, norms_S: Tensor) -> Flag:
         """Return whether nothing was found that the policy cannot bound.
 
         Args:
-            policy: A policy that clamps bounds infinities.
+            pattern: Its policy: one that clamps bounds infinities.
             norms_S: Norms of its scopes.
         """
         if self.unbounded is not None:
             return as_known(self.unbounded == 0)
-        clamps = policy.element_limit is not None
+        clamps = pattern.element_limit is not None
         if flags.host_waits_for(norms_S.device):
             return (~norms_S.isnan() if clamps else norms_S < inf).all()
         return not any(isnan(norm) if clamps else not norm < inf for norm in norms_S.tolist())
@@ -143,7 +142,7 @@ def read(
         device: That of the results.
         clamped: What clamping found, which spares the read for p = 2.
     """
-    order, gradients, rows = group.policy.order, group.gradients, group.rows
+    order, gradients, rows = group.of.order, group.gradients, group.rows
     sums_RA = None if clamped is None or order != _EUCLIDEAN else clamped.before_RA
     norm = read_sums(backends, gradients.measured(order), device, order, rows, sums_RA)
     total = norm

@@ -41,6 +41,8 @@ class Pattern:
             None if self.limit is None else Decision(self.limit.threshold, self.limit.target)
         )
         """The decision of a policy that is not asked at each step."""
+        self.order, self.element_limit = policy.order, policy.element_limit
+        self.writes = policy.writes
         self.may_skip = self.limit is None or self.limit.skip_above < inf
         """Whether the policy may ask to skip a step."""
         self.by_unit = policy.scope == "unit"

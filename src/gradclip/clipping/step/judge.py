@@ -46,6 +46,7 @@ class Judge:
         committed: Flag,
         unwanted: Flag,
         overflow_expected: bool,
+        may_skip: bool,
         peers: Peers,
         step: int,
     ) -> None:
@@ -58,6 +59,7 @@ class Judge:
             committed: Whether nothing forbids the step, on any rank.
             unwanted: Whether a policy asks to skip it.
             overflow_expected: A loss scaler answers for an overflow.
+            may_skip: Whether a policy may ask to skip a step at all.
             peers: The ranks that an error tells of.
             step: Which call it is.
 
@@ -68,7 +70,7 @@ class Judge:
         if self._nonfinite == "raise" and not all(map(bool, bounded)):
             raise nonfinite_error(self._report(groups, decisions, peers, step))
         skips = self._nonfinite == "skip"
-        if not (skips or any(group.of.may_skip for group in groups)):
+        if not (skips or may_skip):
             return
         skipped = any_of([negated(committed), unwanted]) if skips else unwanted
         if self.skips.record(skipped, unwanted, expected=overflow_expected):
