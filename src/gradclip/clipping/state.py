@@ -284,7 +284,7 @@ def read_state(state: object, own: Mapping[str, Any]) -> SavedState:
     """Read a saved state.
 
     Args:
-        state: What somebody wants to load. Version 1 is read where it holds no history.
+        state: What a user wants to load. Version 1 is read where it holds no history.
         own: The state of the clipper that should load it.
 
     Raises:

@@ -36,7 +36,7 @@ _MODULE = re.compile(_DOTTED)
 _CLASS = re.compile(f"(?P<module>{_DOTTED}):(?P<qualname>{_DOTTED})")
 _SHOWN_CHARACTERS = 100
 
-# Weak, so that a class that nobody else holds can go.
+# Weak, so that a class that is not used any more can be freed.
 _registry: WeakValueDictionary[str, type] = WeakValueDictionary()
 _configurations: WeakKeyDictionary[type, ref[type]] = WeakKeyDictionary()
 
@@ -84,7 +84,7 @@ def class_name(cls: type) -> str:
 def resolve(
     name: str, allow: Collection[str] = (), known: Mapping[str, type] | None = None
 ) -> type:
-    """Find the class that a file names, without importing anything that nobody vouched for.
+    """Find the class that a file names, without importing anything that was not allowed.
 
     Args:
         name: ``module:qualname``.

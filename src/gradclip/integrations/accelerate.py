@@ -101,7 +101,7 @@ class AcceleratorClipper:
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the last optimizer step was not made, by whoever's doing; reads the device.
+        """Whether the last optimizer step was not made, for any reason; reads the device.
 
         Ask after ``optimizer.step()``. ``accelerator.optimizer_step_was_skipped`` alone does not
         know of a step that clipping skipped, nor of a fused optimizer's overflow.

@@ -80,7 +80,7 @@ class OwnedStep:
 
         Args:
             scaler: A ``GradScaler``, or None.
-            unscale: Whether to unscale; otherwise somebody does before this is called.
+            unscale: Whether to unscale; otherwise the caller has done so.
         """
         self._begin()
         if unscale:
@@ -117,7 +117,7 @@ class OwnedStep:
         """End the step: give back what withholding it took.
 
         Args:
-            made: Whether the step was made, for the loss scaler; None where nobody can tell.
+            made: Whether the step was made, for the loss scaler; None where it is not known.
         """
         self._taken.close()
         if made is not None and self._scaled:
@@ -129,6 +129,6 @@ class OwnedStep:
         release(self.optimizer, self._owner)
 
     def _begin(self) -> None:
-        self._taken.close()  # where the last step raised, nobody did
+        self._taken.close()  # the last step may have raised
         if not self._claims and self.clipper.writes:
             check_unclaimed(self.optimizer, self._owner, self._label)

@@ -106,7 +106,7 @@ class GradientClippingHook(theirs.PipelineHooks):  # type: ignore[misc]
             if arg.clip_result is not None:
                 self._decide(arg, arg.clip_result)
         except BaseException:
-            self._broken = True  # nobody drops the gradients
+            self._broken = True  # the gradients stay
             raise
         finally:
             # An error that was kept would keep its frames alive, and the tensors in them.

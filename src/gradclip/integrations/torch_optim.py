@@ -144,7 +144,7 @@ class Attachment:
         if self._under_way is not None:
             if _is_within(step, self._under_way):
                 return  # step() calls that of its base class, whose hooks are the same
-            self._end()  # the last step raised, so nobody did
+            self._end()  # the last step raised
         _check_call(args, kwargs)
         scale, found_inf = _attributes(optimizer)
         self._see_floor(scale)

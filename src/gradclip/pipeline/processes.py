@@ -41,16 +41,16 @@ class AllProcesses:
             CheckpointError: GC301, on the processes that have none of their own.
         """
         if self._accelerator.num_processes == 1:
-            said = [None if error is None else (0, "")]
+            problems = [None if error is None else (0, "")]
         else:
             from accelerate.utils import gather_object  # noqa: PLC0415 - not for one process
 
             index = self._accelerator.process_index
             mine = None if error is None else (index, f"{type(error).__name__}: {error}")
-            said = gather_object([mine])
+            problems = gather_object([mine])
         if error is not None:
             raise error
-        for number, words in filter(None, said):
+        for number, words in filter(None, problems):
             raise CheckpointError(f"process {number} failed, so no process goes on: {words}")
 
 

@@ -190,7 +190,7 @@ def as_gradients(
     """
     there = [gradient is not None for gradient in found]
     present = None if all(there) else there
-    tensors = [filled(gradient) for gradient in found if gradient is not None]
+    tensors = [wait_for(gradient) for gradient in found if gradient is not None]
     dims = list(compress(group.unit_dims, there)) if by_unit else None
     specs = known.find(tensors)
     if specs is None:
@@ -208,8 +208,8 @@ def _rows(tensors: list[Tensor], unit_dims: list[int] | None) -> list[int] | Non
     return [tensor.shape[dim] if tensor.dim() > 1 else 1 for tensor, dim in pairs]
 
 
-def filled(tensor: Tensor) -> Tensor:
-    """Return a tensor that an asynchronous collective may still be filling, once it is filled."""
+def wait_for(tensor: Tensor) -> Tensor:
+    """Return a tensor once an asynchronous collective that fills it has ended."""
     if type(tensor) is Tensor or not hasattr(tensor, "trigger_wait"):
         return tensor
     done: Tensor = tensor.wait()  # type: ignore[attr-defined]

@@ -125,17 +125,17 @@ def choose(backend: str) -> Backends:
     """
     if not isinstance(backend, str):
         raise ArgumentTypeError(f"backend={backend!r}: expected a string")
-    said = f"backend={backend!r}"
+    label = f"backend={backend!r}"
     if backend == "auto" and os.environ.get("GRADCLIP_BACKEND"):
         backend = os.environ["GRADCLIP_BACKEND"]
-        said = f"GRADCLIP_BACKEND={backend!r}"
+        label = f"GRADCLIP_BACKEND={backend!r}"
     if backend not in ("auto", *_BACKENDS):
         raise ArgumentValueError(
-            f"{said} is unknown: expected 'auto', {', '.join(map(repr, _BACKENDS))}"
+            f"{label} is unknown: expected 'auto', {', '.join(map(repr, _BACKENDS))}"
         )
     if backend == "triton" and find_spec("triton") is None:
         raise ArgumentValueError(
-            f"{said} needs Triton, which is not installed: pip install triton, or use 'auto'"
+            f"{label} needs Triton, which is not installed: pip install triton, or use 'auto'"
         )
     return Backends(backend)
 

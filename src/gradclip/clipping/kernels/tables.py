@@ -15,7 +15,7 @@ from gradclip.clipping.kernels.device import is_capturing, stream_of
 from gradclip.errors import CaptureError
 
 _CAPTURED: list[Tensor] = []
-"""Memory that captured graphs read at each replay, and that nobody may be given therefore."""
+"""Memory that captured graphs read at each replay, so that it is never freed."""
 
 
 class Table:

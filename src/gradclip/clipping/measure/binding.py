@@ -70,7 +70,7 @@ class Binding:
         """Bind to the parameters that there are now, where they were replaced.
 
         Args:
-            anew: Look in any case who holds them, where nobody else did so far.
+            anew: Look again who holds them, if it was this process alone so far.
 
         Raises:
             ArgumentValueError: GC010, for a pattern that matches nothing, or ranks that disagree.

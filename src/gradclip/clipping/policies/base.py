@@ -123,8 +123,8 @@ class Policy(Config, ABC):
     scope: ClassVar[Scope]
     """What has a norm and a coefficient of its own. "group": all gradients of a pattern together.
     "tensor": each tensor. "unit": each index of a tensor's output dimension, which is dimension 1
-    for the weight of a transposed convolution and 0 elsewhere; a vector is one unit. Where it is
-    not said it is "group"; a policy that allows the choice makes it a field. On several ranks
+    for the weight of a transposed convolution and 0 elsewhere; a vector is one unit. The
+    default is "group"; a policy that allows the choice makes it a field. On several ranks
     the scopes "tensor" and "unit" are those that this rank has a part of."""
 
     needs_weight_norms: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""What the first answer of a policy is checked for: mistakes of its author, said in words."""
+"""What the first answer of a policy is checked for: mistakes of its author, in plain words."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

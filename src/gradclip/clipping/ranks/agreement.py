@@ -37,7 +37,7 @@ class Facts:
     error: str | None
 
 
-def acquainted(dimensions: Sequence[Dimension], facts: Facts) -> dict[int, Facts]:
+def gather_facts(dimensions: Sequence[Dimension], facts: Facts) -> dict[int, Facts]:
     """Return what every rank says that is reached over some dimensions, by rank.
 
     A second round reaches those whom other ranks came to know only in the first.
@@ -49,18 +49,18 @@ def acquainted(dimensions: Sequence[Dimension], facts: Facts) -> dict[int, Facts
     return gathered(dimensions, known)
 
 
-def check_agreement(said: Mapping[int, Facts]) -> None:
+def check_agreement(known: Mapping[int, Facts]) -> None:
     """Raise on every rank if they do not mean the same thing.
 
     Raises:
         ArgumentValueError: GC010, they differ, a pattern matches nothing anywhere, or a rank has
             arguments that cannot be.
     """
-    for rank, each in said.items():
+    for rank, each in known.items():
         if each.error is not None:
             raise ArgumentValueError(f"rank {rank} cannot make its clipper: {each.error}")
-    first, expected = next(iter(said.items()))
-    for rank, other in said.items():
+    first, expected = next(iter(known.items()))
+    for rank, other in known.items():
         if other.policies != expected.policies:
             raise _disagreement("policies", first, rank, expected.policies, other.policies)
         for mesh in expected.parameters.keys() | other.parameters.keys():
@@ -73,18 +73,18 @@ def check_agreement(said: Mapping[int, Facts]) -> None:
                     f"{count} of them, checksum {check:08x}" for count, check in (wanted, seen)
                 ]
                 raise _disagreement("parameters", first, rank, *words)
-    nowhere = frozenset.intersection(*(other.unmatched for other in said.values()))
+    nowhere = frozenset.intersection(*(other.unmatched for other in known.values()))
     for argument, pattern in sorted(nowhere):
         raise ArgumentValueError(
             f"the pattern {pattern!r} of {argument} matches no parameter on any of the ranks "
-            f"{list(said)[:_SHOWN]} (or earlier patterns took all of them)"
+            f"{list(known)[:_SHOWN]} (or earlier patterns took all of them)"
         )
-    outlines = {rank: each.outline for rank, each in said.items()}
+    outlines = {rank: each.outline for rank, each in known.items()}
     strangers = {r for each in outlines.values() for mesh in each.foreign for r in mesh}
-    if not strangers <= said.keys() or not connected(outlines):
+    if not strangers <= known.keys() or not connected(outlines):
         raise ArgumentValueError(
-            f"ranks {list(said)[:_SHOWN]} hold parameters together, and others are on ranks "
-            f"{sorted(strangers - said.keys())[:_SHOWN]}, so that no norm is of all of them. Name "
+            f"ranks {list(known)[:_SHOWN]} hold parameters together, and others are on ranks "
+            f"{sorted(strangers - known.keys())[:_SHOWN]}, so that no norm is of all of them. Name "
             'the group of all ranks: partitioned={"*": dist.group.WORLD}.'
         )
 

@@ -46,7 +46,7 @@ class PatternShare:
 
     Args:
         weights: How much of each parameter is counted here: one over the number of its copies.
-        elements: Elements of the pattern on all ranks; None if nobody needs it.
+        elements: Elements of the pattern on all ranks; None if no policy needs it.
         row_starts: The index of the first row here among all rows, of each parameter.
     """
 

@@ -75,7 +75,7 @@ class Ranks:
         doubles: Whether any rank has float64 parameters.
         singles: Whether any rank has others.
         result_device: Device of small results, the same at every step.
-        replicas: The process group whose ranks hold everything alike, if somebody told; else all.
+        replicas: The process group whose ranks hold everything alike, if it is known; else all.
     """
 
     is_single = False

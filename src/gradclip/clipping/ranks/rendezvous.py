@@ -11,7 +11,7 @@ from gradclip.clipping.collect.parameters import ParameterGroup
 from gradclip.clipping.collect.shards import global_offset, local_part
 from gradclip.clipping.collect.sources import ParameterSource
 from gradclip.clipping.kernels.device import result_device_of
-from gradclip.clipping.ranks.agreement import Facts, acquainted, check_agreement
+from gradclip.clipping.ranks.agreement import Facts, check_agreement, gather_facts
 from gradclip.clipping.ranks.dimension import gathered
 from gradclip.clipping.ranks.fsdp1 import is_flattened
 from gradclip.clipping.ranks.peers import PatternShare, Rule
@@ -64,7 +64,7 @@ class Rendezvous:
         )
         error = survey.error or _unable(bounded.values())
         facts = self._facts(groups, survey, parameters, error, agree=agree)
-        everyone = acquainted(survey.dimensions, facts) if agree else None
+        everyone = gather_facts(survey.dimensions, facts) if agree else None
         if error is not None:
             raise error
         if everyone is not None:

@@ -69,7 +69,7 @@ class Topology:
 
 
 class Declared:
-    """Process groups that somebody declared for names of parameters.
+    """Process groups that a user declared for names of parameters.
 
     Args:
         argument: What the argument is called.
@@ -192,9 +192,9 @@ class Survey:
                 continue
             spec: Any = getattr(parameter, "_spec", None)
             placements = None if spec is None else tuple(map(str, spec.placements))
-            said = f"{name} {tuple(parameter.shape)} {parameter.dtype} {placements}"
+            label = f"{name} {tuple(parameter.shape)} {parameter.dtype} {placements}"
             count, checksum = found.get(each.mesh, (0, 0))
-            found[each.mesh] = count + 1, zlib.crc32(said.encode(), checksum)
+            found[each.mesh] = count + 1, zlib.crc32(label.encode(), checksum)
         return found
 
     def settle(self, outlines: Mapping[int, Outline] | None) -> Topology:
@@ -231,8 +231,8 @@ class Survey:
             for number in numbers:
                 # Stages may call what they tie by different names.
                 name = "" if found.copies > 1 else self._names[number] or number
-                said = f"{name} {tuple(self._parameters[number].shape)}"
-                checksum = zlib.crc32(said.encode(), checksum)
+                label = f"{name} {tuple(self._parameters[number].shape)}"
+                checksum = zlib.crc32(label.encode(), checksum)
             parts[key] = found, (found.position, len(numbers), checksum)
         return parts
 
@@ -326,7 +326,7 @@ class Survey:
         return self._known[group]
 
     def _number(self, group: ProcessGroup) -> int:
-        """Number a group; groups of the same ranks are one dimension, whoever made them."""
+        """Number a group; process groups of the same ranks are one dimension."""
         dimension = self._dimension(group)
         if dimension.ranks not in self._numbers:
             self._numbers[dimension.ranks] = len(self.dimensions)

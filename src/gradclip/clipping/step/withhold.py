@@ -111,7 +111,7 @@ def _takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
 
 @contextmanager
 def _found_inf(optimizer: Any, skipped: Tensor) -> Iterator[None]:
-    """Set ``found_inf``, to exactly 1 whoever asked for it, and put back what was there."""
+    """Set ``found_inf`` to exactly 0 or 1, and put back what was there."""
     before = getattr(optimizer, "found_inf", None)
     flag = skipped.to(torch.float32).reshape(())
     if isinstance(before, Tensor):

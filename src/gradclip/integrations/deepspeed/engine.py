@@ -152,7 +152,7 @@ def engine_of(accelerator: "Accelerator | None", model: object) -> Any:
                 "accelerator.prepare(model, optimizer, ...) with the objects of the loop."
             )
         return wrapped.engine
-    deepspeed = sys.modules.get("deepspeed")  # nobody has an engine who did not import it
+    deepspeed = sys.modules.get("deepspeed")  # without it there is no engine
     is_engine = deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
     return model if is_engine else None
 

@@ -10,7 +10,7 @@ from gradclip.clipping import ClipResult, GradientClipper
 from gradclip.clipping.arguments import ClipOptions
 from gradclip.clipping.collect.sources import OptimizerParameters
 from gradclip.errors import MissingDependencyError, StateError
-from gradclip.integrations.lightning.refusals import refuse_kind, refuse_rivals
+from gradclip.integrations.lightning.refusals import refuse_kind, refuse_other_clipping
 from gradclip.integrations.lightning.step import LightningStep
 from gradclip.integrations.loss_scaling import begin_anew
 from gradclip.integrations.owned_step import OwnedStep, checked_options
@@ -95,7 +95,7 @@ class GradientClippingCallback(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse a second owner, and bind a clipper to each optimizer: on all ranks."""
-        refuse_rivals(trainer, pl_module, self._policy)
+        refuse_other_clipping(trainer, pl_module, self._policy)
         self._release()
         begin_anew(getattr(trainer.precision_plugin, "scaler", None))
         self._steps, self.last = [], None

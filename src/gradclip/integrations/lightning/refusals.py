@@ -1,4 +1,4 @@
-"""What the callback for Lightning does not clip beside, said before the first step."""
+"""What the callback for Lightning refuses, before the first step."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ _NOTHING = "  No step was made, and no gradient was changed."
 _PACKAGES = ("lightning", "pytorch_lightning")
 
 
-def refuse_rivals(trainer: Any, pl_module: Any, policy: object) -> None:
+def refuse_other_clipping(trainer: Any, pl_module: Any, policy: object) -> None:
     """Refuse a training in which something else clips as well.
 
     Args:
@@ -59,10 +59,10 @@ def refuse_rivals(trainer: Any, pl_module: Any, policy: object) -> None:
 
 
 def _argument(trainer: Any) -> str:
-    said = f"gradient_clip_val={trainer.gradient_clip_val!r}"
+    label = f"gradient_clip_val={trainer.gradient_clip_val!r}"
     if trainer.gradient_clip_algorithm is not None:
-        said += f', gradient_clip_algorithm="{trainer.gradient_clip_algorithm.value}"'
-    return f"Trainer({said})"
+        label += f', gradient_clip_algorithm="{trainer.gradient_clip_algorithm.value}"'
+    return f"Trainer({label})"
 
 
 def _override(pl_module: Any) -> str | None:

@@ -71,8 +71,8 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
             callback twice.
 
     Note:
-        The trainer tells nobody that training ended by an error. Training again goes on as if it
-        were new; before the optimizer is used in any other way, ``remove()`` lets go of it.
+        The trainer does not tell callbacks that training ended by an error. Training again goes on
+        as if it were new; before the optimizer is used in any other way, ``remove()`` releases it.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
         policy: "PoliciesLike | None" = None,
         **options: Unpack[ClipOptions],
     ) -> None:
-        # What is wrong with them is said now, and not after the model was loaded.
+        # Mistakes are reported now, and not after the model was loaded.
         self._policy, self._options = checked_options(type(self).__name__, policy, options)
         self.last: ClipResult | None = None
         self._accelerator: Accelerator | None = None
@@ -162,7 +162,7 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
         self, _args: Any, state: Any, *_: Any, optimizer: Any, **__: Any
     ) -> None:
         """Clip, and keep the optimizer from stepping on a NaN or an infinity."""
-        self._lent.close()  # where the last step raised, nobody did
+        self._lent.close()  # the last step may have raised
         if self._training is not state:
             raise ArgumentValueError(
                 "this GradientClippingCallback is not bound to this training: it was added after "
@@ -212,7 +212,7 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
         self.remove()
 
     def remove(self) -> None:
-        """Let the optimizer go, and give back what a step that raised was lent; twice is harmless.
+        """Let the optimizer go, and undo what a step that raised left; twice is harmless.
 
         The end of training does it, and the mixin where training raises.
         """

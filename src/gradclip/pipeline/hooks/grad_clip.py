@@ -120,7 +120,7 @@ clipped=True, skipped=False, nonfinite=0)
         arg.clip_result = self._result = None
         self._stepped = False
         engine = engine_of(arg.accelerator, arg.model)
-        if engine is not None:  # it steps in the backward pass: what it cannot do is said before
+        if engine is not None:  # it steps in the backward pass, so this is checked before
             self._watching(engine).check()
 
     def _after_step(self, arg: PipelineHookArgs) -> None:
@@ -301,10 +301,10 @@ class GradientClippingHookConfig(PipelineHooksConfig[GradientClippingHook]):
     def _one_limit(self) -> Self:
         if self.policy is not None:
             given = {"clip_mode", "clip_value", "max_norm", "norm_type"} & self.model_fields_set
-            rivals = sorted(name for name in given if getattr(self, name) != _default(name))
-            if rivals:
+            others = sorted(name for name in given if getattr(self, name) != _default(name))
+            if others:
                 raise ValueError(
-                    f"policy says how to clip, and so does {', '.join(rivals)}: give one of them. "
+                    f"policy says how to clip, and so does {', '.join(others)}: give one of them. "
                     "A policy such as NormClip has max_norm and norm_type of its own."
                 )
         elif self.clip_mode is None:

@@ -30,7 +30,7 @@ def assert_unchanged(module, before):
         assert torch.equal(parameter.grad, gradient)
 
 
-RIVALS = {
+OTHERS = {
     "module": lambda module: GradientClipper(module, 0.5).clip,
     "list": lambda module: GradientClipper(list(module.parameters()), 0.5).clip,
     "part": lambda module: GradientClipper(module[2], 0.5).clip,
@@ -40,30 +40,30 @@ RIVALS = {
 }
 
 
-@pytest.mark.parametrize("rival", RIVALS)
+@pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("flags", [{}, {"fused": True}])
-def test_an_attachment_finds_it_before_the_first_step(module, rival, flags):
+def test_an_attachment_finds_it_before_the_first_step(module, other, flags):
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, **flags)
     attach(optimizer, 1.0)
     backward(module)
-    RIVALS[rival](module)()
+    OTHERS[other](module)()
     before = copies(module)
     with pytest.raises(DoubleClippingError, match=r"already clipped by .*; gradclip\.attach") as e:
         optimizer.step()
-    assert ("clip_grad" if rival in ("norm", "value") else "GradientClipper") in str(e.value)
+    assert ("clip_grad" if other in ("norm", "value") else "GradientClipper") in str(e.value)
     assert_unchanged(module, before)
 
 
 def test_it_is_found_where_it_begins_later(module):
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     attach(optimizer, 1.0)
-    rival = GradientClipper(module, 0.5)
+    other = GradientClipper(module, 0.5)
     for step in range(3):
         optimizer.zero_grad()
         backward(module)
         if step < 2:
             optimizer.step()
-    rival.clip()
+    other.clip()
     with pytest.raises(DoubleClippingError):
         optimizer.step()
 
@@ -84,11 +84,11 @@ def test_the_hook_finds_it(module):
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_before_and_after_it_are_other_gradients(module, set_to_none):
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    rival = GradientClipper(module, 0.5)
+    other = GradientClipper(module, 0.5)
     for _ in range(2):
         optimizer.zero_grad(set_to_none=set_to_none)
         backward(module)
-        rival.clip()
+        other.clip()
         optimizer.step()
     handle = attach(optimizer, 1.0)
     for _ in range(2):
@@ -109,12 +109,12 @@ def test_what_was_added_since_is_clipped(module):
     assert handle.last.norm_pre > 1
 
 
-@pytest.mark.parametrize("rival", [ObserveClip(), float("inf")])
-def test_to_measure_beside_it_is_fine(module, rival):
+@pytest.mark.parametrize("other", [ObserveClip(), float("inf")])
+def test_to_measure_beside_it_is_fine(module, other):
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     handle = attach(optimizer, 1.0)
     backward(module)
-    measured = GradientClipper(module, rival).clip()
+    measured = GradientClipper(module, other).clip()
     gradclip.get_total_norm(p.grad for p in module.parameters())
     optimizer.step()
     assert handle.last.norm_pre == measured.norm_pre
