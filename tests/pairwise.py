@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+ALL_COMBINATIONS = bool(os.environ.get("ALL_COMBINATIONS"))
+
 
 def chosen(*kinds: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Choose cases, one value of each kind, so that every two values of two kinds meet.
@@ -17,7 +19,7 @@ def chosen(*kinds: Sequence[Any]) -> list[tuple[Any, ...]]:
     Each case is the one that has the most pairs that no case before it has: the choice is the
     same in every run.
     """
-    if os.environ.get("ALL_COMBINATIONS"):
+    if ALL_COMBINATIONS:
         return list(product(*kinds))
     every = list(product(*(range(len(kind)) for kind in kinds)))
     size = min(2, len(kinds))

@@ -4,6 +4,7 @@ from itertools import combinations, product
 
 import pytest
 
+import pairwise as pairwise_module
 from pairwise import chosen, pairwise
 
 
@@ -15,7 +16,7 @@ def pairs(cases):
     ("sizes", "most"), [((2, 2, 2), 4), ((9, 2, 4, 2), 36), ((5, 10, 3, 2), 50), ((3,) * 6, 18)]
 )
 def test_every_pair_is_in_a_case_and_cases_are_few(monkeypatch, sizes, most):
-    monkeypatch.delenv("ALL_COMBINATIONS", raising=False)
+    monkeypatch.setattr(pairwise_module, "ALL_COMBINATIONS", False)
     kinds = [range(size) for size in sizes]
     cases = chosen(*kinds)
     assert pairs(cases) == pairs(product(*kinds))
@@ -23,12 +24,12 @@ def test_every_pair_is_in_a_case_and_cases_are_few(monkeypatch, sizes, most):
 
 
 def test_every_combination_where_it_is_asked_for(monkeypatch):
-    monkeypatch.setenv("ALL_COMBINATIONS", "1")
+    monkeypatch.setattr(pairwise_module, "ALL_COMBINATIONS", True)
     assert chosen("ab", "cde", "fg") == list(product("ab", "cde", "fg"))
 
 
 def test_one_argument_has_all_its_values(monkeypatch):
-    monkeypatch.delenv("ALL_COMBINATIONS", raising=False)
+    monkeypatch.setattr(pairwise_module, "ALL_COMBINATIONS", False)
     assert chosen("abc") == [("a",), ("b",), ("c",)]
 
 

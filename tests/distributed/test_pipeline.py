@@ -1,6 +1,7 @@
 """The trainer on several processes: it ends where one ends, resumes, and fails together."""
 
 import math
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,12 @@ def train(engine, ranks, **fields):
     return together_[0].weights, together_[0].said, together_[0].progress
 
 
+@cache
+def train_alone(**fields):
+    """Train on one process: what several tests compare with."""
+    return train(None, 1, **fields)
+
+
 def _trained(rank, engine, fields):
     return trained(rank, engine, **fields)
 
@@ -151,7 +158,7 @@ def assert_close(found, wanted):
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_it_ends_where_one_process_ends(engine, ranks):
-    wanted, clipped, progress = train(None, 1, max_epoch=3)
+    wanted, clipped, progress = train_alone(max_epoch=3)
     found, said, reached = train(engine, ranks, max_epoch=3)
     assert_close(found, wanted)
     assert reached == progress
@@ -188,7 +195,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(engine, tmp_path):
 )
 def test_a_run_resumes_on_other_processes(before, ranks_before, after, ranks_after, tmp_path):
     """The state of the policy comes back, and no batch is lost: transformers#34053."""
-    wanted, _, progress = train(None, 1, max_epoch=3)
+    wanted, _, progress = train_alone(max_epoch=3)
     save = [checkpoints(tmp_path, save_epoch_freq=None)]
     train(before, ranks_before, max_step=8, hooks=save)
     (folder,) = tmp_path.glob("epoch*")
@@ -232,7 +239,7 @@ def test_a_step_is_skipped_on_every_process(engine, bad):
     """One sample of one process is no number; nobody steps, the scheduler neither."""
     skipping = {"bad": bad, "accumulate": 1, "max_step": 5}
     found, said, (steps, committed, lr) = train(engine, 2, **skipping)
-    wanted, _, (_, expected, expected_lr) = train(None, 1, **skipping)
+    wanted, _, (_, expected, expected_lr) = train_alone(**skipping)
     assert [(skipped, made) for *_, skipped, made in said] == [
         (number == 2, number != 2) for number in range(5)
     ]
