@@ -1,0 +1,82 @@
+"""The vector that ranks reduce: what is in it, and which numbers take part in which dimension."""
+
+import torch
+import torch.distributed as dist
+
+from gradclip.clipping.ranks.pack import Pack, reduce_packs
+from gradclip.clipping.ranks.share import Share
+from gradclip.clipping.ranks.topology import Holding
+
+CPU = torch.device("cpu")
+SPLIT = Holding(split=frozenset({0}), cuts={0: 0})
+WHOLE = Holding(copies=2)
+TENSORS = Share([SPLIT, WHOLE], [1, 1], [0, 0], "tensor")
+GROUP = Share([SPLIT, WHOLE], [1, 1], [0, 0], "group")
+
+
+class Doubling:
+    """A dimension of two ranks, the other of which has the same numbers."""
+
+    def __init__(self, size=2):
+        self.size, self.seen = size, []
+
+    def device(self, result_device):
+        return result_device
+
+    def all_reduce(self, values, operation):
+        self.seen.append((values.clone(), operation))
+        if operation == dist.ReduceOp.SUM:
+            values *= 2
+
+    def wait(self, work):
+        assert work is None
+
+
+def test_tables_come_back_as_they_went_in():
+    pack = Pack([], [(TENSORS, 3), (GROUP, 1)], tail=2)
+    tables = [torch.arange(6.0).double().view(2, 3), torch.tensor([[7.0]]).double()]
+    vector = pack.join(tables, CPU, torch.tensor([8.0, 9.0]).double())
+    assert vector.tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9]
+    *back, tail = pack.split(vector)
+    assert [each.tolist() for each in back] == [each.tolist() for each in tables]
+    assert tail.tolist() == [8, 9]
+
+
+def test_after_an_error_zeros_of_the_same_length_travel():
+    pack = Pack([], [(TENSORS, 3)], tail=1)
+    vector = pack.join(None, CPU, torch.ones(1, dtype=torch.float64))
+    assert vector.tolist() == [0.0] * 6 + [1.0]
+
+
+def test_what_is_whole_on_every_rank_takes_no_part():
+    """Each rank has all of the second tensor: a sum would count it twice. The tail always goes."""
+    dimension = Doubling()
+    pack = Pack([dimension], [(TENSORS, 2)], tail=1)
+    vector = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).double()
+    nothing = Pack([dimension], [])
+    added, largest = reduce_packs([dimension], (pack, vector), (nothing, vector[:0]))
+    assert added.tolist() == [2, 4, 3, 4, 10]
+    assert len(largest) == 0
+    ((sent, operation),) = dimension.seen
+    assert (sent.tolist(), operation) == ([1, 2, 5], dist.ReduceOp.SUM)
+
+
+def test_sums_and_maxima_go_side_by_side():
+    dimension = Doubling()
+    added = Pack([dimension], [(GROUP, 1)])
+    largest = Pack([dimension], [(GROUP, 1)])
+    one = torch.ones(1, dtype=torch.float64)
+    sums, maxima = reduce_packs([dimension], (added, one), (largest, one.clone()))
+    assert (sums.tolist(), maxima.tolist()) == ([2.0], [1.0])
+    assert [operation for _, operation in dimension.seen] == [dist.ReduceOp.SUM, dist.ReduceOp.MAX]
+
+
+def test_a_dimension_of_one_rank_and_a_pack_of_nothing_send_nothing():
+    alone, pair = Doubling(size=1), Doubling()
+    local = Share([WHOLE], [1], [0], "tensor")
+    pack = Pack([alone, pair], [(local, 1)])
+    vector = torch.ones(1, dtype=torch.float64)
+    sums, _ = reduce_packs([alone, pair], (pack, vector), (Pack([], []), vector[:0]))
+    assert sums.tolist() == [1.0]
+    assert not alone.seen
+    assert not pair.seen
