@@ -8,8 +8,14 @@ from hypothesis import strategies as st
 
 import oracle
 from gradclip import GradientClipper, NormClip
+from pairwise import ALL_COMBINATIONS
 
-SAME = settings(derandomize=True, deadline=None, max_examples=120, database=None)
+SAME = settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=120 if ALL_COMBINATIONS else 40,
+    database=None,
+)
 backends = st.sampled_from(oracle.BACKENDS)
 orders = st.sampled_from([*oracle.ORDERS, 1.5])
 wide_dtypes = st.sampled_from([torch.float32, torch.float64])
