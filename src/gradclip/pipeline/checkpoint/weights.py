@@ -66,11 +66,13 @@ def gathered_weights(accelerator: "Accelerator") -> dict[str, Any]:
 
 def write_weights(folder: "Path", states: Mapping[str, Any]) -> None:
     """Write what ``gathered_weights`` returned."""
-    from accelerate.utils import save  # noqa: PLC0415 - only the pipeline needs Accelerate
+    from safetensors.torch import save_file  # noqa: PLC0415 - it comes with Accelerate
 
     for name, state in states.items():
-        # Accelerate knows which names of shared tensors safetensors has to leave out.
-        save(state, folder / name, safe_serialization=name.endswith(".safetensors"))
+        if name.endswith(".safetensors"):
+            save_file(_unshared(state), folder / name, metadata={"format": "pt"})
+        else:
+            torch.save(state, folder / name)
 
 
 def load_weights(folder: "Path", accelerator: "Accelerator") -> None:
@@ -119,6 +121,17 @@ def _whole(tensor: Tensor) -> Tensor:
     return whole.cpu()
 
 
+def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors that share no memory, as safetensors wants them: tied weights come twice."""
+    seen: set[int] = set()
+    unshared = {}
+    for name, tensor in state.items():
+        memory = tensor.untyped_storage().data_ptr()
+        unshared[name] = (tensor.clone() if memory in seen else tensor).contiguous()
+        seen.add(memory)
+    return unshared
+
+
 def _split_like(whole: Tensor, like: Tensor) -> Tensor:
     """Return the part of a whole tensor that this process has of ``like``, as a DTensor."""
     from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 - slow, and only for these
@@ -135,12 +148,6 @@ def _load_model(model: nn.Module, file: "Path") -> None:
 
     state: dict[str, Tensor] = load_file(file)
     current = model.state_dict()
-    # Of names that share a tensor only one is in the file.
-    named = dict(model.named_parameters(remove_duplicate=False))
-    for name in current.keys() - state.keys():
-        twin = next((n for n in state if n in named and named[n] is named.get(name)), None)
-        if twin is not None:
-            state[name] = state[twin]
     for name in sorted(state.keys() & current.keys()):
         if hasattr(current[name], "_spec"):
             state[name] = _split_like(state[name], current[name])
