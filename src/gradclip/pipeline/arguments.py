@@ -18,7 +18,7 @@ from gradclip.pipeline.hooks.optimizer import OptimizerHook
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["arranged", "check_accelerator", "check_kinds", "check_limit", "one"]
+__all__ = ["arranged", "check_accelerator", "check_kinds", "check_limits", "one"]
 
 
 def arranged(
@@ -113,19 +113,26 @@ def check_kinds(
         )
 
 
-def check_limit(name: str, value: object) -> None:
-    """Check a number of steps or epochs; None is no limit.
+def check_limits(max_step: object, max_epoch: object) -> None:
+    """Check how many steps and epochs there may be; None is no limit.
 
     Raises:
-        ArgumentTypeError: GC011, it is no whole number.
-        ArgumentValueError: GC010, it is below 1.
+        ArgumentTypeError: GC011, one is no whole number.
+        ArgumentValueError: GC010, one is below 1, or there is none.
     """
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"{name} is {value!r}: expected a whole number, or None")
-    if value < 1:
-        raise ArgumentValueError(f"{name} = {value} < 1 is not allowed: nothing would be trained")
+    for name, value in {"max_step": max_step, "max_epoch": max_epoch}.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ArgumentTypeError(f"{name} is {value!r}: expected a whole number, or None")
+        if value < 1:
+            raise ArgumentValueError(
+                f"{name} = {value} < 1 is not allowed: nothing would be trained"
+            )
+    if max_step is None and max_epoch is None:
+        raise ArgumentValueError(
+            "either max_step or max_epoch must be specified: nothing else ends the training"
+        )
 
 
 def check_accelerator(accelerator: "Accelerator") -> None:
