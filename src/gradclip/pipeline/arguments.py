@@ -139,8 +139,7 @@ def check_accelerator(accelerator: "Accelerator") -> None:
     """Refuse what the trainer cannot work with.
 
     Raises:
-        ArgumentValueError: GC010, its dataloaders keep their own position, or it does not know of
-            the other processes that were launched.
+        ArgumentValueError: GC010, it does not know of the other processes that were launched.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and accelerator.num_processes == 1:
@@ -148,9 +147,4 @@ def check_accelerator(accelerator: "Accelerator") -> None:
             f"this is one of {launched} processes that were launched together, and the accelerator "
             "knows of one, so each would train a model of its own. On a machine without "
             "accelerators make it with Accelerator(cpu=True)."
-        )
-    if accelerator.use_stateful_dataloader:
-        raise ArgumentValueError(
-            "the accelerator has use_stateful_dataloader=True. The trainer keeps the "
-            "position in the data itself, and both together would skip batches twice: drop it."
         )
