@@ -10,12 +10,19 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradclip.errors import CheckpointError, NonFiniteGradientError, TooManySkipsError
 from gradclip.pipeline import HookBasedTrainer, SimpleBatchProcessor
+from gradclip.pipeline.checkpoint.weights import gathered_weights, load_weights, write_weights
 from gradclip.pipeline.hooks import (
     GradientClippingHookConfig,
     HookContext,
@@ -210,6 +217,90 @@ def test_a_run_resumes_on_other_processes(before, ranks_before, after, ranks_aft
     assert_close(found, wanted)
     assert reached == progress
     assert len(said) == 5
+
+
+class Factored(torch.optim.SGD):
+    """Keeps the mean square of each row and of each column, as Adafactor does, and a count."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            count = self.state[parameter].setdefault("count", torch.zeros(1))
+            count += 1
+            parameter.grad /= count.item()
+            if parameter.dim() > 1:
+                means = self.state[parameter].setdefault("means", {})
+                for dim in range(2):
+                    mean = parameter.grad.square().mean(dim)
+                    if isinstance(mean, DTensor):
+                        mean = mean.redistribute(placements=[Replicate()] * mean.device_mesh.ndim)
+                    means[dim] = means.get(dim, mean).lerp(mean, 0.1)
+                parameter.grad /= (means[1][:, None] + means[0]).sqrt()
+        super().step()
+
+
+LAYOUTS = {"FSDP2": 2, "FSDP2, offloaded": 2, "TP": 2, "FSDP2 over TP": 4}
+
+
+def laid_out(layout, optimizer, seed=0):
+    """A network whose first layer divides over two processes, and not over four."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    if layout == "FSDP2 over TP":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        parallelize_module(model, mesh["tp"], plan)
+        fully_shard(model, mesh=mesh["dp"])
+    elif layout == "TP":
+        parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    elif layout == "FSDP2, offloaded":
+        fully_shard(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    elif layout == "FSDP2":
+        fully_shard(model)
+    accelerator = Accelerator(cpu=True)
+    stepped = optimizer(model.parameters(), lr=0.1)
+    accelerator._models, accelerator._optimizers = [model], [stepped]
+    return accelerator, model, stepped
+
+
+def two_steps(model, optimizer):
+    for inputs in torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(2)):
+        model(inputs).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def whole(model):
+    return [p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in model.parameters()]
+
+
+def saved_and_loaded(rank, layout, optimizer, folder):
+    accelerator, *saved = laid_out(layout, optimizer)
+    two_steps(*saved)
+    write_weights(folder, gathered_weights(accelerator))
+    torch.distributed.barrier()
+    accelerator, *again = laid_out(layout, optimizer, seed=1)
+    load_weights(folder, accelerator)
+    plain_accelerator, *plain = laid_out(None, optimizer, seed=1)
+    load_weights(folder, plain_accelerator)
+    torch.testing.assert_close(whole(plain[0]), whole(saved[0]), rtol=0, atol=0)
+    for each in (saved, again, plain):
+        two_steps(*each)
+    torch.testing.assert_close(whole(again[0]), whole(saved[0]), rtol=0, atol=0)
+    torch.testing.assert_close(whole(plain[0]), whole(saved[0]), rtol=1e-4, atol=1e-5)
+    for parameter in again[0].parameters():
+        for state in again[1].state[parameter].values():
+            if isinstance(state, DTensor) and state.shape == parameter.shape:
+                assert state.placements == parameter.placements
+                local = state.to_local()  # and no view that would keep the whole tensor alive
+                assert local.untyped_storage().nbytes() == local.nbytes
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, Factored])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_process_has_its_part_again_and_one_process_has_all(layout, optimizer, tmp_path):
+    """Uneven parts too, and states that are no images of their parameter."""
+    together(saved_and_loaded, LAYOUTS[layout], layout, optimizer, tmp_path)
 
 
 def test_an_open_window_comes_back_with_the_processes_that_had_it(tmp_path):

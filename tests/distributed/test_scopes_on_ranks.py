@@ -173,8 +173,8 @@ def skips(rank):
 def test_a_skip_depends_on_what_all_ranks_know():
     """A rank saves the history of its own scopes."""
     assert together(skips, 2) == [
-        ([["stage0.weight", 1]], [5.0]),
-        ([["stage1.weight", 1]], [10.0]),
+        ([["stage0.weight", 0, 1]], [5.0]),
+        ([["stage1.weight", 0, 1]], [10.0]),
     ]
 
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 import gradclip
-from gradclip.clipping.collect.parameters import clean_name
+from gradclip.clipping.collect.sources import clean_name
 from gradclip.integrations.lightning import GradientClippingCallback
 
 RANKS, STEPS = 2, 6

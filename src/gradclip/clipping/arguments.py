@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 import torch
 from torch import Tensor
 
+from gradclip.config import as_ceiling
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ def read_options(name: str, policy: object, given: Mapping[str, Any]) -> tuple[A
             raise ArgumentTypeError(f"{name} got an unexpected keyword {keyword!r}{hint}")
     options = dict(given)
     max_norm = options.pop("max_norm", None)
+    if max_norm is not None:
+        max_norm = as_ceiling(max_norm, "max_norm")
     return one_policy(name, policy, max_norm), Options(**options)
 
 

@@ -23,7 +23,7 @@ from gradclip.clipping.measure.group import Found, Group, read, read_again
 from gradclip.clipping.measure.norm import Sums, combine
 from gradclip.clipping.measure.pattern import Pattern
 from gradclip.clipping.policies import Decision, Measurement, Policy
-from gradclip.clipping.policies.checks import check_decision, check_skip_is_shared
+from gradclip.clipping.policies.checks import check_decision, decide_by_shared
 from gradclip.clipping.ranks.peers import Peers
 from gradclip.clipping.result import ClipResult, over_all
 from gradclip.clipping.state import STATE_VERSION, Histories, read_state
@@ -264,7 +264,8 @@ class Engine:
             return ""
         scale = step.scale
         known = "" if scale is None or isinstance(scale, Tensor) else f", grad_scale {scale:g}"
-        return f"step {self.step}, {self._judge.skips.in_a_row} skips in a row{known}"
+        made = f", {self._histories.steps} steps made" if self._binding.asks else ""
+        return f"step {self.step}, {self._judge.skips.in_a_row} skips in a row{made}{known}"
 
     # decide
 
@@ -290,7 +291,8 @@ class Engine:
             decisions.append(decision)
         unwanted: Flag = False
         if self._binding.may_skip:
-            unwanted = any_of([as_known(decision.skip) for decision in decisions])
+            pairs = zip(step.groups, decisions, strict=True)
+            unwanted = any_of([as_known(each.skip) for group, each in pairs if group.of.writes])
         made = all_of([committed, negated(unwanted)])
         return _Decided(decisions, bounded, committed, unwanted, made)
 
@@ -298,21 +300,22 @@ class Engine:
         self, step: _Step, group: Group, found: Found, norms_S: Tensor, committed: Flag
     ) -> Decision:
         pattern = group.of
+        total = _pattern_norm(step, group, found, norms_S)
+        # Copies: what a policy writes into them by mistake is not what was measured.
         seen = Measurement(
-            norms_S=norms_S,
-            total_norm=_pattern_norm(step, group, found, norms_S),
-            committed=as_flag(committed, norms_S.device),
+            norms_S=norms_S.clone(),
+            total_norm=total.clone(),
+            committed=as_flag(committed, norms_S.device).clone(),
             step=self._histories.step,
             weight_norms_S=None if found.weights is None else found.weights.norms(),
         )
         state = self._histories.of(pattern.name)
-        is_first = pattern.name not in self._asked
-        if is_first and not self._binding.peers.is_single:
-            check_skip_is_shared(pattern.policy, seen, state)
-        decision = pattern.policy.decide(seen, state)
-        if is_first:
-            check_decision(pattern.policy, decision, norms_S)
+        if pattern.name in self._asked or self._binding.peers.is_single:
+            decision = pattern.policy.decide(seen, state)
+        else:
+            decision = decide_by_shared(pattern.policy, seen, state)
             self._asked.add(pattern.name)
+        check_decision(pattern.policy, decision, norms_S)
         self._histories.check(pattern.name, pattern.policy, decision.state)
         return decision
 
@@ -380,7 +383,7 @@ class Engine:
             left_S=left_S,
             nonfinite_on_ranks=found.nonfinite,
             deferred=deferred,
-            policy_may_skip=self._binding.may_skip,
+            by_policy=all_of([committed, unwanted]),
         )
 
     def _can_defer(self, pattern: Pattern, coefficients: Coefficients, dtype: torch.dtype) -> bool:

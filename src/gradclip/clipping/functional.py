@@ -203,7 +203,7 @@ def clip_grads_with_norm_(
         backends,
         norm_S,
         Decision(ceiling, ceiling),
-        bounded=as_known(norm_S.isfinite()[0]),
+        bounded=as_known(norm_S.isfinite()),
         unwanted=False,
         guard=gradients.guard,
         skipped_coefficient=1.0,

@@ -56,7 +56,7 @@ class ClipResult:
         left_S: Where it does not follow from coefficients, the norms afterwards, float64 (S,).
         nonfinite_on_ranks: How many tensors were not finite on all ranks, where there are others.
         deferred: Whether the gradients were left as they are, for the optimizer to scale.
-        policy_may_skip: Whether a policy can ask to skip a step.
+        by_policy: Whether the step was skipped because a policy asked for it.
     """
 
     measured_S: Tensor
@@ -72,7 +72,7 @@ class ClipResult:
     left_S: Tensor | None = None
     nonfinite_on_ranks: Tensor | None = None
     deferred: bool = False
-    policy_may_skip: bool = False
+    by_policy: Flag = False
 
     @cached_property
     def scope_names(self) -> tuple[str, ...]:
@@ -150,12 +150,16 @@ class ClipResult:
     def to_host(self) -> ClipStats:
         """Copy everything to the host, in one transfer."""
         results = [self, *self.groups.values()]
-        packed = torch.cat([result._packed() for result in results]).tolist()  # noqa: SLF001 - its own class
+        by_policy = as_flag(self.by_policy, self.measured_S.device).reshape(1)
+        packed, reason = [result._packed() for result in results], None  # noqa: SLF001 - its own class
+        by_policy, *values = torch.cat([by_policy, *packed]).tolist()
         stats = []
         for result in results:
             size = len(_SCALARS) + len(result.measured_S)
-            stats.append(result._unpacked(packed[:size]))  # noqa: SLF001
-            packed = packed[size:]
+            # One reason for all patterns: that of the step.
+            reason = reason or result._reason(values, by_policy=bool(by_policy))  # noqa: SLF001
+            stats.append(result._unpacked(values[:size], reason))  # noqa: SLF001
+            values = values[size:]
         return ClipStats(
             **{**vars(stats[0]), "groups": dict(zip(self.groups, stats[1:], strict=True))}
         )
@@ -188,7 +192,7 @@ class ClipResult:
         scalars = [getattr(self, name).to(torch.float64) for name in _SCALARS]
         return torch.cat([torch.stack(scalars), self.norms_S.to(torch.float64)])
 
-    def _unpacked(self, values: list[float]) -> ClipStats:
+    def _unpacked(self, values: list[float], reason: SkipReason | None) -> ClipStats:
         norm_pre, norm_post, threshold, coefficient, clipped, skipped, nonfinite = values[
             : len(_SCALARS)
         ]
@@ -202,15 +206,17 @@ class ClipResult:
             nonfinite=int(nonfinite),
             norms_S=tuple(values[len(_SCALARS) :]),
             scope_names=self.scope_names,
-            skip_reason=self._reason(bool(skipped), int(nonfinite)),
+            skip_reason=reason if skipped else None,
         )
 
-    def _reason(self, skipped: bool, nonfinite: int) -> SkipReason | None:
+    def _reason(self, values: list[float], *, by_policy: bool) -> SkipReason | None:
+        """Return why the step was skipped, from the numbers of the result over all patterns."""
+        skipped, nonfinite = values[_SCALARS.index("skipped")], values[_SCALARS.index("nonfinite")]
         if not skipped:
             return None
-        if nonfinite:
-            return "nonfinite"
-        return "policy" if self.policy_may_skip else "rank"
+        if by_policy:
+            return "policy"
+        return "rank" if self.nonfinite_on_ranks is not None and not nonfinite else "nonfinite"
 
 
 _SCALARS = (
@@ -266,5 +272,5 @@ def over_all(
         clamped=torch.stack([r.clipped for r in results]).any(),
         left_S=torch.cat(left),
         nonfinite_on_ranks=nonfinite_on_ranks,
-        policy_may_skip=any(r.policy_may_skip for r in results),
+        by_policy=results[0].by_policy,
     )

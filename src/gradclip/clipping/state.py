@@ -5,9 +5,10 @@ buffers here, where the step is made. So a skipped step leaves no trace, and a c
 finds the same memory at each replay.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,18 +27,21 @@ class SavedHistory:
     """A history with the names of its scopes.
 
     Args:
-        scopes: Each parameter's name, and how many scopes it has.
+        scope: What a scope is.
+        scopes: Each parameter: its name, the number of its first scope, and how many it has.
         named: Whether those are names; otherwise they are positions.
         state: The tensors.
     """
 
-    scopes: list[tuple[str, int]]
+    scope: str
+    scopes: list[tuple[str, int, int]]
     named: bool
     state: PolicyState
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as lists, strings and tensors."""
         return {
+            "scope": self.scope,
             "scopes": [list(part) for part in self.scopes],
             "named": self.named,
             "per_scope": self.state.copy().per_scope,
@@ -51,7 +55,7 @@ class Histories:
     def __init__(self) -> None:
         self._kept: dict[str, SavedHistory] = {}
         self._of: dict[str, Scopes] = {}
-        self._loaded: dict[str, SavedHistory] = {}
+        self._loaded: dict[str, SavedHistory | None] = {}
         self._steps = 0
         self._step: Tensor | None = None
 
@@ -69,22 +73,24 @@ class Histories:
             ArgumentValueError: GC010, for an ``initial_state`` that has not one row per scope.
         """
         if self._step is None or self._step.device != scopes.device:
-            steps = self._steps if self._step is None else int(self._step)
-            self._step = torch.full((), steps, dtype=torch.int64, device=scopes.device)
-        if self._of.get(pattern) is scopes:
+            self._step = torch.full((), self.steps, dtype=torch.int64, device=scopes.device)
+        if self._of.get(pattern) is scopes and pattern not in self._loaded:
             return
         initial = policy.initial_state(scopes)
         _check_initial(policy, initial, len(scopes.names))
-        assert isinstance(scopes.names, ScopeNames)
-        made = SavedHistory(scopes.names.parts, named, initial.copy())
-        if (loaded := self._loaded.get(pattern)) is not None:
-            _restore(pattern, loaded, made)
-            _tell_of_others(pattern, loaded, made)
+        names = scopes.names
+        assert isinstance(names, ScopeNames)
+        made = SavedHistory(names.scope, names.parts, named, initial.copy())
+        if pattern in self._loaded:
+            # Taken out first: one that does not fit is refused once, and the old one stays.
+            loaded = self._loaded.pop(pattern)
+            if loaded is not None:
+                _restore(pattern, loaded, made)
+                _tell_of_others(pattern, loaded, made)
         elif (known := self._kept.get(pattern)) is not None:
             # Parameters were added or replaced during the run: positions are names then.
             _restore(pattern, replace(known, named=True), replace(made, named=True))
         self._kept[pattern], self._of[pattern] = made, scopes
-        self._loaded.pop(pattern, None)
 
     def of(self, pattern: str) -> PolicyState:
         """Return a copy of the history of a pattern, which was prepared.
@@ -147,18 +153,21 @@ class Histories:
 
     def saved(self) -> tuple[int, dict[str, Any]]:
         """Return how many steps were made, and each history that is not empty."""
-        histories = {**self._kept, **self._loaded}
-        steps = self._steps if self._step is None else int(self._step)
-        return steps, {
+        return self.steps, {
             pattern: each.to_dict()
-            for pattern, each in histories.items()
-            if each.state.per_scope or each.state.shared
+            for pattern, each in {**self._kept, **self._loaded}.items()
+            if each is not None and (each.state.per_scope or each.state.shared)
         }
+
+    @property
+    def steps(self) -> int:
+        """How many steps were made, on the host; waits for the device."""
+        return self._steps if self._step is None else int(self._step)
 
     def load(self, steps: int, states: Mapping[str, SavedHistory]) -> None:
         """Take over what ``saved`` returned; histories are fitted to scopes at the next step."""
         self._steps, self._step = steps, None
-        self._kept, self._of, self._loaded = {}, {}, dict(states)
+        self._loaded = {pattern: states.get(pattern) for pattern in {*self._kept, *states}}
 
 
 def _pairs(
@@ -176,7 +185,11 @@ def _unfit(policy: Policy, reason: str) -> ArgumentValueError:
     )
 
 
-def _check_initial(policy: Policy, initial: PolicyState, scopes: int) -> None:
+def _check_initial(policy: Policy, initial: object, scopes: int) -> None:
+    if not isinstance(initial, PolicyState):
+        raise ArgumentValueError(
+            f"{type(policy).__name__}.initial_state returned {initial!r}: expected a PolicyState"
+        )
     for name, tensor in initial.per_scope.items():
         if tensor.shape[:1] != (scopes,):
             raise ArgumentValueError(
@@ -192,10 +205,38 @@ def _restore(pattern: str, saved: SavedHistory, made: SavedHistory) -> None:
     Raises:
         StateError: GC030.
     """
+    _check_same_kind(pattern, saved, made)
+    if not (saved.named and made.named) and saved.scopes != made.scopes:
+        counts = [(start, rows) for _, start, rows in saved.scopes]
+        if counts != [(start, rows) for _, start, rows in made.scopes]:
+            raise _damaged(
+                f"the history of {pattern!r} is of {len(saved.scopes)} parameters without names, "
+                f"and there are {len(made.scopes)}: which belongs to which cannot be told"
+            )
+        for name, tensor in made.state.per_scope.items():
+            tensor.copy_(saved.state.per_scope[name])
+    else:
+        _restore_by_name(saved, made)
+    for name, tensor in made.state.shared.items():
+        tensor.copy_(saved.state.shared[name])
+
+
+def _check_same_kind(pattern: str, saved: SavedHistory, made: SavedHistory) -> None:
+    """Refuse a history of other tensors.
+
+    Raises:
+        StateError: GC030.
+    """
+    if saved.scope != made.scope:
+        raise _damaged(
+            f"the history of {pattern!r} is of scope {saved.scope!r}, and its policy has scope "
+            f"{made.scope!r}"
+        )
     for kind, mine, theirs in _pairs(made.state, saved.state):
         if mine.keys() != theirs.keys():
             raise _damaged(
-                f"the history of {pattern!r} has {kind} {sorted(mine)}, seen {sorted(theirs)}"
+                f"the history of {pattern!r} has {kind} {sorted(mine)}, seen "
+                f"{sorted(map(str, theirs))}"
             )
         for name, tensor in mine.items():
             kept = tensor.shape[1:] if kind == "per_scope" else tensor.shape
@@ -205,43 +246,36 @@ def _restore(pattern: str, saved: SavedHistory, made: SavedHistory) -> None:
                     f"{name!r} of {pattern!r} is {tuple(tensor.shape)} {tensor.dtype}, seen "
                     f"{tuple(theirs[name].shape)} {theirs[name].dtype}"
                 )
-    count = sum(rows for _, rows in saved.scopes)
+    count = sum(rows for _, _, rows in saved.scopes)
     for name, tensor in saved.state.per_scope.items():
         if tensor.shape[:1] != (count,):
             raise _damaged(
                 f"{name!r} of {pattern!r} is of {count} norms, seen {tuple(tensor.shape)}"
             )
-    if made.state.per_scope:
-        _restore_scopes(pattern, saved, made)
-    for name, tensor in made.state.shared.items():
-        tensor.copy_(saved.state.shared[name])
 
 
-def _restore_scopes(pattern: str, saved: SavedHistory, made: SavedHistory) -> None:
-    if not (saved.named and made.named):
-        if [rows for _, rows in saved.scopes] != [rows for _, rows in made.scopes]:
-            raise _damaged(
-                f"the history of {pattern!r} is of {len(saved.scopes)} parameters without names, "
-                f"and there are {len(made.scopes)}: which belongs to which cannot be told"
-            )
-        for name, tensor in made.state.per_scope.items():
-            tensor.copy_(saved.state.per_scope[name])
-        return
+def _restore_by_name(saved: SavedHistory, made: SavedHistory) -> None:
     there = _spans(saved.scopes)
-    for name, (start, rows) in _spans(made.scopes).items():
-        first, kept = there.get(name, (0, 0))
-        for key, tensor in made.state.per_scope.items():
-            source = saved.state.per_scope[key][first : first + min(rows, kept)]
-            tensor[start : start + len(source)] = source.to(tensor.device)
+    for key, (offset, start, rows) in _spans(made.scopes).items():
+        if key not in there:
+            continue
+        from_offset, from_start, from_rows = there[key]
+        # Rows of one parameter that are in both, where ranks hold some of them each.
+        first, last = max(start, from_start), min(start + rows, from_start + from_rows)
+        if first >= last:
+            continue
+        here = slice(offset + first - start, offset + last - start)
+        source = slice(from_offset + first - from_start, from_offset + last - from_start)
+        for name, tensor in made.state.per_scope.items():
+            tensor[here] = saved.state.per_scope[name][source].to(tensor.device)
 
 
 def _tell_of_others(pattern: str, saved: SavedHistory, made: SavedHistory) -> None:
-    """Warn of parameters whose history was dropped, and of those whose history begins now."""
-    there, here = _spans(saved.scopes), _spans(made.scopes)
+    """Warn of scopes whose history was dropped, and of those whose history begins now."""
     if not (saved.named and made.named and made.state.per_scope):
         return
-    dropped = [n for n, (_, rows) in there.items() if here.get(n, (0, 0))[1] < rows]
-    new = [n for n, (_, rows) in here.items() if there.get(n, (0, 0))[1] < rows]
+    there, here = _spans(saved.scopes), _spans(made.scopes)
+    dropped, new = _without(there, here), _without(here, there)
     if dropped or new:
         warn(
             f"the history of {pattern!r} was saved for other parameters. Dropped, because they are "
@@ -249,13 +283,35 @@ def _tell_of_others(pattern: str, saved: SavedHistory, made: SavedHistory) -> No
         )
 
 
-def _spans(scopes: Sequence[tuple[str, int]]) -> dict[str, tuple[int, int]]:
-    """Return by name the first scope of each parameter, and how many it has."""
-    spans, start = {}, 0
-    for name, rows in scopes:
-        spans[name] = start, rows
-        start += rows
+_Span: TypeAlias = tuple[int, int, int]
+
+
+def _spans(scopes: Sequence[tuple[str, int, int]]) -> dict[tuple[str, int], _Span]:
+    """Return where the scopes of each parameter are: offset, number of the first, how many.
+
+    By name and number of the parameter of that name: the groups of an optimizer may have names
+    in common.
+    """
+    spans: dict[tuple[str, int], _Span] = {}
+    times: Counter[str] = Counter()
+    offset = 0
+    for name, start, rows in scopes:
+        spans[name, times[name]] = offset, start, rows
+        times[name] += 1
+        offset += rows
     return spans
+
+
+def _without(
+    spans: Mapping[tuple[str, int], _Span], others: Mapping[tuple[str, int], _Span]
+) -> list[str]:
+    """Return the names of parameters some of whose scopes are not among others."""
+    names = []
+    for key, (_, start, rows) in spans.items():
+        _, first, count = others.get(key, (0, 0, 0))
+        if rows and not (first <= start and start + rows <= first + count):
+            names.append(key[0])
+    return names
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -326,20 +382,24 @@ def _of_version_1(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _read_history(pattern: str, history: object) -> SavedHistory:
-    keys = {"scopes", "named", "per_scope", "shared"}
+    keys = {"scope", "scopes", "named", "per_scope", "shared"}
     if not isinstance(history, Mapping) or history.keys() != keys:
         raise _damaged(f"the history of {pattern!r} has {sorted(keys)}, seen {history!r}")
     tables = [history["per_scope"], history["shared"]]
     for table in tables:
         whole = isinstance(table, Mapping)
-        if not whole or not all(isinstance(value, Tensor) for value in table.values()):
+        if not whole or not all(map(_is_dense, table.values())):
             raise _damaged(f"the history of {pattern!r} has tensors by name, seen {table!r}")
     try:
-        scopes = [(str(name), int(rows)) for name, rows in history["scopes"]]
+        scopes = [(str(name), int(start), int(rows)) for name, start, rows in history["scopes"]]
     except (TypeError, ValueError) as error:
         raise _damaged(f"the scopes of {pattern!r} are names with counts: {error}") from error
     state = PolicyState(*map(dict, tables)).copy()
-    return SavedHistory(scopes, bool(history["named"]), state)
+    return SavedHistory(str(history["scope"]), scopes, bool(history["named"]), state)
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
 
 
 def _damaged(reason: str) -> StateError:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from gradclip.clipping import ClipResult, GradientClipper
 from gradclip.clipping.arguments import ClipOptions
 from gradclip.clipping.collect.sources import OptimizerParameters
-from gradclip.clipping.step.ownership import unwrapped
+from gradclip.clipping.step.ownership import owner_of, unwrapped
 from gradclip.errors import ArgumentTypeError
 from gradclip.integrations.deepspeed import EngineWatch, engine_of
 from gradclip.integrations.owned_step import OwnedStep
@@ -85,6 +85,9 @@ class AcceleratorClipper:
         if engine is not None:
             self._watch = EngineWatch(engine, policy, **options)
             self._watch.check()
+        other = owner_of(optimizer)
+        if isinstance(other, AcceleratorClipper):
+            other.remove()  # a cell of a notebook ran again: the new one takes its place
         source = OptimizerParameters(unwrapped(optimizer), module=model)
         label = type(self).__name__
         self._step = OwnedStep(optimizer, source, policy, options, owner=self, label=label)

@@ -14,6 +14,7 @@ from gradclip.clipping.kernels import choose
 from gradclip.clipping.policies import as_policies
 from gradclip.clipping.step.ownership import Owner, check_unclaimed, claim, release
 from gradclip.clipping.step.withhold import withhold_within
+from gradclip.errors import ArgumentValueError
 from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling
 
 __all__ = ["OwnedStep", "checked_options"]
@@ -72,7 +73,7 @@ class OwnedStep:
         if claims and self.clipper.writes:
             claim(optimizer, owner, label)
         self._overflows, self._unscale = OverflowWatch(), Unscaling()
-        self._scaled = False
+        self._scaled = self._released = False
         self._taken = ExitStack()
 
     def clip(self, scaler: Any = None, *, unscale: bool = True) -> ClipResult:
@@ -125,10 +126,16 @@ class OwnedStep:
 
     def release(self) -> None:
         """Let the optimizer go; twice is harmless. The clipper stays, with its history."""
+        self._released = True
         self._taken.close()
         release(self.optimizer, self._owner)
 
     def _begin(self) -> None:
+        if self._released:
+            raise ArgumentValueError(
+                f"this {self._label} was removed, or another one took its place, so it clips "
+                "nothing any more: make a new one. No gradient was changed."
+            )
         self._taken.close()  # the last step may have raised
         if not self._claims and self.clipper.writes:
             check_unclaimed(self.optimizer, self._owner, self._label)

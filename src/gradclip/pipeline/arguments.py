@@ -18,7 +18,7 @@ from gradclip.pipeline.hooks.optimizer import OptimizerHook
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["arranged", "check_accelerator", "check_kinds", "check_limit", "one"]
+__all__ = ["arranged", "check_accelerator", "check_kinds", "check_limits", "one"]
 
 
 def arranged(
@@ -113,27 +113,33 @@ def check_kinds(
         )
 
 
-def check_limit(name: str, value: object) -> None:
-    """Check a number of steps or epochs; None is no limit.
+def check_limits(max_step: object, max_epoch: object) -> None:
+    """Check how many steps and epochs there may be; None is no limit.
 
     Raises:
-        ArgumentTypeError: GC011, it is no whole number.
-        ArgumentValueError: GC010, it is below 1.
+        ArgumentTypeError: GC011, one is no whole number.
+        ArgumentValueError: GC010, one is below 1, or there is none.
     """
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"{name} is {value!r}: expected a whole number, or None")
-    if value < 1:
-        raise ArgumentValueError(f"{name} = {value} < 1 is not allowed: nothing would be trained")
+    for name, value in {"max_step": max_step, "max_epoch": max_epoch}.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ArgumentTypeError(f"{name} is {value!r}: expected a whole number, or None")
+        if value < 1:
+            raise ArgumentValueError(
+                f"{name} = {value} < 1 is not allowed: nothing would be trained"
+            )
+    if max_step is None and max_epoch is None:
+        raise ArgumentValueError(
+            "either max_step or max_epoch must be specified: nothing else ends the training"
+        )
 
 
 def check_accelerator(accelerator: "Accelerator") -> None:
     """Refuse what the trainer cannot work with.
 
     Raises:
-        ArgumentValueError: GC010, its dataloaders keep their own position, or it does not know of
-            the other processes that were launched.
+        ArgumentValueError: GC010, it does not know of the other processes that were launched.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and accelerator.num_processes == 1:
@@ -141,9 +147,4 @@ def check_accelerator(accelerator: "Accelerator") -> None:
             f"this is one of {launched} processes that were launched together, and the accelerator "
             "knows of one, so each would train a model of its own. On a machine without "
             "accelerators make it with Accelerator(cpu=True)."
-        )
-    if accelerator.use_stateful_dataloader:
-        raise ArgumentValueError(
-            "the accelerator has use_stateful_dataloader=True. The trainer keeps the "
-            "position in the data itself, and both together would skip batches twice: drop it."
         )

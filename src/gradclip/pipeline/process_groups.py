@@ -17,12 +17,12 @@ def _written(groups: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if groups is None:
         return None
     for pattern, value in groups.items():
-        if not _names(value):
+        if value and not _names(value):
             raise ValueError(
                 f"the process group for {pattern!r} is an object of this process, and no file can "
                 "hold it: give the name of a dimension of the accelerator's mesh"
             )
-    return dict(groups)
+    return {p: list(each) if isinstance(each, tuple) else each for p, each in groups.items()}
 
 
 GroupsByPattern: TypeAlias = Annotated[

@@ -7,11 +7,9 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from gradclip.config import Config
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, MissingDependencyError
-from gradclip.integrations.deepspeed import uses_deepspeed
 
 try:
     from accelerate import Accelerator
@@ -26,7 +24,7 @@ from gradclip.pipeline.arguments import (
     arranged,
     check_accelerator,
     check_kinds,
-    check_limit,
+    check_limits,
     one,
 )
 from gradclip.pipeline.batch_processor import BatchProcessorMixin
@@ -34,7 +32,6 @@ from gradclip.pipeline.checkpoint.data_position import DataPosition
 from gradclip.pipeline.checkpoint.progress import TrainerProgressState
 from gradclip.pipeline.checkpoint.training_state import load_training_state
 from gradclip.pipeline.deepspeed import (
-    prepare_engine,
     refuse_a_broken_window,
     refuse_checkpoints,
 )
@@ -47,7 +44,8 @@ from gradclip.pipeline.hooks.mixin import (
     PipelineHooksLike,
 )
 from gradclip.pipeline.hooks.validation import ValidationHook
-from gradclip.pipeline.processes import default_accelerator, keep_distributed
+from gradclip.pipeline.preparation import prepared
+from gradclip.pipeline.processes import default_accelerator
 from gradclip.pipeline.shortcuts import accumulating
 
 __all__ = ["HookBasedTrainer", "ResumeCheckpointConfig"]
@@ -118,12 +116,7 @@ class HookBasedTrainer:
         resume_from: "str | PathLike[str] | ResumeCheckpointConfig | None" = None,
     ) -> None:
         check_kinds(model, dataloader, batch_processor, optimizer, lr_scheduler)
-        check_limit("max_step", max_step)
-        check_limit("max_epoch", max_epoch)
-        if max_step is None and max_epoch is None:
-            raise ArgumentValueError(
-                "either max_step or max_epoch must be specified: nothing else ends the training"
-            )
+        check_limits(max_step, max_epoch)
         resume_path = _resume_path(resume_from)
         self.max_step = max_step
         self.max_epoch = max_epoch
@@ -134,43 +127,36 @@ class HookBasedTrainer:
         )
         self.accelerator = default_accelerator() if accelerator is None else accelerator
         check_accelerator(self.accelerator)
-
         if resume_path is not None:
             refuse_checkpoints(self.accelerator)
 
+        self.model, self.optimizer, self.dataloader, self.lr_scheduler = prepared(
+            self.accelerator, self.hooks, model, optimizer, dataloader, lr_scheduler
+        )
         self.batch_processor = batch_processor
-        self.dataloader: Iterable[Any] = dataloader
-        self.lr_scheduler = lr_scheduler
-        if uses_deepspeed(self.accelerator):
-            clipping = [h for h in self.hooks.walk() if isinstance(h, GradientClippingHook)]
-            self.model, self.optimizer, self.dataloader, self.lr_scheduler = prepare_engine(
-                self.accelerator, clipping, model, optimizer, dataloader, lr_scheduler
-            )
-        else:
-            keep_distributed(self.accelerator, model)
-            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-            if isinstance(dataloader, DataLoader):
-                # On the CPU there is nowhere to move a batch to.
-                moves = self.accelerator.device.type != "cpu"
-                self.dataloader = self.accelerator.prepare(dataloader, device_placement=[moves])
-            if lr_scheduler is not None:
-                self.lr_scheduler = self.accelerator.prepare(lr_scheduler)
         batch_processor.prepare(self.accelerator)
-
-        self.trainer_progress_state = TrainerProgressState()
         self._failed = False
         self._checkpoints = [each for each in self.hooks.walk() if isinstance(each, SaveCheckpoint)]
         self._position = DataPosition(
             self.dataloader, self._may_save if self._checkpoints else None
         )
-        if resume_path is not None:
-            self.trainer_progress_state = load_training_state(
-                resume_path, self.accelerator, self.optimizer, self.hooks, self._position
-            )
-        self._arg = PipelineHookArgs(
+        self.trainer_progress_state = self._loaded(resume_path)
+        self._arg = self._first_arg()
+
+    def _loaded(self, path: Path | None) -> TrainerProgressState:
+        """Load a checkpoint, if there is one to resume from, and return how far the run is."""
+        if path is None:
+            return TrainerProgressState()
+        return load_training_state(
+            path, self.accelerator, self.optimizer, self.hooks, self._position
+        )
+
+    def _first_arg(self) -> PipelineHookArgs:
+        """Return what every hook is told of the run."""
+        return PipelineHookArgs(
             accelerator=self.accelerator,
-            max_epoch=max_epoch,
-            max_step=max_step,
+            max_epoch=self.max_epoch,
+            max_step=self.max_step,
             start_epoch=self.trainer_progress_state.epoch_id,
             start_step=self.trainer_progress_state.step_id,
             dataloader=self.dataloader,

@@ -190,3 +190,19 @@ def test_the_history_is_saved_with_the_loop(tmp_path):
 def test_what_is_no_accelerator_is_refused():
     with pytest.raises(ArgumentTypeError, match=r"accelerate.Accelerator"):
         AcceleratorClipper(None, torch.optim.SGD(model().parameters()), 1.0)
+
+
+def test_a_new_one_takes_the_place_of_an_old_one():
+    """As where a cell of a notebook runs again: the old object is still there."""
+    accelerator = Accelerator(cpu=True)
+    module, optimizer = accelerator.prepare(model(), torch.optim.SGD(model().parameters(), lr=0.1))
+    old = AcceleratorClipper(accelerator, optimizer, 1.0)
+    new = AcceleratorClipper(accelerator, optimizer, max_norm=0.5)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match="AcceleratorClipper was removed, or another one took"):
+        old.clip()
+    assert float(new.clip().norm_post) == pytest.approx(0.5)
+    new.remove()
+    attach(optimizer, 1.0).remove()
+    del module

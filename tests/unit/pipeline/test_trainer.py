@@ -367,13 +367,6 @@ def test_a_scheduler_that_needs_a_metric_is_refused():
         HookBasedTrainer(Accelerator(cpu=True), **vars(p), max_step=1)
 
 
-def test_a_dataloader_that_keeps_its_own_position_is_refused(monkeypatch):
-    accelerator = Accelerator(cpu=True)
-    monkeypatch.setattr(type(accelerator), "use_stateful_dataloader", True)
-    with pytest.raises(ArgumentValueError, match="use_stateful_dataloader"):
-        trainer(accelerator)
-
-
 @pytest.mark.parametrize("dataloader", [[], iter([])])
 def test_a_dataloader_without_batches_does_not_train_forever(dataloader):
     with pytest.raises(ArgumentValueError, match="no batch in epoch 0"):

@@ -59,10 +59,10 @@ class Coefficients:
             return 1.0
         if self.norms_S.numel() != 1 or flags.host_waits_for(self.norms_S.device):
             return None
-        norm = float(self.norms_S)
-        if not norm > float(self.decision.thresholds):
+        norm, target = float(self.norms_S), float(self.decision.targets)
+        if not (norm > float(self.decision.thresholds) and norm > target):
             return 1.0
-        return min(float(self.decision.targets) / norm, 1.0) * (1 - self.guard)
+        return target / norm * (1 - self.guard)
 
     @cached_property
     def values_S(self) -> Tensor:

@@ -65,7 +65,7 @@ class ParameterGroup:
         """Which dimension of each parameter has its units: that of its outputs."""
         module = self.source.module
         transposed = {
-            id(each.weight)
+            id(each._parameters.get("weight"))  # noqa: SLF001 - a parametrized weight would be computed
             for each in (() if module is None else module.modules())
             if isinstance(each, _ConvTransposeNd)
         }

@@ -76,7 +76,7 @@ class Kernels(Protocol):
     """``(norms_S, thresholds, targets, committed, guard, skipped_coefficient)``: what scopes are
     multiplied by.
 
-    ``target / norm * (1 - guard)`` for a norm above its threshold, else 1;
+    ``target / norm * (1 - guard)`` for a norm above its threshold and its target, else 1;
     ``skipped_coefficient`` everywhere if ``committed``, 0-d bool, is false. Thresholds and targets
     are float64 (S,) or numbers. Nothing is read on the host.
     """

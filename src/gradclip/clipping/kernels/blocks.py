@@ -80,8 +80,11 @@ def coefficients(
     skipped_coefficient: float,
 ) -> Tensor:
     """Return what each scope is multiplied by, float64 (S,); see ``Kernels.coefficients``."""
-    shrunk_S = (targets / norms_S).clamp(max=1.0) * (1 - guard)
-    counted_S = torch.where(norms_S > thresholds, shrunk_S, 1.0)
+    shrunk_S = targets / norms_S * (1 - guard)
+    is_above_S = norms_S > thresholds
+    if targets is not thresholds:
+        is_above_S = is_above_S & (norms_S > targets)
+    counted_S = torch.where(is_above_S, shrunk_S, 1.0)
     return torch.where(committed, counted_S, skipped_coefficient)
 
 

@@ -157,7 +157,9 @@ def coefficients(
     threshold_bits = target_bits = 0
     if isinstance(thresholds, Tensor) or isinstance(targets, Tensor):
         given = [
-            each if isinstance(each, Tensor) else torch.full_like(norms_S, each)
+            each.to(torch.float64).expand_as(norms_S)
+            if isinstance(each, Tensor)
+            else torch.full_like(norms_S, each)
             for each in (thresholds, targets)
         ]
     else:

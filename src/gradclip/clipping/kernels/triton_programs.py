@@ -150,8 +150,8 @@ def coefficients(
     else:
         threshold = tl.load(thresholds + scope, mask=scope < scopes, other=0.0)
         target = tl.load(targets + scope, mask=scope < scopes, other=0.0)
-    shrunk = tl.minimum(target / norm, 1.0) * as_float64(room_bits)
-    found_here = tl.where(norm > threshold, shrunk, 1.0)
+    shrunk = target / norm * as_float64(room_bits)
+    found_here = tl.where((norm > threshold) & (norm > target), shrunk, 1.0)
     if tl.load(committed) == 0:
         found_here = tl.full([BLOCK], 0.0, tl.float64) + as_float64(skipped_bits)
     tl.store(found + scope, found_here, mask=scope < scopes)

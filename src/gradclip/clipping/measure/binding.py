@@ -121,5 +121,5 @@ class Binding:
             if policy is not None
         ]
         self._by_unit = any(pattern.by_unit for pattern in self.patterns)
-        self.may_skip = any(pattern.may_skip for pattern in self.patterns)
+        self.may_skip = any(each.may_skip and each.writes for each in self.patterns)
         self.asks = any(pattern.limit is None for pattern in self.patterns)

@@ -159,13 +159,15 @@ class ScopeNames(Sequence[str]):
         starts: Sequence[int] | None = None,
     ) -> None:
         self._by_unit = scope == "unit"
-        each = zip(parameters, rows, strict=True)
-        self.parts = [(pattern, 1)] if scope == "group" else list(each)
-        """Each parameter, and how many scopes it has."""
-        self._starts = starts if starts and self._by_unit else [0] * len(self.parts)
+        self.scope = scope
+        self.parts = [(pattern, 0, 1)]
+        """Each parameter: its name, the number of its first scope here, and how many are here."""
+        if scope != "group":
+            firsts = starts if starts and self._by_unit else [0] * len(rows)
+            self.parts = list(zip(parameters, firsts, rows, strict=True))
 
     def __len__(self) -> int:
-        return sum(n for _, n in self.parts)
+        return sum(n for _, _, n in self.parts)
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -175,7 +177,7 @@ class ScopeNames(Sequence[str]):
         return tuple(self)[index]
 
     def __iter__(self) -> Iterator[str]:
-        for (name, rows), start in zip(self.parts, self._starts, strict=True):
+        for name, start, rows in self.parts:
             if self._by_unit:
                 yield from (f"{name}[{row}]" for row in range(start, start + rows))
             else:

@@ -82,8 +82,8 @@ class Decision:
 
     Args:
         thresholds: Norm above which a scope is scaled: float64 (S,), or one number for all.
-        targets: Norm that such a scope gets: float64 (S,), or one number for all. Infinity leaves
-            a scope as it is.
+        targets: Norm that such a scope gets: float64 (S,), or one number for all. A target above
+            the norm leaves a scope as it is.
         state: The history after this step, of the shapes that it had. It is forgotten if the step
             is not made.
         skip: Whether this step should not be made: 0-d bool. On several ranks it may depend on
@@ -122,8 +122,9 @@ class Policy(Config, ABC):
 
     scope: ClassVar[Scope]
     """What has a norm and a coefficient of its own. "group": all gradients of a pattern together.
-    "tensor": each tensor. "unit": each index of a tensor's output dimension, which is dimension 1
-    for the weight of a transposed convolution and 0 elsewhere; a vector is one unit. The
+    "tensor": each tensor. "unit": each index of a tensor's output dimension; a vector is one
+    unit. That dimension is 1 for the weight of a transposed convolution, where the module is known
+    (a clipper of a module, or a callback), and 0 elsewhere. The
     default is "group"; a policy that allows the choice makes it a field. On several ranks
     the scopes "tensor" and "unit" are those that this rank has a part of."""
 
@@ -141,8 +142,11 @@ class Policy(Config, ABC):
         ):
             # Not on the base class: a subclass could not make a field of it.
             cls.scope = "group"
-        if "decide" in vars(cls) and "fixed" not in vars(cls):
-            # A rule of its own is not that of the parent, whose numbers say nothing of it.
+        rule, numbers = (
+            next(n for n, kind in enumerate(cls.__mro__) if name in vars(kind))
+            for name in ("decide", "fixed")
+        )
+        if rule < numbers:  # a rule of its own, of which the numbers of its parent say nothing
             cls.fixed = Policy.fixed  # type: ignore[method-assign]
 
     @property

@@ -1,4 +1,4 @@
-"""What the first answer of a policy is checked for: mistakes of its author, in plain words."""
+"""What the answer of a policy is checked for: mistakes of its author, in plain words."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,39 +8,63 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from gradclip.clipping import flags
 from gradclip.clipping.policies.base import Decision, Measurement, Policy, PolicyState
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
 
 
 def check_decision(policy: Policy, decision: object, norms_S: Tensor) -> None:
-    """Refuse an answer that cannot be followed.
+    """Refuse an answer that cannot be followed, before anything is written.
 
     Raises:
         ArgumentTypeError: GC011, for something of another kind.
-        ArgumentValueError: GC010, for thresholds or targets that are not one per scope.
+        ArgumentValueError: GC010, for thresholds or targets that are not one per scope, not on the
+            device of the norms, or, where the host can see it for nothing, negative or NaN.
     """
-    name = f"{type(policy).__name__}.decide"
     if not isinstance(decision, Decision):
-        raise ArgumentTypeError(
-            f"{name} returned a {type(decision).__name__}: expected a Decision. No gradient was "
-            "changed."
-        )
-    for field in ("thresholds", "targets"):
-        value = getattr(decision, field)
-        if isinstance(value, Tensor) and value.shape not in (norms_S.shape, torch.Size([])):
-            raise ArgumentValueError(
-                f"{name} returned {field} of shape {tuple(value.shape)} for "
-                f"{len(norms_S)} scopes: expected ({len(norms_S)},), or one number for all. No "
-                "gradient was changed."
-            )
+        raise _wrong_kind(policy, f"a {type(decision).__name__}: expected a Decision")
+    for name in ("thresholds", "targets"):
+        _check_numbers(policy, name, getattr(decision, name), norms_S)
     skip = decision.skip
-    if not isinstance(skip, bool) and not (
-        isinstance(skip, Tensor) and skip.dtype is torch.bool and skip.numel() == 1
-    ):
-        raise ArgumentTypeError(
-            f"{name} returned skip={skip!r}: expected a bool, or a tensor with one bool. No "
-            "gradient was changed."
-        )
+    is_flag = isinstance(skip, Tensor) and skip.dtype is torch.bool and skip.numel() == 1
+    if not (isinstance(skip, bool) or is_flag):
+        raise _wrong_kind(policy, f"skip={skip!r}: expected a bool, or a tensor with one bool")
+    if not isinstance(decision.state, PolicyState):
+        raise _wrong_kind(policy, f"state={decision.state!r}: expected a PolicyState")
+
+
+def _check_numbers(policy: Policy, name: str, value: object, norms_S: Tensor) -> None:
+    if isinstance(value, Tensor):
+        count = len(norms_S)
+        if value.shape not in (norms_S.shape, torch.Size([])):
+            raise _out_of_range(
+                policy,
+                f"{name} of shape {tuple(value.shape)} for {count} scopes: expected ({count},), or "
+                "one number for all",
+            )
+        if not value.is_floating_point() or value.device != norms_S.device:
+            raise _out_of_range(
+                policy,
+                f"{name} of {value.dtype} on {value.device}: expected {norms_S.dtype} on "
+                f"{norms_S.device}",
+            )
+        wrong = not flags.host_waits_for(value.device) and not bool((value >= 0).all())
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise _wrong_kind(policy, f"{name}={value!r}: expected a number or a tensor")
+    else:
+        wrong = not value >= 0
+    if wrong:
+        raise _out_of_range(policy, f"{name}={value!r}: expected numbers >= 0")
+
+
+def _wrong_kind(policy: Policy, what: str) -> ArgumentTypeError:
+    name = type(policy).__name__
+    return ArgumentTypeError(f"{name}.decide returned {what}. No gradient was changed.")
+
+
+def _out_of_range(policy: Policy, what: str) -> ArgumentValueError:
+    name = type(policy).__name__
+    return ArgumentValueError(f"{name}.decide returned {what}. No gradient was changed.")
 
 
 class _Origins(TorchFunctionMode):
@@ -53,6 +77,8 @@ class _Origins(TorchFunctionMode):
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
         self._followed = {id(tensor): tensor for tensor in tensors}  # kept, so that ids stay theirs
+        self.was_read = False
+        """Whether the host read one of them."""
 
     def __torch_function__(
         self,
@@ -63,8 +89,13 @@ class _Origins(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if any(map(self.has, tree_leaves((args, kwargs)))):
-            made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
-            self._followed |= {id(tensor): tensor for tensor in made}
+            name = getattr(func, "__name__", "")
+            # In place, or by assignment: the first argument is computed from the others then.
+            written = [args[0]] if name.endswith("_") and args else []
+            made = [*tree_leaves(result), *written]
+            tensors = [each for each in made if isinstance(each, Tensor)]
+            self._followed |= {id(tensor): tensor for tensor in tensors}
+            self.was_read |= name in _READS
         return result
 
     def has(self, value: object) -> bool:
@@ -72,23 +103,30 @@ class _Origins(TorchFunctionMode):
         return id(value) in self._followed
 
 
-def check_skip_is_shared(policy: Policy, seen: Measurement, state: PolicyState) -> None:
-    """Refuse a skip, or a shared history, that follows from scopes that other ranks do not see.
+_READS = frozenset({"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__array__"})
 
-    Some ranks would step, and others would not.
+
+def decide_by_shared(policy: Policy, seen: Measurement, state: PolicyState) -> Decision:
+    """Ask a policy on several ranks for the first time.
+
+    A skip, or a shared history, that follows from scopes that other ranks do not see is refused:
+    some ranks would step, and others would not.
 
     Raises:
         ArgumentValueError: GC010.
     """
     if policy.scope == "group":
-        return
+        return policy.decide(seen, state)
     weights = [] if seen.weight_norms_S is None else [seen.weight_norms_S]
     origins = _Origins([seen.norms_S, *weights, *state.per_scope.values()])
     with origins:
         answer = policy.decide(seen, state)
-    if any(map(origins.has, [answer.skip, *answer.state.shared.values()])):
+    check_decision(policy, answer, seen.norms_S)
+    if origins.was_read or any(map(origins.has, [answer.skip, *answer.state.shared.values()])):
         raise ArgumentValueError(
             f"{policy!r} decides by the norm of each {policy.scope}, which only some ranks see, "
-            "whether to skip the step, or what its shared history is: some ranks would step, and "
-            "others would not. Decide by total_norm, which all ranks know. No gradient was changed."
+            "whether to skip the step, or what its shared history is, or reads such a norm on the "
+            "host: some ranks would step, and others would not. Decide by total_norm, which all "
+            "ranks know. No gradient was changed."
         )
+    return answer

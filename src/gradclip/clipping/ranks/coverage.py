@@ -1,4 +1,12 @@
-"""Whether sums over one dimension after another count what every rank has once."""
+"""Whether sums over one dimension after another count what every rank has once.
+
+Ranks reduce over their dimensions one after the other. So what rank a has reaches rank b once for
+every chain of sums that leads from a to b. On a grid every rank reaches every rank equally often,
+say k times. A part that c ranks hold, each with the weight 1 / w, then adds up to k c / w on every
+rank: it is counted once where w = k c. Where process groups overlap, or leave ranks out, ranks are
+reached unequally often and no weight is right. Then one sum over all ranks takes the place of the
+dimensions.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -57,7 +65,8 @@ def _times_reached(outlines: Mapping[int, Outline]) -> int | None:
 
     None if that differs, or if ranks would wait for each other for ever.
     """
-    # A counter for each rank, all in one integer, so that sums of counters are one addition.
+    # reached[b] is one large integer. Its digit for rank a, 32 bits wide, counts how often what a
+    # has arrived at b. So adding up what the members of a group have is one addition.
     reached = {rank: 1 << number * _DIGIT for number, rank in enumerate(outlines)}
     left = {rank: [d for d in each.dimensions if len(d) > 1] for rank, each in outlines.items()}
     waiting = list(outlines)
@@ -65,6 +74,7 @@ def _times_reached(outlines: Mapping[int, Outline]) -> int | None:
         moved: list[int] = []
         for rank in waiting:
             group = left[rank][0] if left[rank] else ()
+            # A group can reduce once it is the next one of each of its members.
             if group and all(left[other] and left[other][0] == group for other in group):
                 together = sum(reached[other] for other in group)
                 for other in group:

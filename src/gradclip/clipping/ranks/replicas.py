@@ -61,7 +61,9 @@ def _held(
         pattern = each.group.pattern
         for name, gradient, position in _named(each, shares[pattern]):
             held["gradient", name, position] = _digest(gradient)
-        if shares[pattern].scope == "group":
+        # Scopes of tensors are the same everywhere only where every rank holds all of them whole.
+        whole = not any(holding.split for holding in shares[pattern].holdings)
+        if shares[pattern].scope == "group" or whole:
             held["norm", repr(pattern), ()] = _digest(norms_S)
             for name, value in states.get(pattern, {}).items():
                 held["history", f"{pattern!r}, {name}", ()] = _digest(value)

@@ -14,6 +14,7 @@ _WAY_OUT = (
     "To go on without it, take stateful_callbacks.gradclip out of the checkpoint's "
     "trainer_state.json."
 )
+_TABLES = ("per_scope", "shared")
 KEY = "gradclip"
 """Where the history is in ``TrainerState.stateful_callbacks``."""
 
@@ -31,8 +32,14 @@ def exported(clipper: GradientClipper) -> dict[str, Any]:
         "clip_modes": [[pattern, mode] for pattern, mode in state["clip_modes"].items()],
         "states": {
             pattern: {
-                name: [str(tensor.dtype).removeprefix("torch."), tensor.tolist()]
-                for name, tensor in history.items()
+                **history,
+                **{
+                    kind: {
+                        name: [str(tensor.dtype).removeprefix("torch."), tensor.tolist()]
+                        for name, tensor in history[kind].items()
+                    }
+                    for kind in _TABLES
+                },
             }
             for pattern, history in state["states"].items()
         },
@@ -58,8 +65,14 @@ def restore(
             "clip_modes": dict(saved["clip_modes"]),
             "states": {
                 pattern: {
-                    name: torch.tensor(values, dtype=getattr(torch, dtype), device=device)
-                    for name, (dtype, values) in history.items()
+                    **history,
+                    **{
+                        kind: {
+                            name: torch.tensor(values, dtype=getattr(torch, dtype), device=device)
+                            for name, (dtype, values) in history[kind].items()
+                        }
+                        for kind in _TABLES
+                    },
                 }
                 for pattern, history in saved["states"].items()
             },

@@ -2,7 +2,8 @@
 
 The order of an epoch follows from the random state at its start. Coming back restores that state,
 lets the sampler pass over the batches that were consumed, without loading them, and then puts the
-random state of the checkpoint in place.
+random state of the checkpoint in place. A dataloader that keeps a state of its own is brought back
+by that state instead.
 
 Accelerate's loader is one batch ahead: when batch n is asked for, batch n + 1 is loaded. A dataset
 that draws from the process's own generators does so between the draws of the model. So the state
@@ -10,11 +11,10 @@ before the last batch was asked for is kept too, and each state is put in place 
 that followed it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.data_loader import (
     DataLoaderDispatcher,
@@ -25,13 +25,14 @@ from accelerate.data_loader import (
 from torch.utils.data import DataLoader, IterableDataset
 
 from gradclip.errors import CheckpointError
+from gradclip.pipeline.checkpoint.moment import Moment
+from gradclip.pipeline.checkpoint.own_state import OwnState, Place, keeps_its_state
+from gradclip.pipeline.checkpoint.rewound import Rewound, pass_over
 from gradclip.pipeline.checkpoint.rng import RandomState
 
 __all__ = ["DataPosition"]
 
 _END = object()
-_SEEDS = ("iteration", "initial_seed")
-"""What Accelerate's loaders and samplers seed an epoch with."""
 
 
 class DataPosition:
@@ -47,12 +48,17 @@ class DataPosition:
         self.dataloader = dataloader
         self.batches = 0
         """Batches of this epoch that were handed out; 0 between epochs."""
-        loads_here = _can_skip(dataloader) and not getattr(dataloader, "num_workers", 0)
-        self._track = track if loads_here else None
+        loads_here = not getattr(dataloader, "num_workers", 0)
+        self._track = track if loads_here and _can_skip(dataloader) else None
+        self._own: OwnState | None = None
+        if keeps_its_state(dataloader):
+            self._own = OwnState(dataloader, track if loads_here else None)
+            self._track = None
         self._active: Any = dataloader
-        self._start: _Moment | None = None
+        self._start: Moment | None = None
+        self._place: Place | None = None
         self._asked: RandomState | None = None
-        self._stopped: _Moment | None = None
+        self._stopped: Moment | None = None
 
     def epoch(self) -> Iterator[Any]:
         """Yield the batches of this epoch that were not handed out yet.
@@ -61,13 +67,15 @@ class DataPosition:
             CheckpointError: The dataloader has fewer batches than the checkpoint says.
         """
         asked: RandomState | None = None
-        if self.batches:
+        if self._start is not None:
+            stopped = self._stopped or Moment.capture(self.dataloader)
             # The state that the next batch was asked for with, in the run that is resumed.
-            asked = None if self._stopped is None else self._stopped.random
-            batches = self._rejoin(asked)
+            asked = stopped.random
+            batches = self._rejoin(self._start, stopped)
             self._stopped = None
         else:
-            self._start = _Moment.capture(self.dataloader)
+            self._start = Moment.capture(self.dataloader)
+            self._place = self._ask()
             batches = iter(self.dataloader)
         while True:
             if asked is None and self._track is not None and self._track():
@@ -83,31 +91,41 @@ class DataPosition:
 
     def stop(self) -> None:
         """Say that the run ends inside the epoch: what is drawn from now on is not its own."""
-        self._stopped = _Moment.capture(self.dataloader)
-        # Accelerate counts a loader that is left before its end as active.
-        if callable(end := getattr(self._active, "end", None)):
-            end()
+        self._place = self._ask()
+        self._leave()
 
     def give_back(self) -> None:
         """Say that the batch in hand was not finished, and that the run ends there."""
         self.batches -= 1
-        self.stop()
+        self._leave()
+
+    def _leave(self) -> None:
+        self._stopped = Moment.capture(self.dataloader)
+        # Accelerate counts a loader that is left before its end as active.
+        if callable(end := getattr(self._active, "end", None)):
+            end()
 
     def restore(self) -> None:
         """Put the random state of a checkpoint in place, if it was taken between epochs."""
-        if self._stopped is not None and not self.batches:
+        if self._stopped is not None and self._start is None:
             self._stopped.restore(self.dataloader)
             self._stopped = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position when the batch in hand is finished: numbers, strings, tensors."""
-        now = self._stopped or _Moment.capture(self.dataloader)
+        """Return the position when the batch in hand is finished: numbers, strings, tensors.
+
+        Raises:
+            ArgumentValueError: GC010, the dataloader has a state of its own that holds more.
+        """
+        now = self._stopped or Moment.capture(self.dataloader)
+        place = self._ask() if self._stopped is None else self._place
         return {
             "batches": self.batches,
             "batch_size": _batch_size(self.dataloader),
             "start": None if self._start is None else self._start.state_dict(),
             "asked": None if self._asked is None else self._asked.state_dict(),
             "now": now.state_dict(),
+            "place": None if place is None else place.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, keep_random: bool = False) -> None:
@@ -120,12 +138,17 @@ class DataPosition:
             state: What it returned.
             keep_random: Whether to go on with the random state of now: for a process that was not
                 there, so that no two have the same.
+
+        Raises:
+            CheckpointError: GC301, the dataloader keeps a state of its own, and that of the epoch
+                that is under way did not, or the other way round.
         """
         self.batches = int(state["batches"])
         start, asked = state["start"], state["asked"]
-        self._start = None if start is None else _Moment.from_state_dict(start)
+        self._start = None if start is None else Moment.from_state_dict(start)
         self._asked = None if asked is None else RandomState.from_state_dict(asked)
-        self._stopped = _Moment.from_state_dict(state["now"])
+        self._stopped = Moment.from_state_dict(state["now"])
+        self._load_place(state.get("place"))
         if keep_random:
             self._stopped = replace(self._stopped, random=RandomState.capture())
             self._asked = None
@@ -134,135 +157,66 @@ class DataPosition:
             self.batches = self.batches * before // now
             self._asked = None
 
-    def _rejoin(self, resumed: RandomState | None) -> Iterator[Any]:
-        """Begin the epoch as it began, and yield what was not handed out."""
-        assert self._start is not None
-        self._start.restore(self.dataloader)
-        if _can_skip(self.dataloader):
-            yield from self._pass_over(self.dataloader, resumed)
-            return
-        batches = iter(self.dataloader)
-        for number in range(self.batches):
-            if next(batches, _END) is _END:
-                raise _too_short(self.batches, number)
-        if resumed is not None:
-            resumed.restore()
-        yield from batches
+    def _ask(self) -> Place | None:
+        return None if self._own is None else self._own.place(self.batches)
 
-    def _pass_over(self, loader: Any, resumed: RandomState | None) -> Iterator[Any]:
+    def _load_place(self, place: Mapping[str, Any] | None) -> None:
+        if self._start is not None and (place is None) != (self._own is None):
+            raise CheckpointError(
+                "the checkpoint was taken in the middle of an epoch, and one of the dataloaders, "
+                "that of back then and that of now, keeps a state of its own and the other does "
+                "not: the samples would come in another order. Resume with a dataloader of the "
+                "same kind, or from the end of an epoch."
+            )
+        if self._own is not None and place is not None:
+            self._place = Place.from_state_dict(place)
+            if self._start is None:
+                self._own.go_to(self._place)
+
+    def _rejoin(self, start: Moment, stopped: Moment) -> Iterator[Any]:
+        """Begin the epoch as it began, and yield what was not handed out."""
+        start.restore(self.dataloader)
+        if self._own is not None and self._place is not None:
+            if not self._place.ended:
+                yield from self._own.rest(self._place, self.batches, stopped)
+                return
+            # Accelerate's wrapper would begin the next epoch.
+            self._own.go_to(self._place)
+            stopped.restore(self.dataloader)
+            self._active.iteration += 1
+        elif _can_skip(self.dataloader):
+            yield from self._pass_over(self.dataloader, stopped.random)
+        else:
+            batches = iter(self.dataloader)
+            pass_over(batches, self.batches)
+            stopped.random.restore()
+            yield from batches
+
+    def _pass_over(self, loader: Any, resumed: RandomState) -> Iterator[Any]:
         """Leave batches out at the sampler, so that they are not loaded."""
         # The second batch is loaded with the first, when the epoch begins, so there is no state
         # of its own to load it with: the first is loaded again, and dropped.
-        drop_first = self.batches == 1
         skip, states = (
-            (0, (None, None, resumed)) if drop_first else (self.batches, (self._asked, resumed))
+            (self.batches, (self._asked, resumed))
+            if self.batches > 1
+            else (0, (None, None, resumed))
         )
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(loader.iteration)
         rest: Any = skip_first_batches(loader, skip)
+        if hasattr(loader, "iteration"):
+            rest.iteration = loader.iteration  # Accelerate 1.10 would begin with epoch 0
         sampler: SkipBatchSampler = rest.batch_sampler
-        sampler.batch_sampler = _Rewound(sampler.batch_sampler, skip, states)
+        sampler.batch_sampler = Rewound(sampler.batch_sampler, skip, states)
         sampler.skip_batches = 0
         self._active = rest
         batches = iter(rest)
-        if drop_first:
+        if self.batches == 1:
             next(batches, None)
         yield from batches
         self._active = loader
         if hasattr(loader, "iteration"):
             loader.iteration += 1
-
-
-class _Rewound:
-    """A batch sampler that passes over what was consumed, and sets random states as it goes on.
-
-    Args:
-        batch_sampler: The sampler that is passed over.
-        skip: How many of its batches.
-        states: What to put in place before each of the next batches; None to leave it.
-    """
-
-    def __init__(self, batch_sampler: Any, skip: int, states: Sequence[RandomState | None]) -> None:
-        self.batch_sampler = batch_sampler
-        self.sampler = getattr(batch_sampler, "sampler", None)
-        self.skip = skip
-        self.states = states
-
-    def __iter__(self) -> Iterator[Any]:
-        batches = iter(self.batch_sampler)
-        for number in range(self.skip):
-            if next(batches, _END) is _END:
-                raise _too_short(self.skip, number)
-        for state in self.states:
-            if state is not None:
-                state.restore()
-            batch = next(batches, _END)
-            if batch is _END:
-                if (last := self.states[-1]) is not None:
-                    last.restore()
-                return
-            yield batch
-        yield from batches
-
-    def __len__(self) -> int:
-        return len(self.batch_sampler) - self.skip
-
-
-@dataclass(frozen=True)
-class _Moment:
-    """Everything that the order of the data follows from, at one moment."""
-
-    random: RandomState
-    loader: dict[str, Any]
-
-    @classmethod
-    def capture(cls, loader: object) -> Self:
-        state: dict[str, Any] = {}
-        for path, part in _parts(loader).items():
-            generator = getattr(part, "generator", None)
-            if isinstance(generator, torch.Generator):
-                state[f"{path}.generator"] = generator.get_state()
-            for name in _SEEDS:
-                if isinstance(value := _own(part).get(name), int):
-                    state[f"{path}.{name}"] = value
-        return cls(RandomState.capture(), state)
-
-    def restore(self, loader: object) -> None:
-        for path, part in _parts(loader).items():
-            generator = getattr(part, "generator", None)
-            if isinstance(generator, torch.Generator) and f"{path}.generator" in self.loader:
-                generator.set_state(self.loader[f"{path}.generator"])
-            for name in _SEEDS:
-                if name in _own(part) and f"{path}.{name}" in self.loader:
-                    setattr(part, name, self.loader[f"{path}.{name}"])
-        self.random.restore()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"random": self.random.state_dict(), "loader": self.loader}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
-        return cls(RandomState.from_state_dict(state["random"]), dict(state["loader"]))
-
-
-def _parts(loader: object) -> dict[str, Any]:
-    """Return the loader and the samplers behind it, each once, by path."""
-    parts: dict[str, Any] = {}
-    waiting = [("loader", loader)]
-    while waiting:
-        path, part = waiting.pop()
-        if not any(part is known for known in parts.values()):
-            parts[path] = part
-            waiting += [
-                (f"{path}.{name}", behind)
-                for name in ("batch_sampler", "sampler")
-                if (behind := getattr(part, name, None)) is not None
-            ]
-    return parts
-
-
-def _own(part: object) -> dict[str, Any]:
-    return getattr(part, "__dict__", {})
 
 
 def _can_skip(loader: object) -> bool:
@@ -285,10 +239,3 @@ def _batch_size(loader: object) -> int | None:
         return size
     each: int = loader.batch_sampler.batch_size
     return each if loader.split_batches else each * PartialState().num_processes
-
-
-def _too_short(consumed: int, found: int) -> CheckpointError:
-    return CheckpointError(
-        f"the checkpoint was taken after {consumed} batches of an epoch, and the dataloader gives "
-        f"only {found}: this is not the dataloader of that run"
-    )

@@ -149,22 +149,29 @@ def _load_own(
     """Restore what each process had of its own, as far as there were as many of them."""
     before = len(list(folder.glob(_process_file("*"))))
     now = accelerator.num_processes
-    if before != now and micro_step_id:
-        raise CheckpointError(
-            f"the checkpoint {folder} was taken inside an accumulation window by {before} "
-            f"processes, each with gradients of its own, and {now} cannot go on with it. Resume "
-            f"on {before}, or from a checkpoint that was taken at the end of a window."
-        )
     # Which batches an epoch has follows from what all processes have alike.
     known = accelerator.process_index < before
     own = _load(folder / _process_file(accelerator.process_index if known else 0))
-    if "data" in own:
-        position.load_state_dict(own["data"], keep_random=not known)
+    data = own.get("data", {})
+    if before != now and micro_step_id:
+        raise _of_its_own(folder, "an accumulation window", "gradients", before, now)
+    if before != now and data.get("place") and data["start"]:
+        raise _of_its_own(folder, "an epoch", "a dataloader that keeps a state", before, now)
+    if data:
+        position.load_state_dict(data, keep_random=not known)
     elif known:
         RandomState.from_state_dict(own["random"]).restore()
     parameters = _stepped(optimizer)
     for number, gradient in own["gradients"].items():
         parameters[number].grad = _placed(gradient, parameters[number])
+
+
+def _of_its_own(folder: Path, part: str, what: str, before: int, now: int) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint {folder} was taken inside {part} by {before} processes, each with {what} "
+        f"of its own, and {now} cannot go on with it. Resume on {before}, or from a checkpoint "
+        f"that was taken at the end of {part}."
+    )
 
 
 def _local(gradient: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,21 @@
 
 What is sharded (FSDP2, tensor parallelism) is gathered tensor by tensor when it is saved, and
 split anew when it is loaded, so a checkpoint depends neither on the engine nor on how many
-processes there are. Every process takes part in both; only the main one keeps and writes what was
-gathered.
+processes there are. Every process takes part in the gathering; only the main one keeps and writes
+what was gathered.
+
+``torch.distributed.checkpoint.state_dict`` is not used, for it
+
+- makes a step of zeros with an optimizer that has no state, when it saves and when it loads;
+- drops what an optimizer keeps beside the states of its parameters, and empty lists;
+- makes strings of the whole numbers that are keys inside a state, and lists of tuples;
+- refuses SGD without momentum, a parameter that never had a gradient, an optimizer of two models;
+- refuses a model that saves an entry that is none of its attributes;
+- leaves a weight that the checkpoint lacks as it was, without a word.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,21 +76,27 @@ def gathered_weights(accelerator: "Accelerator") -> dict[str, Any]:
 
 def write_weights(folder: "Path", states: Mapping[str, Any]) -> None:
     """Write what ``gathered_weights`` returned."""
-    from accelerate.utils import save  # noqa: PLC0415 - only the pipeline needs Accelerate
+    from safetensors.torch import save_file  # noqa: PLC0415 - it comes with Accelerate
 
     for name, state in states.items():
-        # Accelerate knows which names of shared tensors safetensors has to leave out.
-        save(state, folder / name, safe_serialization=name.endswith(".safetensors"))
+        if name.endswith(".safetensors"):
+            save_file(_unshared(state), folder / name, metadata={"format": "pt"})
+        else:
+            torch.save(state, folder / name)
 
 
 def load_weights(folder: "Path", accelerator: "Accelerator") -> None:
-    """Load what ``write_weights`` wrote, each process its own part; a collective of all of them."""
+    """Load what ``write_weights`` wrote, each process its own part."""
+    from safetensors.torch import load_file  # noqa: PLC0415 - it comes with Accelerate
+
     for number, model in enumerate(_models(accelerator)):
-        _load_model(model, folder / _file("model", number, "safetensors"))
+        state = load_file(folder / _file("model", number, "safetensors"))
+        likes = model.state_dict()
+        model.load_state_dict({n: _split_like(whole, likes.get(n)) for n, whole in state.items()})
     for number, wrapped in enumerate(accelerator._optimizers):  # noqa: SLF001
         optimizer = behind_accelerate(wrapped)
-        state = _load(folder / _file("optimizer", number, "bin"))
-        optimizer.load_state_dict(_split_like_parameters(state, optimizer))
+        whole = _load(folder / _file("optimizer", number, "bin"))
+        optimizer.load_state_dict(_split_like_parameters(whole, optimizer))
     for number, scheduler in enumerate(accelerator._schedulers):  # noqa: SLF001
         scheduler.load_state_dict(_load(folder / _file("scheduler", number, "bin")))
     if accelerator.scaler is not None:
@@ -112,49 +128,45 @@ def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
     return value
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    if not hasattr(tensor, "_spec"):
-        return tensor
-    whole: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
-    return whole.cpu()
+def _whole(tensor: Any) -> Tensor:
+    whole: Tensor = tensor.detach().full_tensor().cpu() if hasattr(tensor, "_spec") else tensor
+    return whole
 
 
-def _split_like(whole: Tensor, like: Tensor) -> Tensor:
-    """Return the part of a whole tensor that this process has of ``like``, as a DTensor."""
-    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 - slow, and only for these
+def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors that share no memory, as safetensors wants them: tied weights come twice."""
+    seen: set[int] = set()
+    unshared = {}
+    for name, tensor in state.items():
+        memory = tensor.untyped_storage().data_ptr()
+        unshared[name] = (tensor.clone() if memory in seen else tensor).contiguous()
+        seen.add(memory)
+    return unshared
 
-    spec: Any = like._spec  # type: ignore[attr-defined]  # noqa: SLF001
-    device = like._local_tensor.device  # type: ignore[attr-defined]  # noqa: SLF001 - offloaded ones are elsewhere
-    there = whole.to(spec.mesh.device_type)
-    split = distribute_tensor(there, spec.mesh, spec.placements)
-    return split if split.device == device else split.to(device)
 
+def _split_like(whole: Tensor, like: Any) -> Tensor:
+    """Return what this process has of a whole tensor that belongs to ``like``; nothing is sent.
 
-def _load_model(model: nn.Module, file: "Path") -> None:
-    from safetensors.torch import load_file  # noqa: PLC0415 - it comes with Accelerate
+    Where ``like`` is a DTensor, one of its shape is split as it is, and any other (the mean of each
+    row, say) is a DTensor that every process has whole. Numbers stay plain.
+    """
+    if not (hasattr(like, "_spec") and whole.dim()):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415 - slow, and only for these
 
-    state: dict[str, Tensor] = load_file(file)
-    current = model.state_dict()
-    # Of names that share a tensor only one is in the file.
-    named = dict(model.named_parameters(remove_duplicate=False))
-    for name in current.keys() - state.keys():
-        twin = next((n for n in state if n in named and named[n] is named.get(name)), None)
-        if twin is not None:
-            state[name] = state[twin]
-    for name in sorted(state.keys() & current.keys()):
-        if hasattr(current[name], "_spec"):
-            state[name] = _split_like(state[name], current[name])
-    model.load_state_dict(state)
+    mesh = like.device_mesh
+    split = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    if whole.shape == like.shape:
+        # distribute_tensor() cannot split unevenly under FSDP2 over tensor parallelism.
+        split = split.redistribute(placements=like.placements)
+    return split.to(like.to_local().device)  # not its mesh's, where it is offloaded
 
 
 def _split_like_parameters(state: Any, optimizer: torch.optim.Optimizer) -> Any:
-    """Split what an optimizer keeps of sharded parameters in their shape."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, of_parameter in sorted(state["state"].items()):
-        parameter = parameters[number]
-        if not hasattr(parameter, "_spec"):
-            continue
-        for name, value in sorted(of_parameter.items()):
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
-                of_parameter[name] = _split_like(value, parameter)
+    """Split what an optimizer keeps of its parameters, at any depth."""
+    kept = state.get("state", {})
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    for number, parameter in enumerate(parameters):
+        if number in kept:
+            kept[number] = _mapped(kept[number], partial(_split_like, like=parameter))
     return state

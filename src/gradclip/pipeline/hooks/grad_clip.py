@@ -257,7 +257,7 @@ class GradientClippingHookConfig(PipelineHooksConfig[GradientClippingHook]):
     class_type: ClassType[GradientClippingHook] = GradientClippingHook
     clip_mode: Literal["norm", "value"] | None = None
     """``"norm"`` scales all gradients together to ``max_norm``; ``"value"`` clamps each element to
-    ``clip_value``. Left out with ``policy``."""
+    ``clip_value``. Left out with ``policy``; ``max_norm`` alone means ``"norm"``."""
     clip_value: Ceiling | None = None
     """The largest modulus of an element, >= 0; used by ``"value"`` alone."""
     max_norm: Ceiling | None = None
@@ -296,6 +296,17 @@ class GradientClippingHookConfig(PipelineHooksConfig[GradientClippingHook]):
             duplicated=resolve_groups("duplicated", self.duplicated, accelerator),
             backend=self.backend,
         )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _max_norm_alone(cls, data: Any) -> Any:
+        """Read ``max_norm`` alone as on every way in: clip by norm."""
+        if not isinstance(data, Mapping):
+            return data
+        given = {name for name, value in data.items() if value is not None}
+        if "max_norm" in given and not given & {"clip_mode", "policy", "clip_value"}:
+            return {**data, "clip_mode": "norm"}
+        return data
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:

@@ -1,6 +1,8 @@
 """The policies of ``docs/design.md``, one of each kind, written from outside the package."""
 
+import json
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -64,7 +66,7 @@ class TestHistory:
             assert not result.clipped, step
             assert len(result.norms_S) == 6  # those of the idle head too
         state = clipper.state_dict()["states"]["*"]
-        assert state["scopes"] == [[n, 1] for n, _ in module.named_parameters()]
+        assert state["scopes"] == [[n, 0, 1] for n, _ in module.named_parameters()]
         expected = [10.0, 10.0, 1.0, 1.0, 100.0, 100.0]
         assert state["per_scope"]["mean"].tolist() == pytest.approx(expected)
         self.fill(module, {"trunk": 10.0, "a": 50.0, "b": None})
@@ -442,3 +444,198 @@ def test_a_policy_may_swap_its_buffers():
     weight = parameter(3.0)
     clipper = GradientClipper([weight], Swap())
     assert [float(clipper.clip().threshold) for _ in range(3)] == [1.0, 2.0, 1.0]
+
+
+class TestPoliciesThatErr:
+    """What a policy does wrong harms neither its clipper nor another one."""
+
+    def test_writing_into_what_it_is_told_changes_nothing(self):
+        class Writing(Policy):
+            clip_mode: str = "writing"
+
+            def decide(self, seen, state):
+                seen.committed.fill_(False)
+                seen.norms_S.fill_(0.0)
+                seen.total_norm.fill_(0.0)
+                seen.step.fill_(9)
+                return Decision(1.0, 1.0)
+
+        weight = parameter(3.0, 4.0)
+        clipper = GradientClipper([weight], Writing())
+        assert float(clipper.clip().norm_pre) == 5.0
+        assert clipper.state_dict()["committed_steps"] == 1
+        other = parameter(30.0, 40.0)
+        assert float(GradientClipper([other], 1.0).clip().norm_post) == pytest.approx(1.0)
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            lambda: Decision(None, None),
+            lambda: Decision("1", 1.0),
+            lambda: Decision(1.0, torch.tensor(1.0, device="meta")),
+            lambda: Decision(1.0, torch.tensor(1)),
+            lambda: Decision(1.0, torch.nan),
+            lambda: Decision(torch.tensor(torch.nan), 1.0),
+            lambda: Decision(1.0, torch.tensor(-1.0)),
+            lambda: Decision(1.0, 1.0, state=None),
+        ],
+    )
+    def test_a_later_wrong_answer_changes_no_gradient_and_no_history(self, answer):
+        class Later(UsualNorm):
+            clip_mode: str = "later"
+
+            def decide(self, seen, state):
+                decision = super().decide(seen, state)
+                return decision if int(seen.step) == 0 else answer()
+
+        weights = [("a", parameter(3.0)), ("b", parameter(4.0))]
+        clipper = GradientClipper(weights, {"a": 1.0, "b": Later()})
+        clipper.clip()
+        weights[0][1].grad = torch.tensor([3.0])
+        before = clipper.state_dict()
+        with pytest.raises(
+            (ArgumentTypeError, ArgumentValueError), match=r"Later\.decide returned"
+        ):
+            clipper.clip()
+        assert weights[0][1].grad.tolist() == [3.0]
+        after = clipper.state_dict()
+        assert after["committed_steps"] == before["committed_steps"] == 1
+        assert str(after) == str(before)
+
+    @pytest.mark.parametrize("initial", [None, {}, 1.0])
+    def test_a_wrong_initial_state_is_refused(self, initial):
+        class Wrong(UsualNorm):
+            clip_mode: str = "wrong_initial"
+
+            def initial_state(self, scopes):
+                return initial
+
+        with pytest.raises(ArgumentValueError, match="expected a PolicyState"):
+            GradientClipper([parameter(1.0)], Wrong()).clip()
+
+    @pytest.mark.parametrize(
+        "values", [(0.5, torch.inf), (1.0, 50.0), (torch.tensor(0.5), torch.inf)]
+    )
+    @pytest.mark.parametrize("backend", ["foreach", "reference"])
+    def test_a_target_above_the_norm_leaves_every_bit(self, values, backend):
+        class Loose(Policy):
+            clip_mode: str = "loose"
+
+            def decide(self, seen, state):
+                return Decision(*values)
+
+        weight = parameter(3.0, 4.1)
+        before = weight.grad.clone()
+        result = GradientClipper([weight], Loose(), backend=backend).clip()
+        assert not result.clipped
+        assert torch.equal(weight.grad, before)
+
+    def test_a_rule_of_a_mixin_is_not_that_of_the_limit_beside_it(self):
+        class Half:
+            def decide(self, seen, state):
+                return Decision(0.5, 0.5)
+
+        class Both(Half, NormClip):
+            clip_mode: str = "both"
+
+        weight = parameter(3.0, 4.0)
+        result = GradientClipper([weight], Both(max_norm=1.0)).clip()
+        assert float(result.norm_post) == pytest.approx(0.5)
+
+    def test_what_only_measures_skips_nothing(self):
+        class Asking(ObserveClip):
+            clip_mode: str = "asking"
+
+            def decide(self, seen, state):
+                return Decision(torch.inf, torch.inf, skip=True)
+
+        clipper = GradientClipper([parameter(1.0)], Asking(), max_consecutive_skips=0)
+        for _ in range(3):
+            assert not clipper.clip().skipped
+
+
+class TestHistoriesThatAreLoaded:
+    def run(self, pairs, state=None, policy=None):
+        clipper = GradientClipper(pairs, policy or UsualNorm())
+        if state is not None:
+            clipper.load_state_dict(state)
+        return clipper, clipper.clip()
+
+    def test_parameters_of_one_name_keep_their_own(self):
+        pairs = [("weight", parameter(3.0)), ("weight", parameter(40.0))]
+        state = self.run(pairs)[0].state_dict()
+        _, result = self.run(pairs, state)
+        assert result.thresholds_S.tolist() == [6.0, 80.0]
+
+    def test_one_that_does_not_fit_is_refused_once_and_the_old_one_stays(self):
+        two, three = [parameter(3.0), parameter(4.0)], [parameter(1.0) for _ in range(3)]
+        clipper, _ = self.run(two)
+        before = str(clipper.state_dict()["states"])
+        clipper.load_state_dict(self.run(three)[0].state_dict())
+        with pytest.raises(StateError, match="No gradient and no history was changed"):
+            clipper.clip()
+        assert str(clipper.state_dict()["states"]) == before
+        assert clipper.clip().thresholds_S.tolist() == [6.0, 8.0]
+
+    def test_a_state_from_before_the_first_step_begins_anew(self):
+        pairs = [("a", parameter(3.0))]
+        fresh = GradientClipper(pairs, UsualNorm()).state_dict()
+        clipper, _ = self.run(pairs)
+        clipper.load_state_dict(fresh)
+        assert clipper.clip().thresholds_S.tolist() == [torch.inf]
+
+    def test_a_history_of_another_scope_is_refused(self):
+        class Units(UsualNorm):
+            scope: ClassVar[str] = "unit"
+
+        pairs = [("a", parameter(3.0))]
+        state = self.run(pairs)[0].state_dict()
+        with pytest.raises(StateError, match="of scope 'tensor', and its policy has scope 'unit'"):
+            self.run(pairs, state, Units())
+
+    def test_units_are_found_by_their_number(self):
+        """As where another number of ranks holds other rows."""
+
+        class Units(UsualNorm):
+            scope: ClassVar[str] = "unit"
+            clip_mode: str = "units"
+
+        weight = nn.Parameter(torch.zeros(5, 1))
+        weight.grad = torch.arange(1.0, 6.0)[:, None]
+        state = self.run([("p", weight)], policy=Units())[0].state_dict()
+        history = state["states"]["*"]
+        history["scopes"] = [["p", 2, 3]]
+        history["per_scope"] = {"mean": history["per_scope"]["mean"][2:]}
+        with pytest.warns(UserWarning, match="Dropped.*: none. New.*: p"):
+            _, result = self.run([("p", weight)], state, Units())
+        assert result.thresholds_S.tolist() == [torch.inf, torch.inf, 6.0, 8.0, 10.0]
+
+    def test_it_goes_through_json(self):
+        history = pytest.importorskip("gradclip.integrations.transformers.history")
+        pairs = [("a", parameter(3.0)), ("b", parameter(4.0))]
+        clipper, _ = self.run(pairs)
+        saved = json.loads(json.dumps(history.exported(clipper), sort_keys=True))
+        other = GradientClipper(pairs, UsualNorm())
+        history.restore(other, saved, None)
+        assert str(other.state_dict()) == str(clipper.state_dict())
+
+
+def test_reasons_are_those_of_the_step():
+    pairs = [("n", parameter(torch.nan)), ("m", parameter(1.0))]
+    stats = GradientClipper(pairs, {"n": 1.0, "m": 1.0}).clip().to_host()
+    assert stats.skip_reason == "nonfinite"
+    assert {each.skip_reason for each in stats.groups.values()} == {"nonfinite"}
+    pairs = [("n", parameter(torch.inf)), ("m", parameter(9.0))]
+    policy = {"n": ObserveClip(), "m": SpikeSkip(max_norm=1.0, skip_above=5.0)}
+    stats = GradientClipper(pairs, policy).clip().to_host()
+    assert (stats.skip_reason, stats.groups["m"].skip_reason) == ("policy", "policy")
+    assert stats.groups["n"].skip_reason is None
+
+
+def test_looking_for_units_computes_no_parametrized_weight():
+    module = nn.utils.parametrizations.spectral_norm(nn.ConvTranspose1d(3, 2, 3))
+    module(torch.ones(1, 3, 5)).sum().backward()
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    GradientClipper(module, UnitAGC()).clip()
+    for name, buffer in module.named_buffers():
+        assert torch.equal(buffer, before[name])

@@ -150,7 +150,7 @@ class RunningMeans(RunningMean):
 
 
 ZEROS, COUNT = torch.zeros(2, dtype=torch.float64), torch.tensor(1)
-SAVED = {"scopes": [["a", 1], ["b", 1]], "named": True}
+SAVED = {"scope": "tensor", "scopes": [["a", 0, 1], ["b", 0, 1]], "named": True}
 
 
 @pytest.mark.parametrize(

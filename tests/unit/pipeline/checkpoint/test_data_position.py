@@ -18,8 +18,14 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from gradclip.errors import CheckpointError
+from gradclip.errors import ArgumentValueError, CheckpointError
 from gradclip.pipeline.checkpoint.data_position import DataPosition
+from gradclip.pipeline.preparation import prepared_dataloader
+
+try:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+except ImportError:
+    StatefulDataLoader = None
 
 NUMBERS = torch.arange(11)
 
@@ -52,6 +58,68 @@ class Plain:
         return iter(torch.split(NUMBERS[torch.randperm(len(NUMBERS))], 3))
 
 
+class Remembering:
+    """No DataLoader: knows its place and its seed, draws as it loads, and counts what is loaded."""
+
+    def __init__(self):
+        self.place = {"seed": random.randrange(10**6), "epoch": 0, "batches": 0}
+        self.loaded = []
+
+    def __iter__(self):
+        place = self.place
+        generator = torch.Generator().manual_seed(place["seed"] + place["epoch"])
+        order = torch.split(NUMBERS[torch.randperm(len(NUMBERS), generator=generator)], 3)
+        for batch in order[place["batches"] :]:
+            place["batches"] += 1
+            self.loaded.append(batch)
+            yield batch + torch.rand(())
+        place |= {"epoch": place["epoch"] + 1, "batches": 0}
+
+    def state_dict(self):
+        return self.place
+
+    def load_state_dict(self, state):
+        self.place |= state
+
+
+class RememberingDataLoader(DataLoader):
+    """A DataLoader with a state of its own, which Accelerate would build anew without it."""
+
+    def __init__(self):
+        super().__init__(NUMBERS, batch_size=3)
+        vars(self)["place"] = Remembering()
+
+    def __iter__(self):
+        return iter(self.place)
+
+    def state_dict(self):
+        return self.place.state_dict()
+
+    def load_state_dict(self, state):
+        self.place.load_state_dict(state)
+
+
+class RememberingStream(IterableDataset):
+    """A stream with a state of its own, as torchdata asks for; it draws as it loads."""
+
+    def __init__(self):
+        self.state = {"seed": random.randrange(10**6), "next": 0}
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.state["seed"])
+        order = torch.randperm(len(NUMBERS), generator=generator)
+        for number in range(self.state["next"], len(NUMBERS)):
+            self.state["next"] = number + 1
+            yield NUMBERS[order[number]] + torch.rand(())
+        self.state = {"seed": self.state["seed"] + 1, "next": 0}
+
+    def state_dict(self):
+        return dict(self.state)
+
+    def load_state_dict(self, state):
+        self.state = dict(state)
+
+
 def shuffled(dataset=None, **options):
     dataset = TensorDataset(NUMBERS) if dataset is None else dataset
     return DataLoader(dataset, batch_size=3, shuffle=True, **options)
@@ -79,14 +147,43 @@ KINDS = {
     "stream": lambda: DataLoader(Stream(), batch_size=3),
     "plain iterable": Plain,
     "list": lambda: list(torch.split(NUMBERS, 3)),
+    "that remembers": Remembering,
+    "DataLoader that remembers": RememberingDataLoader,
 }
 
 
+def of_torchdata(dataset=None, **options):
+    dataset = TensorDataset(NUMBERS) if dataset is None else dataset
+    return StatefulDataLoader(dataset, batch_size=3, **options)
+
+
+OF_TORCHDATA = {
+    "torchdata, shuffled": lambda: of_torchdata(shuffle=True),
+    "torchdata, drawing": lambda: of_torchdata(Drawing(), shuffle=True, drop_last=True),
+    "torchdata, with a generator": lambda: of_torchdata(
+        shuffle=True, generator=torch.Generator().manual_seed(5)
+    ),
+    "torchdata, weighted": lambda: of_torchdata(sampler=WeightedRandomSampler([1.0] * 11, 11)),
+    "torchdata, stream": lambda: of_torchdata(Stream()),
+    "torchdata, stream that remembers": lambda: of_torchdata(RememberingStream()),
+    "made one by Accelerate": lambda: shuffled(Drawing()),
+    "a batch sampler made one by Accelerate": batched,
+}
+
+
+def of_any_torchdata(test):
+    test = pytest.mark.parametrize("kind", OF_TORCHDATA)(test)
+    test = pytest.mark.skipif(StatefulDataLoader is None, reason="torchdata is not there")(test)
+    # torchdata calls what torch 2.13 calls deprecated.
+    return pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")(test)
+
+
 def prepared(kind, seedable=False):
-    configuration = DataLoaderConfiguration(use_seedable_sampler=seedable)
-    loader = KINDS[kind]()
-    accelerator = Accelerator(cpu=True, dataloader_config=configuration)
-    return accelerator.prepare(loader) if isinstance(loader, DataLoader) else loader
+    configuration = DataLoaderConfiguration(
+        use_seedable_sampler=seedable, use_stateful_dataloader="by Accelerate" in kind
+    )
+    loader = (KINDS | OF_TORCHDATA)[kind]()
+    return prepared_dataloader(Accelerator(cpu=True, dataloader_config=configuration), loader)
 
 
 def seed(number):
@@ -125,6 +222,16 @@ def one_epoch(position):
 @pytest.mark.parametrize("seedable", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_place_is_found_again(tmp_path, kind, seedable):
+    finds_every_place_again(tmp_path, kind, seedable)
+
+
+@pytest.mark.parametrize("seedable", [False, True])
+@of_any_torchdata
+def test_every_place_of_torchdatas_loaders_is_found_again(tmp_path, kind, seedable):
+    finds_every_place_again(tmp_path, kind, seedable)
+
+
+def finds_every_place_again(tmp_path, kind, seedable):
     seed(1)
     whole, states = DataPosition(prepared(kind, seedable), lambda: True), []
     steps = go(whole, 3, states)
@@ -158,6 +265,40 @@ def test_consumed_batches_are_not_loaded_again():
     assert len(rest) == 2
 
 
+def test_a_loader_that_keeps_its_state_loads_nothing_again():
+    position = DataPosition(prepared("that remembers"))
+    batches = position.epoch()
+    for _ in range(3):
+        next(batches)
+    again = DataPosition(prepared("that remembers"))
+    again.load_state_dict(position.state_dict())
+    assert len(list(again.epoch())) == len(again.dataloader.loaded) == 1
+
+
+@pytest.mark.parametrize(
+    "kinds", [("that remembers", "plain iterable"), ("list", "that remembers")]
+)
+def test_inside_an_epoch_it_goes_on_with_a_loader_of_the_same_kind_alone(kinds):
+    before, now = (DataPosition(prepared(kind)) for kind in kinds)
+    batches = before.epoch()
+    next(batches)
+    with pytest.raises(CheckpointError, match="a state of its own"):
+        now.load_state_dict(before.state_dict())
+    list(batches)
+    now.load_state_dict(before.state_dict())
+    now.restore()
+    assert len(list(now.epoch())) == 4
+
+
+def test_a_state_that_only_unpickling_could_bring_back_is_refused():
+    loader = Remembering()
+    loader.place["when"] = loader
+    position = DataPosition(loader)
+    next(position.epoch())
+    with pytest.raises(ArgumentValueError, match="unpickles"):
+        position.state_dict()
+
+
 def test_workers_load_the_same_order():
     seed(1)
     loader = Accelerator(cpu=True).prepare(shuffled(num_workers=1))
@@ -169,20 +310,62 @@ def test_workers_load_the_same_order():
     assert one_epoch(again) == steps[2:]
 
 
-@pytest.mark.parametrize("kind", ["shuffled", "drawing", "plain iterable"])
+@pytest.mark.parametrize("kind", ["shuffled", "drawing", "plain iterable", "that remembers"])
 def test_a_run_that_stopped_goes_on_where_it_was(kind):
+    stops_and_goes_on(kind)
+
+
+@of_any_torchdata
+def test_a_run_on_torchdatas_loader_that_stopped_goes_on_where_it_was(kind):
+    stops_and_goes_on(kind)
+
+
+def stops_and_goes_on(kind):
     seed(1)
     steps = go(DataPosition(prepared(kind), lambda: True), 2)
-    seed(1)
-    position = DataPosition(prepared(kind), lambda: True)
-    first = []
-    for batch in position.epoch():
-        first.append(step(batch))
-        if len(first) == 2:
-            position.stop()
-            break
-    seed(99)
-    assert first + go(position, 2) == steps
+    for stop in range(1, len(steps) // 2 + 1):
+        seed(1)
+        position = DataPosition(prepared(kind), lambda: True)
+        first = []
+        for batch in position.epoch():
+            first.append(step(batch))
+            if len(first) == stop:
+                position.stop()
+                break
+        seed(99)
+        assert first + go(position, 2) == steps, stop
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "batch sampler", "plain iterable", "that remembers"])
+def test_a_batch_that_failed_comes_again_and_the_others_after_it(kind):
+    fails_and_goes_on(kind)
+
+
+@of_any_torchdata
+def test_a_batch_of_torchdatas_loader_that_failed_comes_again_and_the_others_after_it(kind):
+    fails_and_goes_on(kind)
+
+
+def fails_and_goes_on(kind):
+    def items(batch):
+        """Without the noise, which is another one."""
+        batch = batch[0] if isinstance(batch, list) else batch
+        return (batch[:, 0] if batch.dim() == 2 else batch).floor().tolist()
+
+    for failed in range(1, 4):
+        seed(1)
+        position = DataPosition(prepared(kind), lambda: True)
+        steps = []
+        for batch in position.epoch():
+            steps.append(items(batch))
+            if len(steps) == failed:
+                position.give_back()
+                break
+        again = [items(batch) for batch in position.epoch()]
+        assert again[0] == steps[-1]
+        consumed = [item for batch in [*steps[:-1], *again] for item in batch]
+        assert len(set(consumed)) == len(consumed) or "weighted" in kind
+        assert len(steps) + len(again) - 1 == (3 if "drawing" in kind else 4)
 
 
 def test_stopping_takes_the_loader_out_of_accelerates_hands():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from gradclip.diagnostics.record import read_record
 from gradclip.errors import CheckpointError, DoubleClippingError
@@ -38,6 +38,34 @@ class Augmented(Dataset):
         return inputs, torch.tensor([noise], dtype=torch.float32)
 
 
+class Remembering:
+    """No DataLoader: knows its place in an order of its own, and loads as it goes."""
+
+    def __init__(self, dataset, batch_size, shuffle):
+        self.dataset, self.batch_size = dataset, batch_size
+        self.place = {"seed": random.randrange(10**6), "epoch": 0, "batches": 0}
+
+    def __iter__(self):
+        place = self.place
+        generator = torch.Generator().manual_seed(place["seed"] + place["epoch"])
+        order = torch.randperm(len(self.dataset), generator=generator).split(self.batch_size)
+        for items in order[place["batches"] :]:
+            place["batches"] += 1
+            yield default_collate([self.dataset[item] for item in items.tolist()])
+        place |= {"epoch": place["epoch"] + 1, "batches": 0}
+
+    def state_dict(self):
+        return self.place
+
+    def load_state_dict(self, state):
+        self.place |= state
+
+
+def of_torchdata(dataset, batch_size, shuffle):
+    loaders = pytest.importorskip("torchdata.stateful_dataloader")
+    return loaders.StatefulDataLoader(dataset, batch_size, shuffle)
+
+
 class Run:
     """A run whose every step is noted: number, loss and weights as hex.
 
@@ -45,7 +73,16 @@ class Run:
     """
 
     def __init__(
-        self, root, *, seed=0, accumulate=1, hooks=(), accelerator=None, save_step_freq=1, **fields
+        self,
+        root,
+        *,
+        seed=0,
+        accumulate=1,
+        hooks=(),
+        accelerator=None,
+        save_step_freq=1,
+        loader=DataLoader,
+        **fields,
     ):
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
@@ -63,7 +100,7 @@ class Run:
         self.trainer = HookBasedTrainer(
             accelerator or Accelerator(cpu=True, gradient_accumulation_steps=accumulate),
             self.model,
-            DataLoader(Augmented(), batch_size=3, shuffle=True),
+            loader(Augmented(), batch_size=3, shuffle=True),
             SimpleBatchProcessor.from_callable(self._loss),
             optimizer,
             torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30),
@@ -97,16 +134,32 @@ def checkpoints(root):
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_it_goes_on_bit_for_bit_from_every_checkpoint(tmp_path, accumulate):
     """Mid-epoch too, with shuffling, dropout, and a dataset that draws."""
-    whole = Run(tmp_path / "whole", accumulate=accumulate)()
+    found = goes_on_from_every_checkpoint(tmp_path, accumulate=accumulate)
+    assert found == (17 + 2 if accumulate == 1 else 9)
+
+
+def test_a_loader_that_keeps_its_state_goes_on_bit_for_bit_from_every_checkpoint(tmp_path):
+    assert goes_on_from_every_checkpoint(tmp_path, loader=Remembering) == 17 + 2
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # which torchdata calls
+def test_torchdatas_loader_goes_on_bit_for_bit_from_every_checkpoint(tmp_path, accumulate):
+    found = goes_on_from_every_checkpoint(tmp_path, accumulate=accumulate, loader=of_torchdata)
+    assert found == (17 + 2 if accumulate == 1 else 9)
+
+
+def goes_on_from_every_checkpoint(tmp_path, **fields):
+    whole = Run(tmp_path / "whole", **fields)()
     found = checkpoints(tmp_path / "whole")
-    assert len(found) == (17 + 2 if accumulate == 1 else 9)
     for number, checkpoint in enumerate(found):
-        again = Run(tmp_path / str(number), seed=5, accumulate=accumulate, resume_from=checkpoint)
+        again = Run(tmp_path / str(number), seed=5, resume_from=checkpoint, **fields)
         start = again.trainer.trainer_progress_state.global_step_id
         assert again().steps == whole.steps[start:]
         assert again.trainer.trainer_progress_state == whole.trainer.trainer_progress_state
         last = again.trainer.optimizer.state_dict()
         torch.testing.assert_close(last, whole.trainer.optimizer.state_dict(), rtol=0, atol=0)
+    return len(found)
 
 
 def test_a_run_that_resumed_can_be_resumed_from_at_once(tmp_path):

@@ -70,7 +70,7 @@ def test_a_policy_takes_the_place_of_the_mode(policy, expected):
     ("fields", "said"),
     [
         ({}, "nothing says how to clip"),
-        ({"max_norm": 1.0}, "nothing says how to clip"),
+        ({"norm_type": 1.0}, "nothing says how to clip"),
         ({"clip_mode": "norm"}, "max_norm must be specified"),
         ({"clip_mode": "norm", "clip_value": 1.0}, "max_norm must be specified"),
         ({"clip_mode": "value"}, "clip_value must be specified"),
