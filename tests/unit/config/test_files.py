@@ -9,7 +9,7 @@ import sys
 from typing import Annotated, Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -169,6 +169,7 @@ def test_the_text_of_a_file_is_plain(tmp_path):
     }
 
 
+@settings(deadline=None)  # a busy machine takes its time
 @given(
     st.text(),
     st.dictionaries(
