@@ -59,25 +59,22 @@ def prepared_dataloader(accelerator: "Accelerator", dataloader: Iterable[Any]) -
     """
     from accelerate.data_loader import DataLoaderDispatcher  # noqa: PLC0415 - only the trainer needs it
 
-    if not isinstance(dataloader, DataLoader):
-        return dataloader
     of_torchdata = any(
         each.__module__.startswith("torchdata.") for each in type(dataloader).__mro__
     )
-    if keeps_its_state(dataloader) and not of_torchdata:
-        return dataloader
-    configuration = accelerator.dataloader_config
-    wanted = configuration.use_stateful_dataloader
-    # On the CPU there is nowhere to move a batch to.
-    moves = accelerator.device.type != "cpu"
-    try:
-        configuration.use_stateful_dataloader = wanted or of_torchdata
-        made: Iterable[Any] = accelerator.prepare(dataloader, device_placement=[moves])
-    finally:
-        configuration.use_stateful_dataloader = wanted
+    if isinstance(dataloader, DataLoader) and (of_torchdata or not keeps_its_state(dataloader)):
+        configuration = accelerator.dataloader_config
+        wanted = configuration.use_stateful_dataloader
+        # On the CPU there is nowhere to move a batch to.
+        moves = accelerator.device.type != "cpu"
+        try:
+            configuration.use_stateful_dataloader = wanted or of_torchdata
+            dataloader = accelerator.prepare(dataloader, device_placement=[moves])
+        finally:
+            configuration.use_stateful_dataloader = wanted
     if (
-        isinstance(made, DataLoaderDispatcher)
-        and keeps_its_state(made)
+        isinstance(dataloader, DataLoaderDispatcher)
+        and keeps_its_state(dataloader)
         and accelerator.num_processes > 1
     ):
         raise ArgumentValueError(
@@ -85,4 +82,4 @@ def prepared_dataloader(accelerator: "Accelerator", dataloader: Iterable[Any]) -
             "state that the dataloader keeps of itself would not be that of the batches that were "
             "trained. Make the accelerator with DataLoaderConfiguration(dispatch_batches=False)."
         )
-    return made
+    return dataloader

@@ -164,8 +164,10 @@ OF_TORCHDATA = {
         shuffle=True, generator=torch.Generator().manual_seed(5)
     ),
     "torchdata, weighted": lambda: of_torchdata(sampler=WeightedRandomSampler([1.0] * 11, 11)),
+    "torchdata, with a worker": lambda: of_torchdata(shuffle=True, num_workers=1),
     "torchdata, stream": lambda: of_torchdata(Stream()),
     "torchdata, stream that remembers": lambda: of_torchdata(RememberingStream()),
+    "torchdata, dispatched": lambda: of_torchdata(RememberingStream()),
     "made one by Accelerate": lambda: shuffled(Drawing()),
     "a batch sampler made one by Accelerate": batched,
 }
@@ -180,10 +182,14 @@ def of_any_torchdata(test):
 
 def prepared(kind, seedable=False):
     configuration = DataLoaderConfiguration(
-        use_seedable_sampler=seedable, use_stateful_dataloader="by Accelerate" in kind
+        use_seedable_sampler=seedable,
+        use_stateful_dataloader="by Accelerate" in kind or "dispatched" in kind,
     )
+    accelerator = Accelerator(cpu=True, dataloader_config=configuration)
     loader = (KINDS | OF_TORCHDATA)[kind]()
-    return prepared_dataloader(Accelerator(cpu=True, dataloader_config=configuration), loader)
+    if "dispatched" in kind:  # as on a GPU
+        loader = accelerator.prepare(loader)
+    return prepared_dataloader(accelerator, loader)
 
 
 def seed(number):
