@@ -29,6 +29,7 @@ from gradclip.errors import (
     TooManySkipsError,
 )
 from gradclip.pipeline import HookBasedTrainer, SimpleBatchProcessor
+from gradclip.pipeline.checkpoint.own_state import keeps_its_state
 from gradclip.pipeline.checkpoint.weights import gathered_weights, load_weights, write_weights
 from gradclip.pipeline.hooks import (
     GradientClippingHookConfig,
@@ -259,18 +260,20 @@ class Stream(IterableDataset):
         return iter(torch.arange(16))
 
 
-def refuses_to_dispatch(rank):
+def counts_a_stream(rank):
     configuration = DataLoaderConfiguration(use_stateful_dataloader=True)
     accelerator = Accelerator(cpu=True, dataloader_config=configuration)
-    loader = accelerator.prepare(of_torchdata(Stream(), batch_size=2, shuffle=None))
-    with pytest.raises(ArgumentValueError, match="dispatch_batches=False"):
-        prepared_dataloader(accelerator, loader)
+    loader = of_torchdata(Stream(), batch_size=2, shuffle=None)
+    assert not keeps_its_state(prepared_dataloader(accelerator, loader))
+    assert configuration.use_stateful_dataloader
+    with pytest.raises(ArgumentValueError, match=r"before accelerator\.prepare"):
+        prepared_dataloader(accelerator, accelerator.prepare(loader))
 
 
-def test_a_loader_that_keeps_its_state_is_not_dispatched_to_several_processes():
-    """Accelerate takes single batches back from its counts, and nothing from a dataset's state."""
+def test_a_stream_that_processes_share_is_counted_whatever_loads_it():
+    """Behind Accelerate's wrapper, its loader's state does not tell where it is."""
     pytest.importorskip("torchdata.stateful_dataloader")
-    together(refuses_to_dispatch, 2)
+    together(counts_a_stream, 2)
 
 
 @pytest.mark.parametrize(
