@@ -6,8 +6,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .DEFAULT_GOAL := help
 ROBO := .venv-robo
-.PHONY: help demo smoke test test-all test-integrations test-robo-orchard test-gpu gpu-check check format bench \
-	bench-gpu clean
+.PHONY: help demo smoke test test-all test-integrations test-robo-orchard test-gpu gpu-check check format ways-in \
+	bench bench-gpu clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,6 +63,9 @@ check: $(VENV)/.dev  ## format, lint, types, layers: what a commit must pass
 format: $(VENV)/.dev  ## put the code into its format
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+ways-in: $(VENV)/.dev  ## write the table of all ways in into docs/integrations.md
+	PYTHONPATH=tests $(BIN)/python tests/contract/ways_in.py
 
 bench: $(VENV)/.bench  ## measure on the CPU: benchmarks/results/*.csv, and the tables and the plot of the docs
 	$(BIN)/python benchmarks/hook_overhead.py
