@@ -96,16 +96,10 @@ ONE_NORM = Refusal(
     "GC101",
     "DeepSpeed clips inside its own step, by one fixed 2-norm of all gradients",
 )
-NOT_EXPORTED = Fault(
-    AttributeError,
-    "the callback cannot write the history of a policy into the trainer's state, and fails at the "
-    "first step",
-)
 NOT_SAVED = Fault(AssertionError, "RoboOrchardLab's checkpoints do not hold the history")
 
 _refused_by_function = ["name patterns", "`ValueClip`", "`ObserveClip`", *OWN]
 _refused_by_deepspeed = ["name patterns", "`NormClip`, p = inf", "`ValueClip`", *OWN]
-_with_history = ["own policy with a history", "history restored"]
 
 WAYS = [
     Way(
@@ -118,24 +112,13 @@ WAYS = [
     Way("`attach`, fused optimizer", ("ways_by_loop", "attached_to_fused")),
     Way("`AcceleratorClipper`", ("ways_by_loop", "on_accelerate")),
     Way("hook of gradclip's trainer", ("ways_by_loop", "hook")),
-    Way(
-        "transformers, callback",
-        ("ways_by_transformers", "callback"),
-        "transformers",
-        dict.fromkeys(_with_history, NOT_EXPORTED),
-    ),
+    Way("transformers, callback", ("ways_by_transformers", "callback"), "transformers"),
     Way(
         "transformers, callback with the mixin",
         ("ways_by_transformers", "callback_with_mixin"),
         "transformers",
-        dict.fromkeys(_with_history, NOT_EXPORTED),
     ),
-    Way(
-        "TRL, callback",
-        ("ways_by_trl", "callback"),
-        "trl",
-        dict.fromkeys(_with_history, NOT_EXPORTED),
-    ),
+    Way("TRL, callback", ("ways_by_trl", "callback"), "trl"),
     Way("Lightning, automatic optimisation", ("ways_by_lightning", "automatic"), "lightning"),
     Way("Lightning, manual optimisation", ("ways_by_lightning", "manual"), "lightning"),
     Way("Fabric, `attach`", ("ways_by_lightning", "fabric"), "lightning"),
