@@ -164,10 +164,10 @@ class DataPosition:
     def _load_place(self, place: Mapping[str, Any] | None) -> None:
         if self._start is not None and (place is None) != (self._own is None):
             raise CheckpointError(
-                "the checkpoint was taken in the middle of an epoch, and one of the dataloaders, "
-                "that of back then and that of now, keeps a state of its own and the other does "
-                "not: the samples would come in another order. Resume with a dataloader of the "
-                "same kind, or from the end of an epoch."
+                "the checkpoint was taken in the middle of an epoch. Either its dataloader kept a "
+                "state of its own and this one does not, or the other way round, so the samples "
+                "would come in another order. Resume with a dataloader of the same kind, or from "
+                "the end of an epoch."
             )
         if self._own is not None and place is not None:
             self._place = Place.from_state_dict(place)
