@@ -6,8 +6,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .DEFAULT_GOAL := help
 ROBO := .venv-robo
-.PHONY: help demo smoke test test-all test-integrations test-robo-orchard test-gpu gpu-check check format bench \
-	bench-gpu clean
+ROBO_PYTEST := OMP_NUM_THREADS=1 $(ROBO)/bin/python -m pytest -o addopts=-q -o filterwarnings=default
+.PHONY: help demo smoke test test-all test-integrations test-robo-orchard test-gpu gpu-check check format ways-in \
+	bench bench-gpu clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,7 +18,8 @@ demo: $(VENV)/.demo  ## train a small model without and with clipping, under a m
 
 # One thread each: two processes with threads of their own on two cores wait for each other.
 test: $(VENV)/.dev  ## run the tests; where arguments are independent, on every pair of their values
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/integrations --ignore tests/robo_orchard
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not framework" \
+		--ignore tests/integrations --ignore tests/robo_orchard
 
 test-all:  ## run the same tests on every combination of values
 	ALL_COMBINATIONS=1 $(MAKE) test
@@ -27,10 +29,11 @@ smoke: $(VENV)/.dev  ## run one test of each kind, while you work: half a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m smoke tests/contract tests/distributed tests/unit
 
 test-integrations: $(VENV)/.integrations  ## run the tests of the frameworks that gradclip meets
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations tests/contract/test_ways_in.py
 
 test-robo-orchard: $(ROBO)/.installed  ## run gradclip inside the pipeline of RoboOrchardLab 0.4.0
-	OMP_NUM_THREADS=1 $(ROBO)/bin/python -m pytest -o addopts=-q -o filterwarnings=default tests/robo_orchard
+	$(ROBO_PYTEST) tests/robo_orchard
+	$(ROBO_PYTEST) tests/contract/test_ways_in.py -k RoboOrchardLab
 
 # What needs a GPU runs on the machine's own python, whose torch knows the GPU. It finds src first, and
 # then what PYTHONPATH names already: a machine without a network has its packages in a folder.
@@ -63,6 +66,9 @@ check: $(VENV)/.dev  ## format, lint, types, layers: what a commit must pass
 format: $(VENV)/.dev  ## put the code into its format
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+ways-in: $(VENV)/.dev  ## write the table of all ways in into docs/integrations.md
+	PYTHONPATH=tests $(BIN)/python tests/contract/ways_in.py
 
 bench: $(VENV)/.bench  ## measure on the CPU: benchmarks/results/*.csv, and the tables and the plot of the docs
 	$(BIN)/python benchmarks/hook_overhead.py

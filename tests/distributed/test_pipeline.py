@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -18,10 +22,16 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from gradclip.errors import CheckpointError, NonFiniteGradientError, TooManySkipsError
+from gradclip.errors import (
+    ArgumentValueError,
+    CheckpointError,
+    NonFiniteGradientError,
+    TooManySkipsError,
+)
 from gradclip.pipeline import HookBasedTrainer, SimpleBatchProcessor
+from gradclip.pipeline.checkpoint.own_state import keeps_its_state
 from gradclip.pipeline.checkpoint.weights import gathered_weights, load_weights, write_weights
 from gradclip.pipeline.hooks import (
     GradientClippingHookConfig,
@@ -29,6 +39,7 @@ from gradclip.pipeline.hooks import (
     PipelineHooks,
     SaveCheckpointConfig,
 )
+from gradclip.pipeline.preparation import prepared_dataloader
 from pairwise import ALL_COMBINATIONS
 from processes import together
 
@@ -69,13 +80,53 @@ def accelerator_of(engine, accumulate):
     return accelerator
 
 
+class Remembering:
+    """No DataLoader: gives a process its share of each batch, and knows its place."""
+
+    def __init__(self, dataset, batch_size, shuffle):
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.dataset, self.mine = dataset, slice(rank * batch_size, (rank + 1) * batch_size)
+        self.batch_size = batch_size * size
+        self.place = {"seed": int(torch.randint(10**6, ())), "batches": 0}
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.place["seed"])
+        order = torch.randperm(len(self.dataset), generator=generator).split(self.batch_size)
+        for items in order[self.place["batches"] :]:
+            self.place["batches"] += 1
+            yield self.dataset[items[self.mine]]
+        self.place = {"seed": self.place["seed"] + 1, "batches": 0}
+
+    def state_dict(self):
+        return self.place
+
+    def load_state_dict(self, state):
+        self.place = dict(state)
+
+
+def of_torchdata(dataset, batch_size, shuffle):
+    from torchdata.stateful_dataloader import StatefulDataLoader  # noqa: PLC0415 - where it is there
+
+    return StatefulDataLoader(dataset, batch_size, shuffle)
+
+
 class Run:
     """A run of the trainer under an engine; None is one process."""
 
     def __init__(
-        self, engine, *, dropout=0.0, accumulate=2, bad=None, clip=None, hooks=(), **fields
+        self,
+        engine,
+        *,
+        dropout=0.0,
+        accumulate=2,
+        bad=None,
+        clip=None,
+        hooks=(),
+        loader=DataLoader,
+        seed=0,
+        **fields,
     ):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         self.accelerator = accelerator_of(engine, accumulate)
         model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Dropout(dropout), nn.Linear(9, 1))
         if engine == "FSDP2":
@@ -85,7 +136,7 @@ class Run:
         self.said = []
         note = PipelineHooks()
         note.register_hook("on_step", HookContext.from_callable("note", after=self.note))
-        loader = DataLoader(
+        dataloader = loader(
             samples(bad),
             batch_size=GLOBAL_BATCH // self.accelerator.num_processes,
             shuffle=dropout > 0,
@@ -95,7 +146,7 @@ class Run:
             model=model,
             optimizer=optimizer,
             lr_scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.9),
-            dataloader=loader,
+            dataloader=dataloader,
             batch_processor=SimpleBatchProcessor.from_callable(forward),
             grad_clip=clip or GradientClippingHookConfig(clip_mode="norm", max_norm=0.5),
             hooks=[note, *hooks],
@@ -194,6 +245,48 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(engine, tmp_path):
     assert reached == progress
     assert rest == said[5:]
     assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("loader", [Remembering, of_torchdata])
+def test_a_loader_that_keeps_its_state_goes_on_on_each_process(loader, tmp_path):
+    """Each process has a state of its own, so another number of them cannot go on."""
+    if loader is of_torchdata:
+        pytest.importorskip("torchdata.stateful_dataloader")
+    run = {"dropout": 0.3, "loader": loader}
+    whole, said, progress = train("DDP", 2, max_epoch=3, **run)
+    train("DDP", 2, max_step=10, hooks=[checkpoints(tmp_path, save_epoch_freq=None)], **run)
+    resumed = {"max_epoch": 3, "resume_from": str(tmp_path), "seed": 7, **run}
+    found, rest, reached = train("DDP", 2, **resumed)
+    assert reached == progress
+    assert rest == said[5:]
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    together(refuses_the_epoch, 1, resumed)
+
+
+def refuses_the_epoch(rank, resumed):
+    with pytest.raises(CheckpointError, match="inside an epoch by 2 processes"):
+        Run(None, **resumed)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(torch.arange(16))
+
+
+def counts_a_stream(rank):
+    configuration = DataLoaderConfiguration(use_stateful_dataloader=True)
+    accelerator = Accelerator(cpu=True, dataloader_config=configuration)
+    loader = of_torchdata(Stream(), batch_size=2, shuffle=None)
+    assert not keeps_its_state(prepared_dataloader(accelerator, loader))
+    assert configuration.use_stateful_dataloader
+    with pytest.raises(ArgumentValueError, match=r"before accelerator\.prepare"):
+        prepared_dataloader(accelerator, accelerator.prepare(loader))
+
+
+def test_a_stream_that_processes_share_is_counted_whatever_loads_it():
+    """Behind Accelerate's wrapper, its loader's state does not tell where it is."""
+    pytest.importorskip("torchdata.stateful_dataloader")
+    together(counts_a_stream, 2)
 
 
 @pytest.mark.parametrize(

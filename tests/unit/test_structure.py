@@ -1,6 +1,7 @@
 """What the layout promises to a reader, and no tool of ``make check`` looks at."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -79,3 +80,11 @@ def test_prose_is_at_most_120_characters_wide():
             if prose and len(line) > 120:
                 wide.append(f"{page.name}:{number}")
     assert wide == []
+
+
+def test_pages_name_files_that_exist():
+    path = re.compile(r"\b(?:tests|src|benchmarks|docs|examples)/[\w./-]+\.(?:py|md|csv|yaml|svg)")
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    named = {name for page in pages for name in path.findall(page.read_text(encoding="utf-8"))}
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    assert len(named) > 10

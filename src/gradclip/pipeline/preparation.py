@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from gradclip.errors import ArgumentValueError
 from gradclip.integrations.deepspeed import uses_deepspeed
@@ -50,39 +50,52 @@ def prepared(
 def prepared_dataloader(accelerator: "Accelerator", dataloader: Iterable[Any]) -> Iterable[Any]:
     """Let Accelerate give each process its share of a DataLoader, and close windows with its end.
 
-    Accelerate builds it anew: torchdata's with its state, if it is told so, and another one that
-    keeps a state without, so that one is left as it is.
+    Accelerate builds it anew: torchdata's with its state, if it is told so. Another one that keeps
+    a state would lose it, so it is left as it is.
 
     Raises:
-        ArgumentValueError: GC010, the main process would load for all from a dataloader that keeps
-            its state.
+        ArgumentValueError: GC010, Accelerate prepared it already, in a way that its state cannot
+            bring it back.
     """
-    from accelerate.data_loader import DataLoaderDispatcher  # noqa: PLC0415 - only the trainer needs it
+    from accelerate.data_loader import DataLoaderDispatcher  # noqa: PLC0415 - the trainer alone needs it
 
-    if not isinstance(dataloader, DataLoader):
-        return dataloader
     of_torchdata = any(
         each.__module__.startswith("torchdata.") for each in type(dataloader).__mro__
     )
-    if keeps_its_state(dataloader) and not of_torchdata:
-        return dataloader
-    configuration = accelerator.dataloader_config
-    wanted = configuration.use_stateful_dataloader
-    # On the CPU there is nowhere to move a batch to.
-    moves = accelerator.device.type != "cpu"
-    try:
-        configuration.use_stateful_dataloader = wanted or of_torchdata
-        made: Iterable[Any] = accelerator.prepare(dataloader, device_placement=[moves])
-    finally:
-        configuration.use_stateful_dataloader = wanted
-    if (
-        isinstance(made, DataLoaderDispatcher)
-        and keeps_its_state(made)
-        and accelerator.num_processes > 1
+    if isinstance(dataloader, DataLoader) and (of_torchdata or not keeps_its_state(dataloader)):
+        configuration = accelerator.dataloader_config
+        wanted = configuration.use_stateful_dataloader
+        dispatches = bool(accelerator.dispatch_batches)
+        # On the CPU there is nowhere to move a batch to.
+        moves = accelerator.device.type != "cpu"
+        try:
+            configuration.use_stateful_dataloader = (wanted or of_torchdata) and _brings_back(
+                dataloader.dataset, accelerator.num_processes, dispatches
+            )
+            return accelerator.prepare(dataloader, device_placement=[moves])  # type: ignore[no-any-return]
+        finally:
+            configuration.use_stateful_dataloader = wanted
+    if hasattr(dataloader, "base_dataloader") and not _brings_back(
+        dataloader.dataset,  # type: ignore[attr-defined]
+        accelerator.num_processes,
+        isinstance(dataloader, DataLoaderDispatcher),
     ):
         raise ArgumentValueError(
-            "the main process would load the batches of all processes, some of them ahead, and the "
-            "state that the dataloader keeps of itself would not be that of the batches that were "
-            "trained. Make the accelerator with DataLoaderConfiguration(dispatch_batches=False)."
+            "the accelerator prepared the dataloader with use_stateful_dataloader=True, and its "
+            "state does not tell where it is: its dataset is a stream that has no state, or is "
+            "shared by several processes, or the main process loads for all. Give the trainer the "
+            "DataLoader as it was before accelerator.prepare()."
         )
-    return made
+    return dataloader
+
+
+def _brings_back(dataset: Any, processes: int, dispatches: bool) -> bool:
+    """Whether the state of torchdata's loader, behind Accelerate's wrapper, brings it back.
+
+    In a stream without a state it counts twice what it passes over. Where processes share a stream
+    the wrapper hides the state of that, and where one loads for all it is several batches ahead.
+    """
+    stream = isinstance(dataset, IterableDataset)
+    if processes > 1:
+        return not (stream or dispatches)
+    return not stream or hasattr(dataset, "state_dict")

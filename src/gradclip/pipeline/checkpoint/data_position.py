@@ -13,6 +13,7 @@ that followed it.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from accelerate import PartialState
@@ -175,22 +176,27 @@ class DataPosition:
 
     def _rejoin(self, start: Moment, stopped: Moment) -> Iterator[Any]:
         """Begin the epoch as it began, and yield what was not handed out."""
-        start.restore(self.dataloader)
         if self._own is not None and self._place is not None:
             if not self._place.ended:
-                yield from self._own.rest(self._place, self.batches, stopped)
+                yield from self._own.rest(self._place, self.batches, start, stopped)
                 return
             # Accelerate's wrapper would begin the next epoch.
+            start.restore(self.dataloader)
             self._own.go_to(self._place)
             stopped.restore(self.dataloader)
             self._active.iteration += 1
-        elif _can_skip(self.dataloader):
+            return
+        start.restore(self.dataloader)
+        if _can_skip(self.dataloader):
             yield from self._pass_over(self.dataloader, stopped.random)
-        else:
-            batches = iter(self.dataloader)
-            pass_over(batches, self.batches)
-            stopped.random.restore()
-            yield from batches
+            return
+        batches = iter(self.dataloader)
+        pass_over(batches, self.batches)
+        # The order of the epoch may be drawn with its first batch.
+        first = [] if self.batches else list(islice(batches, 1))
+        stopped.random.restore()
+        yield from first
+        yield from batches
 
     def _pass_over(self, loader: Any, resumed: RandomState) -> Iterator[Any]:
         """Leave batches out at the sampler, so that they are not loaded."""

@@ -118,15 +118,21 @@ class OwnState:
         self._loader.load_state_dict(copy.deepcopy(place.state))
         self._behind.state_dict()  # what it draws to begin there, it draws now
 
-    def rest(self, place: Place, batches: int, stopped: Moment) -> Iterator[Any]:
+    def rest(self, place: Place, batches: int, start: Moment, stopped: Moment) -> Iterator[Any]:
         """Yield what is left of an epoch.
 
         Args:
             place: A place in it.
             batches: How many batches of it are done; what follows ``place`` is loaded, and dropped.
-            stopped: The moment after them.
+            start: The moment in which it began.
+            stopped: The moment after those batches.
         """
-        self.go_to(place)
+        if place.batches:
+            start.restore(self._loader)
+            self.go_to(place)  # what is passed over may be drawn again
+        else:
+            self.go_to(place)  # what is passed over is the epoch before
+            start.restore(self._loader)
         dropped = batches - place.batches
         if self._behind is self._loader:
             left = iter(self._loader)

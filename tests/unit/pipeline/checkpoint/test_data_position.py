@@ -1,5 +1,6 @@
 """Coming back to any batch of any kind of dataloader, with what was drawn in between."""
 
+import itertools
 import random
 
 import numpy as np
@@ -164,8 +165,10 @@ OF_TORCHDATA = {
         shuffle=True, generator=torch.Generator().manual_seed(5)
     ),
     "torchdata, weighted": lambda: of_torchdata(sampler=WeightedRandomSampler([1.0] * 11, 11)),
+    "torchdata, with a worker": lambda: of_torchdata(shuffle=True, num_workers=1),
     "torchdata, stream": lambda: of_torchdata(Stream()),
     "torchdata, stream that remembers": lambda: of_torchdata(RememberingStream()),
+    "torchdata, dispatched": lambda: of_torchdata(RememberingStream()),
     "made one by Accelerate": lambda: shuffled(Drawing()),
     "a batch sampler made one by Accelerate": batched,
 }
@@ -180,10 +183,14 @@ def of_any_torchdata(test):
 
 def prepared(kind, seedable=False):
     configuration = DataLoaderConfiguration(
-        use_seedable_sampler=seedable, use_stateful_dataloader="by Accelerate" in kind
+        use_seedable_sampler=seedable,
+        use_stateful_dataloader="by Accelerate" in kind or "dispatched" in kind,
     )
+    accelerator = Accelerator(cpu=True, dataloader_config=configuration)
     loader = (KINDS | OF_TORCHDATA)[kind]()
-    return prepared_dataloader(Accelerator(cpu=True, dataloader_config=configuration), loader)
+    if "dispatched" in kind:  # as on a GPU
+        loader = accelerator.prepare(loader)
+    return prepared_dataloader(accelerator, loader)
 
 
 def seed(number):
@@ -249,6 +256,32 @@ def finds_every_place_again(tmp_path, kind, seedable):
         left = 3 - done // per_epoch + (state["batches"] == per_epoch)
         rest = [each for _ in range(left) for each in one_epoch(again)]
         assert rest == steps[done:], (kind, done, state["batches"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_resumed_is_resumed(kind):
+    resumes_twice(kind)
+
+
+@of_any_torchdata
+def test_a_run_on_torchdatas_loader_that_resumed_is_resumed(kind):
+    resumes_twice(kind)
+
+
+def resumes_twice(kind):
+    """Torchdata counts twice what it passes over in a stream that has no state."""
+    seed(1)
+    states = []
+    steps = go(DataPosition(prepared(kind), lambda: True), 1, states)
+    state = states[1][1]
+    for done in range(2, len(steps)):
+        seed(99)
+        again = DataPosition(prepared(kind), lambda: True)
+        again.load_state_dict(state)
+        batches = again.epoch()
+        assert step(next(batches)) == steps[done]
+        state = again.state_dict()
+    assert list(batches) == []
 
 
 def test_consumed_batches_are_not_loaded_again():
@@ -347,21 +380,34 @@ def test_a_batch_of_torchdatas_loader_that_failed_comes_again_and_the_others_aft
 
 
 def fails_and_goes_on(kind):
+    draws = any(word in kind for word in ("drawing", "remembers", "dispatched", "made one"))
+
     def items(batch):
         """Without the noise, which is another one."""
         batch = batch[0] if isinstance(batch, list) else batch
         return (batch[:, 0] if batch.dim() == 2 else batch).floor().tolist()
 
-    for failed in range(1, 4):
-        seed(1)
+    seed(1)
+    before = DataPosition(prepared(kind))
+    list(before.epoch())
+    for resumed, failed in itertools.product([False, True], range(1, 4)):
+        seed(99)
         position = DataPosition(prepared(kind), lambda: True)
+        if resumed:
+            position.load_state_dict(before.state_dict())
+            position.restore()
         steps = []
         for batch in position.epoch():
             steps.append(items(batch))
             if len(steps) == failed:
                 position.give_back()
                 break
-        again = [items(batch) for batch in position.epoch()]
+        random_state = torch.get_rng_state()
+        seed(42)
+        again = []
+        for batch in position.epoch():
+            assert again or draws or torch.equal(torch.get_rng_state(), random_state)
+            again.append(items(batch))
         assert again[0] == steps[-1]
         consumed = [item for batch in [*steps[:-1], *again] for item in batch]
         assert len(set(consumed)) == len(consumed) or "weighted" in kind

@@ -1,0 +1,170 @@
+"""The features that every way in should have: the columns of the grid.
+
+What becomes of a gradient is plain arithmetic here, in Python's float64.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import hypot, inf, isfinite, nan
+from typing import Any, TypeAlias
+
+from documented_policies import documented
+from gradclip import NormClip, ObserveClip, ValueClip
+
+Gradient: TypeAlias = dict[str, list[float]]
+"""The numbers of each layer."""
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What is asked of a way in, and what the gradients of its steps then are.
+
+    Args:
+        name: The head of its column.
+        clip: What a way in is given: ``max_norm`` or ``policy``.
+        expected: From all gradients to those that are stepped on; None where no step is made.
+        gradients: Those of each step.
+        interrupted_after: So many steps are one run, and the rest is a run that loads what the
+            first one saved; None for one run.
+    """
+
+    name: str
+    clip: dict[str, Any]
+    expected: Callable[[Sequence[Gradient]], list[Gradient | None]]
+    gradients: Sequence[Gradient]
+    interrupted_after: int | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a configuration is given: ``max_norm`` has a mode beside it there."""
+        return {"clip_mode": "norm", **self.clip} if "max_norm" in self.clip else self.clip
+
+
+STEPS = [
+    {"body": [3.0, -4.0, 12.0], "head": [8.0, -6.0]},  # norms 13 and 10
+    {"body": [0.25, 0.5, -0.5], "head": [0.25, 0.0]},  # small
+    {"body": [30.0, 40.0, 0.0], "head": [-2.0, 1.0]},  # a spike in the body
+    {"body": [20.0, -40.0, 40.0], "head": [10.0, 24.0]},  # a spike in both
+    {"body": [0.5, -1.0, 1.0], "head": [0.75, -1.0]},
+    {"body": [-12.0, 9.0, 8.0], "head": [3.0, -4.0]},
+]
+WITH_A_NAN = [STEPS[0], {"body": [1.0, nan, 2.0], "head": [3.0, 4.0]}, *STEPS[4:]]
+
+
+def _all(gradient: Gradient) -> list[float]:
+    return [value for layer in gradient.values() for value in layer]
+
+
+def _largest(values: Sequence[float]) -> float:
+    return max(abs(value) for value in values)
+
+
+def _l2(values: Sequence[float]) -> float:
+    return hypot(*values)
+
+
+def _scaled(values: Sequence[float], limit: float, norm: float) -> list[float]:
+    return [value * min(1.0, limit / norm) for value in values]
+
+
+def together(
+    gradients: Sequence[Gradient],
+    limit: float,
+    norm: Callable[[Sequence[float]], float] = _l2,
+    skip_above: float = inf,
+) -> list[Gradient | None]:
+    """All layers have one norm; a step with a NaN, or above the last limit, is not made."""
+    steps: list[Gradient | None] = []
+    for gradient in gradients:
+        size = norm(_all(gradient))
+        made = isfinite(size) and size <= skip_above
+        scaled = {name: _scaled(layer, limit, size) for name, layer in gradient.items()}
+        steps.append(scaled if made else None)
+    return steps
+
+
+def by_layer(gradients: Sequence[Gradient], limits: dict[str, float]) -> list[Gradient | None]:
+    """Each layer has a norm and a limit of its own."""
+    return [
+        {name: _scaled(layer, limits[name], _l2(layer)) for name, layer in gradient.items()}
+        for gradient in gradients
+    ]
+
+
+def by_element(gradients: Sequence[Gradient], limit: float) -> list[Gradient | None]:
+    return [
+        {name: [max(-limit, min(limit, value)) for value in layer] for name, layer in each.items()}
+        for each in gradients
+    ]
+
+
+def unchanged(gradients: Sequence[Gradient]) -> list[Gradient | None]:
+    return list(gradients)
+
+
+def by_history(gradients: Sequence[Gradient]) -> list[Gradient | None]:
+    """Each layer may have twice its usual norm: the moving mean of what was left of it."""
+    mean: dict[str, float] = {}
+    steps: list[Gradient | None] = []
+    for gradient in gradients:
+        step = {}
+        for name, layer in gradient.items():
+            norm = _l2(layer)
+            limit = 2.0 * mean.get(name, inf)
+            left = min(norm, limit)
+            mean[name] = 0.9 * mean.get(name, left) + 0.1 * left
+            step[name] = _scaled(layer, limit, norm)
+        steps.append(step)
+    return steps
+
+
+def _policy(name: str, **fields: float) -> dict[str, Any]:
+    """Return a policy from outside the package."""
+    return {"policy": documented()[name](**fields)}
+
+
+# Each limit differs from the others, so that no column passes with the policy of another one.
+FEATURES = [
+    Feature("`max_norm=`", {"max_norm": 2.0}, partial(together, limit=2.0), STEPS),
+    Feature(
+        "name patterns",
+        {"policy": {"head.*": 0.5, "*": 3.0}},
+        partial(by_layer, limits={"head": 0.5, "body": 3.0}),
+        STEPS,
+    ),
+    Feature(
+        "`NormClip`",
+        {"policy": NormClip(max_norm=1.0)},
+        partial(together, limit=1.0),
+        STEPS,
+    ),
+    Feature(
+        "`NormClip`, p = inf",
+        {"policy": NormClip(max_norm=1.5, norm_type=inf)},
+        partial(together, limit=1.5, norm=_largest),
+        STEPS,
+    ),
+    Feature(
+        "`ValueClip`",
+        {"policy": ValueClip(clip_value=0.75)},
+        partial(by_element, limit=0.75),
+        STEPS,
+    ),
+    Feature("`ObserveClip`", {"policy": ObserveClip()}, unchanged, STEPS),
+    Feature(
+        "own policy",
+        _policy("TensorLimit", max_norm=1.25),
+        partial(by_layer, limits={"head": 1.25, "body": 1.25}),
+        STEPS,
+    ),
+    Feature("own policy with a history", _policy("UsualNorm"), by_history, STEPS),
+    Feature("NaN withheld", {"max_norm": 1.0}, partial(together, limit=1.0), WITH_A_NAN),
+    Feature(
+        "own policy that skips",
+        _policy("SpikeSkip", max_norm=1.0, skip_above=40.0),
+        partial(together, limit=1.0, skip_above=40.0),
+        STEPS,
+    ),
+    Feature("history restored", _policy("UsualNorm"), by_history, STEPS, interrupted_after=3),
+]

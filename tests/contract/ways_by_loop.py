@@ -1,0 +1,120 @@
+"""Ways in that need no framework: loops of one's own, and gradclip's trainer."""
+
+import torch
+from accelerate import Accelerator
+from tiny_model import TinyModel, batches, sgd, weights
+
+import gradclip
+from gradclip import NormClip
+from gradclip.integrations.accelerate import AcceleratorClipper
+from gradclip.pipeline import HookBasedTrainer, SimpleBatchProcessor
+from gradclip.pipeline.hooks import (
+    GradientClippingHookConfig,
+    HookContext,
+    PipelineHooks,
+    SaveCheckpointConfig,
+)
+
+
+def function(feature, gradients, folder):
+    """The function has arguments for a norm alone: any other policy is given as ``max_norm``."""
+    model = TinyModel()
+    optimizer = sgd(model)
+    policy = feature.clip.get("policy")
+    limit = {"max_norm": policy} if policy is not None else feature.clip
+    if isinstance(policy, NormClip):
+        limit = {"max_norm": policy.max_norm, "norm_type": policy.norm_type}
+
+    def step():
+        gradclip.clip_grad_norm_(model.parameters(), **limit, error_if_nonfinite=True)
+        optimizer.step()
+
+    return _stepped(model, optimizer, gradients, step)
+
+
+def clipper(feature, gradients, folder):
+    model = TinyModel()
+    optimizer = sgd(model)
+    clipper = gradclip.GradientClipper(model, **feature.clip)
+
+    def step():
+        with gradclip.withhold(optimizer, clipper.clip().skipped):
+            optimizer.step()
+
+    return _kept(model, optimizer, clipper, folder, gradients, step)
+
+
+def attached(feature, gradients, folder, *, fused=False):
+    model = TinyModel()
+    optimizer = sgd(model, fused=fused)
+    clipper = gradclip.attach(optimizer, **feature.clip).clipper
+    return _kept(model, optimizer, clipper, folder, gradients, optimizer.step)
+
+
+def attached_to_fused(feature, gradients, folder):
+    return attached(feature, gradients, folder, fused=True)
+
+
+def _stepped(model, optimizer, gradients, step):
+    after = []
+    for batch in batches(gradients):
+        model(**batch).backward()
+        step()
+        optimizer.zero_grad()
+        after.append(weights(model))
+    return after
+
+
+def _kept(model, optimizer, clipper, folder, gradients, step):
+    """Train, and save what a loop of one's own saves: the clipper's history is a part of it."""
+    path = folder / "run.pt"
+    parts = {"model": model, "optimizer": optimizer, "clipper": clipper}
+    if path.exists():
+        for name, state in torch.load(path, weights_only=True).items():
+            parts[name].load_state_dict(state)
+    after = _stepped(model, optimizer, gradients, step)
+    torch.save({name: part.state_dict() for name, part in parts.items()}, path)
+    return after
+
+
+def on_accelerate(feature, gradients, folder):
+    accelerator = Accelerator(cpu=True)
+    model = TinyModel()
+    prepared, optimizer = accelerator.prepare(model, sgd(model))
+    clipper = AcceleratorClipper(accelerator, optimizer, model=prepared, **feature.clip)
+    accelerator.register_for_checkpointing(clipper)
+    path = folder / "run"
+    if path.exists():
+        accelerator.load_state(path)
+    after = []
+    for batch in batches(gradients):
+        with accelerator.accumulate(prepared):
+            accelerator.backward(prepared(**batch))
+            clipper.clip()
+            optimizer.step()
+            optimizer.zero_grad()
+        after.append(weights(model))
+    accelerator.save_state(path)
+    return after
+
+
+def hook(feature, gradients, folder):
+    model = TinyModel()
+    after = []
+    note = PipelineHooks()
+    note.register_hook(
+        "on_step", HookContext.from_callable("note", after=lambda _: after.append(weights(model)))
+    )
+    resumed = any(folder.iterdir())
+    HookBasedTrainer(
+        Accelerator(cpu=True),
+        model,
+        batches(gradients),
+        SimpleBatchProcessor.from_callable(lambda model, batch: (None, model(**batch))),
+        sgd(model),
+        hooks=[note, SaveCheckpointConfig(save_root=str(folder))],
+        grad_clip=GradientClippingHookConfig(**feature.fields),
+        max_epoch=2 if resumed else 1,  # each run is an epoch
+        resume_from=folder if resumed else None,
+    )()
+    return after

@@ -1,0 +1,40 @@
+"""The way in through RoboOrchardLab's trainer."""
+
+import torch
+from accelerate import Accelerator
+from robo_orchard_lab.pipeline import HookBasedTrainer
+from robo_orchard_lab.pipeline.batch_processor import SimpleBatchProcessor
+from robo_orchard_lab.pipeline.hook_based_trainer import ResumeCheckpointConfig
+from robo_orchard_lab.pipeline.hooks.checkpoint import SaveCheckpointConfig
+from robo_orchard_lab.pipeline.hooks.mixin import HookContext, PipelineHooks
+from tiny_model import TinyModel, batches, sgd, weights
+from torch.utils.data import DataLoader
+
+from gradclip.integrations.robo_orchard import GradientClippingHookConfig
+
+
+def adapter(feature, gradients, folder):
+    model = TinyModel()
+    optimizer = sgd(model)
+    after = []
+    note = PipelineHooks()
+    note.register_hook(
+        "on_step", HookContext.from_callable(after=lambda _: after.append(weights(model)))
+    )
+    path = folder / "run"
+    resumed = path.exists()
+    HookBasedTrainer(
+        accelerator=Accelerator(cpu=True),
+        model=model,
+        dataloader=DataLoader(batches(gradients), batch_size=None),
+        batch_processor=SimpleBatchProcessor.from_callable(
+            lambda model, batch: (None, model(**batch))
+        ),
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+        hooks=[note, SaveCheckpointConfig(save_root=str(path))],
+        grad_clip=GradientClippingHookConfig(**feature.fields),
+        max_epoch=2 if resumed else 1,  # each run is an epoch
+        resume_from=ResumeCheckpointConfig(resume_from=str(path)) if resumed else None,
+    )()
+    return after

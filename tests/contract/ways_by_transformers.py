@@ -1,0 +1,60 @@
+"""Ways in through the trainer of transformers."""
+
+from tiny_model import TinyModel, batches, sgd, weights
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from transformers_runs import ClippedTrainer
+
+from gradclip.integrations.transformers import GradientClippingCallback
+
+
+class Note(TrainerCallback):
+    """Keeps the weights after each step."""
+
+    def __init__(self):
+        self.after = []
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        self.after.append(weights(model))
+
+
+class TinyModelOfTrainer(TinyModel):
+    def forward(self, body, head):
+        return {"loss": super().forward(body, head)}
+
+
+def options(gradients, folder):
+    """Return the checkpoint to go on from, and the trainer's arguments for these steps."""
+    checkpoint = get_last_checkpoint(folder)
+    done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    return checkpoint, {
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+        "per_device_train_batch_size": 1,
+        "train_sampling_strategy": "sequential",
+        "max_steps": done + len(gradients),
+        "max_grad_norm": 0,
+        "lr_scheduler_type": "constant",
+        "save_steps": len(gradients),
+    }
+
+
+def callback(feature, gradients, folder, trainer=Trainer):
+    checkpoint, common = options(gradients, folder)
+    note = Note()
+    model = TinyModelOfTrainer()
+    trainer(
+        model,
+        TrainingArguments(str(folder), **common),
+        train_dataset=batches(gradients),
+        callbacks=[GradientClippingCallback(**feature.clip), note],
+        optimizers=(sgd(model), None),
+    ).train(resume_from_checkpoint=checkpoint)
+    return note.after
+
+
+def callback_with_mixin(feature, gradients, folder):
+    return callback(feature, gradients, folder, ClippedTrainer)
