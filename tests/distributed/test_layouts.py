@@ -11,6 +11,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 import oracle
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
 from gradclip.errors import NonFiniteGradientError
+from pairwise import ALL_COMBINATIONS
 from processes import together
 
 ALL = {"one_process": 1, **dict.fromkeys(layouts.TWO, 2), **dict.fromkeys(layouts.FOUR, 4)}
@@ -42,7 +43,7 @@ def go_through(rank: int, build: str) -> dict[str, Any]:
     said: dict[str, Any] = {}
     for name, policy in POLICIES.items():
         clipper = GradientClipper(held.source, policy, **held.options)
-        for step in range(3):
+        for step in range(3 if ALL_COMBINATIONS else 2):
             values = values_of(held, step)
             held.fill(values)
             with CommDebugMode() as counted:
