@@ -16,12 +16,12 @@ from transformers_runs import (
     trained,
 )
 
-from gradclip.clipping import Policy
+from gradclip.clipping import GradientClipper, Policy
 from gradclip.clipping.policies import Decision, PolicyState
 from gradclip.errors import (
     StateError,
 )
-from gradclip.integrations.transformers import GradientClippingCallback
+from gradclip.integrations.transformers import GradientClippingCallback, history
 
 
 class Recent(Policy):
@@ -40,6 +40,18 @@ class Recent(Policy):
         steps = state.shared["steps"] + 1
         mean = total / steps / 2
         return Decision(mean, mean, PolicyState({"total": total}, {"steps": steps}))
+
+
+def test_a_history_goes_through_json_and_back():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    clipper = GradientClipper([("a", weight)], {"head.*": 1.0, "*": Recent()})
+    clipper.clip()
+    saved = json.loads(json.dumps(history.exported(clipper), sort_keys=True))
+    other = GradientClipper([("a", weight)], {"head.*": 1.0, "*": Recent()})
+    history.restore(other, saved, None)
+    assert str(other.state_dict()) == str(clipper.state_dict())
+    assert "tensor([5.]" in str(other.state_dict())
 
 
 @pytest.mark.parametrize("restores", [False, True])

@@ -1,5 +1,7 @@
 """The keywords that every way in takes: all of them, the same, and what a mistake is told."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch import nn
@@ -21,13 +23,17 @@ class Accelerator:
 
 
 def transformers(policy=None, **options):
-    module = pytest.importorskip("gradclip.integrations.transformers")
-    return module.GradientClippingCallback(policy, **options)
+    pytest.importorskip("transformers")
+    return import_module("gradclip.integrations.transformers").GradientClippingCallback(
+        policy, **options
+    )
 
 
 def lightning(policy=None, **options):
-    module = pytest.importorskip("gradclip.integrations.lightning")
-    return module.GradientClippingCallback(policy, **options)
+    pytest.importorskip("lightning")
+    return import_module("gradclip.integrations.lightning").GradientClippingCallback(
+        policy, **options
+    )
 
 
 def optimizer():

@@ -22,8 +22,7 @@ KEY = "gradclip"
 def exported(clipper: GradientClipper) -> dict[str, Any]:
     """Return a clipper's state as numbers, strings and lists.
 
-    >>> exported(GradientClipper([], {"head.*": 1.0, "*": None}))["clip_modes"]
-    [['head.*', 'norm'], ['*', None]]
+    A mapping whose order counts becomes a list of pairs, a tensor its dtype and its values.
     """
     state = clipper.state_dict()
     return {

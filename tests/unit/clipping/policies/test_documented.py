@@ -1,6 +1,5 @@
 """The policies of ``docs/design.md``, one of each kind, written from outside the package."""
 
-import json
 import warnings
 from typing import ClassVar
 
@@ -609,15 +608,6 @@ class TestHistoriesThatAreLoaded:
         with pytest.warns(UserWarning, match="Dropped.*: none. New.*: p"):
             _, result = self.run([("p", weight)], state, Units())
         assert result.thresholds_S.tolist() == [torch.inf, torch.inf, 6.0, 8.0, 10.0]
-
-    def test_it_goes_through_json(self):
-        history = pytest.importorskip("gradclip.integrations.transformers.history")
-        pairs = [("a", parameter(3.0)), ("b", parameter(4.0))]
-        clipper, _ = self.run(pairs)
-        saved = json.loads(json.dumps(history.exported(clipper), sort_keys=True))
-        other = GradientClipper(pairs, UsualNorm())
-        history.restore(other, saved, None)
-        assert str(other.state_dict()) == str(clipper.state_dict())
 
 
 def test_reasons_are_those_of_the_step():
