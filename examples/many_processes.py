@@ -30,7 +30,7 @@ from gradclip.pipeline.hooks import (
     SaveCheckpointConfig,
 )
 
-GLOBAL_BATCH = 32
+GLOBAL_BATCH = 128
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--engine", choices=["ddp", "fsdp2"], default="ddp")
