@@ -27,6 +27,8 @@ class Feature:
         gradients: Those of each step.
         interrupted_after: So many steps are one run, and the rest is a run that loads what the
             first one saved; None for one run.
+        told: What the way in says of these steps besides: ``"stats"``, or ``"logged"`` for what
+            reaches the framework's loggers; with the right values, by name.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Feature:
     expected: Callable[[Sequence[Gradient]], list[Gradient | None]]
     gradients: Sequence[Gradient]
     interrupted_after: int | None = None
+    told: tuple[str, dict[str, float]] | None = None
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -165,6 +168,42 @@ FEATURES = [
         _policy("SpikeSkip", max_norm=1.0, skip_above=40.0),
         partial(together, limit=1.0, skip_above=40.0),
         STEPS,
+    ),
+    Feature(
+        "`stats`",
+        {"max_norm": 2.5},
+        partial(together, limit=2.5),
+        WITH_A_NAN,
+        told=(
+            "stats",
+            {
+                "steps": 4,
+                "clipped": 2,
+                "skipped": 1,
+                "nonfinite": 1,
+                "p50": _l2(_all(STEPS[0])),
+                "max": _l2(_all(STEPS[5])),
+                "since": 0,
+            },
+        ),
+    ),
+    Feature(
+        "log names",
+        {"policy": {"head.*": 0.6, "*": 3.5}},
+        partial(by_layer, limits={"head": 0.6, "body": 3.5}),
+        STEPS,
+        told=(
+            "logged",
+            {
+                "gradclip/norm_pre": _l2(_all(STEPS[5])),
+                "gradclip/norm_post": hypot(0.6, 3.5),
+                "gradclip/norm_max": _l2(_all(STEPS[3])),
+                "gradclip/clip_fraction": 5 / 6,
+                "gradclip/skipped": 0,
+                "gradclip/head.*/norm_pre": _l2(STEPS[5]["head"]),
+                "gradclip/*/norm_pre": _l2(STEPS[5]["body"]),
+            },
+        ),
     ),
     Feature("history restored", _policy("UsualNorm"), by_history, STEPS, interrupted_after=3),
 ]

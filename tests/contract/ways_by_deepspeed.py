@@ -5,8 +5,9 @@ from functools import cache
 from deepspeed_runs import accelerator, on_two
 from features import FEATURES
 from tiny_model import TinyModel, batches, sgd, weights
+from trained import Trained
 
-from gradclip.integrations.deepspeed import lower, observe
+from gradclip.integrations.deepspeed import EngineWatch, lower, observe
 
 
 def lowered(feature, gradients, folder):
@@ -40,9 +41,11 @@ def _trained(feature):
     lower(accelerated, **feature.clip)
     model = TinyModel()
     engine, _ = accelerated.prepare(model, sgd(model))
+    watch = EngineWatch(engine, **feature.clip)
     after = []
     for batch in batches(feature.gradients):
         accelerated.backward(engine(**batch))
         observe(engine, **feature.clip)
+        watch.observe()
         after.append(weights(engine.module))
-    return after
+    return Trained(after, watch.stats)

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning_runs import trainer
 from tiny_model import TinyModel, batches, sgd, weights
 from torch.utils.data import DataLoader
+from trained import Trained
 
 import gradclip
 from gradclip.integrations.lightning import GradientClippingCallback
@@ -47,7 +48,12 @@ def automatic(feature, gradients, folder, module=Automatic):
     resumed = path.exists()
     note = Note()
     clipping = GradientClippingCallback(**feature.clip)
-    made = trainer(clipping, note, max_epochs=2 if resumed else 1)  # each run is an epoch
+    made = trainer(
+        clipping,
+        note,
+        max_epochs=2 if resumed else 1,  # each run is an epoch
+        log_every_n_steps=len(gradients),
+    )
     with warnings.catch_warnings():
         # What Lightning says of small trainings, and what torch says of Lightning.
         warnings.filterwarnings("ignore", ".*does not have many workers")
@@ -55,7 +61,8 @@ def automatic(feature, gradients, folder, module=Automatic):
         loader = DataLoader(batches(gradients), batch_size=None)
         made.fit(module(), loader, ckpt_path=path if resumed else None)
     made.save_checkpoint(path)
-    return note.after
+    logged = {name: float(value) for name, value in made.logged_metrics.items()}
+    return Trained(note.after, clipping.stats, logged)
 
 
 def manual(feature, gradients, folder):
@@ -66,7 +73,8 @@ def fabric(feature, gradients, folder):
     fabric = Fabric(accelerator="cpu", devices=1)
     module = TinyModel()
     model, optimizer = fabric.setup(module, sgd(module))
-    clipper = gradclip.attach(optimizer, **feature.clip).clipper
+    handle = gradclip.attach(optimizer, **feature.clip)
+    clipper = handle.clipper
     path = folder / "run.ckpt"
     if path.exists():
         saved = fabric.load(path, {"model": model, "optimizer": optimizer})
@@ -79,4 +87,4 @@ def fabric(feature, gradients, folder):
         after.append(weights(module))
     state = {"model": model, "optimizer": optimizer, "clipper": clipper.state_dict()}
     fabric.save(path, state)
-    return after
+    return Trained(after, handle.stats)

@@ -3,6 +3,7 @@
 import torch
 from accelerate import Accelerator
 from tiny_model import TinyModel, batches, sgd, weights
+from trained import Trained
 
 import gradclip
 from gradclip import NormClip
@@ -29,7 +30,7 @@ def function(feature, gradients, folder):
         gradclip.clip_grad_norm_(model.parameters(), **limit, error_if_nonfinite=True)
         optimizer.step()
 
-    return _stepped(model, optimizer, gradients, step)
+    return Trained(_stepped(model, optimizer, gradients, step))
 
 
 def clipper(feature, gradients, folder):
@@ -47,8 +48,9 @@ def clipper(feature, gradients, folder):
 def attached(feature, gradients, folder, *, fused=False):
     model = TinyModel()
     optimizer = sgd(model, fused=fused)
-    clipper = gradclip.attach(optimizer, **feature.clip).clipper
-    return _kept(model, optimizer, clipper, folder, gradients, optimizer.step)
+    handle = gradclip.attach(optimizer, **feature.clip)
+    after = _kept(model, optimizer, handle.clipper, folder, gradients, optimizer.step)
+    return Trained(after, handle.stats)
 
 
 def attached_to_fused(feature, gradients, folder):
@@ -74,7 +76,7 @@ def _kept(model, optimizer, clipper, folder, gradients, step):
             parts[name].load_state_dict(state)
     after = _stepped(model, optimizer, gradients, step)
     torch.save({name: part.state_dict() for name, part in parts.items()}, path)
-    return after
+    return Trained(after, clipper.stats)
 
 
 def on_accelerate(feature, gradients, folder):
@@ -95,7 +97,7 @@ def on_accelerate(feature, gradients, folder):
             optimizer.zero_grad()
         after.append(weights(model))
     accelerator.save_state(path)
-    return after
+    return Trained(after, clipper.stats)
 
 
 def hook(feature, gradients, folder):
@@ -106,6 +108,7 @@ def hook(feature, gradients, folder):
         "on_step", HookContext.from_callable("note", after=lambda _: after.append(weights(model)))
     )
     resumed = any(folder.iterdir())
+    clipping = GradientClippingHookConfig(**feature.fields)()
     HookBasedTrainer(
         Accelerator(cpu=True),
         model,
@@ -113,8 +116,8 @@ def hook(feature, gradients, folder):
         SimpleBatchProcessor.from_callable(lambda model, batch: (None, model(**batch))),
         sgd(model),
         hooks=[note, SaveCheckpointConfig(save_root=str(folder))],
-        grad_clip=GradientClippingHookConfig(**feature.fields),
+        grad_clip=clipping,
         max_epoch=2 if resumed else 1,  # each run is an epoch
         resume_from=folder if resumed else None,
     )()
-    return after
+    return Trained(after, clipping.stats)

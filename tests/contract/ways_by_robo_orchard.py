@@ -9,6 +9,7 @@ from robo_orchard_lab.pipeline.hooks.checkpoint import SaveCheckpointConfig
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext, PipelineHooks
 from tiny_model import TinyModel, batches, sgd, weights
 from torch.utils.data import DataLoader
+from trained import Trained
 
 from gradclip.integrations.robo_orchard import GradientClippingHookConfig
 
@@ -23,7 +24,7 @@ def adapter(feature, gradients, folder):
     )
     path = folder / "run"
     resumed = path.exists()
-    HookBasedTrainer(
+    trainer = HookBasedTrainer(
         accelerator=Accelerator(cpu=True),
         model=model,
         dataloader=DataLoader(batches(gradients), batch_size=None),
@@ -36,5 +37,7 @@ def adapter(feature, gradients, folder):
         grad_clip=GradientClippingHookConfig(**feature.fields),
         max_epoch=2 if resumed else 1,  # each run is an epoch
         resume_from=ResumeCheckpointConfig(resume_from=str(path)) if resumed else None,
-    )()
-    return after
+    )
+    trainer()
+    clipping = trainer.hooks.hooks["on_step"]._context_handlers[0].after_info.owner
+    return Trained(after, clipping.stats)

@@ -1,6 +1,7 @@
 """Ways in through the trainer of transformers."""
 
 from tiny_model import TinyModel, batches, sgd, weights
+from trained import Trained
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers_runs import ClippedTrainer
@@ -9,10 +10,14 @@ from gradclip.integrations.transformers import GradientClippingCallback
 
 
 class Note(TrainerCallback):
-    """Keeps the weights after each step."""
+    """Keeps the weights after each step, and the last log: as a logger, it comes first."""
 
     def __init__(self):
-        self.after = []
+        self.after, self.logged = [], {}
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if "loss" in logs:
+            self.logged = dict(logs)
 
     def on_step_end(self, args, state, control, model=None, **_):
         self.after.append(weights(model))
@@ -39,21 +44,22 @@ def options(gradients, folder):
         "max_grad_norm": 0,
         "lr_scheduler_type": "constant",
         "save_steps": len(gradients),
+        "logging_steps": len(gradients),
     }
 
 
 def callback(feature, gradients, folder, trainer=Trainer):
     checkpoint, common = options(gradients, folder)
     note = Note()
-    model = TinyModelOfTrainer()
+    model, clipping = TinyModelOfTrainer(), GradientClippingCallback(**feature.clip)
     trainer(
         model,
         TrainingArguments(str(folder), **common),
         train_dataset=batches(gradients),
-        callbacks=[GradientClippingCallback(**feature.clip), note],
+        callbacks=[note, clipping],
         optimizers=(sgd(model), None),
     ).train(resume_from_checkpoint=checkpoint)
-    return note.after
+    return Trained(note.after, clipping.stats, note.logged)
 
 
 def callback_with_mixin(feature, gradients, folder):

@@ -8,6 +8,7 @@ from datasets.utils.logging import disable_progress_bar
 from tiny_model import TinyModel, sgd
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from trained import Trained
 from transformers import (
     GenerationConfig,
     PretrainedConfig,
@@ -50,6 +51,7 @@ def callback(feature, gradients, folder):
         tokenizer_object=Tokenizer(WordLevel({"<eos>": 0}, unk_token="<eos>")), eos_token="<eos>"
     )
     model, note = TinyLanguageModel(), Note()
+    clipping = GradientClippingCallback(**feature.clip)
     checkpoint, common = options(gradients, folder)
     with warnings.catch_warnings():
         # Of its own arguments: gradient_checkpointing has another name in transformers 5.24.
@@ -66,8 +68,8 @@ def callback(feature, gradients, folder):
             train_dataset=Dataset.from_list(gradients),
             data_collator=_rows,
             processing_class=tokenizer,
-            callbacks=[GradientClippingCallback(**feature.clip), note],
+            callbacks=[note, clipping],
             optimizers=(sgd(model), None),
         )
     trainer.train(resume_from_checkpoint=checkpoint)
-    return note.after
+    return Trained(note.after, clipping.stats, note.logged)

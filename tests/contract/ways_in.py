@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from features import FEATURES, Feature, Gradient
+from trained import Trained
 
 from gradclip.errors import (
     ArgumentTypeError,
@@ -21,7 +22,7 @@ from gradclip.errors import (
 
 PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 
-Train: TypeAlias = Callable[[Feature, list[Gradient], Path], list[Gradient]]
+Train: TypeAlias = Callable[[Feature, list[Gradient], Path], Trained]
 """A driver: trains the tiny model on these gradients, and returns its weights after each step.
 
 It goes on from what an earlier run left in the folder, and leaves there what the next one needs.
@@ -41,6 +42,18 @@ class Refusal:
     error: type[GradClipError]
     code: str
     why: str
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A feature that a way in cannot have, with nothing to refuse: there is no test.
+
+    Args:
+        why: The reason, as the page says it.
+    """
+
+    why: str
+    code: str = "none"
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class Way:
     name: str
     driver: tuple[str, str]
     needs: str | None = None
-    cells: dict[str, Refusal | Fault] = field(default_factory=dict)
+    cells: dict[str, Refusal | Fault | Absent] = field(default_factory=dict)
 
     def train(self) -> Train:
         """Import the driver, and the framework with it."""
@@ -96,8 +109,13 @@ ONE_NORM = Refusal(
     "GC101",
     "DeepSpeed clips inside its own step, by one fixed 2-norm of all gradients",
 )
+NO_MEMORY = Absent("a function remembers nothing: `GradientClipper` counts")
+NO_LOGGER = Absent("nothing logs in a loop of your own: `stats` and `last` have the numbers")
+NO_TRACKER = Absent("the trainer has no tracker: `RecordHook` writes the numbers to a file")
+NOT_THEIRS = Absent("its loggers ask no hook: `arg.clip_result` and `stats` have the numbers")
 NOT_SAVED = Fault(AssertionError, "RoboOrchardLab's checkpoints do not hold the history")
 
+_no_logger = {"log names": NO_LOGGER}
 _refused_by_function = ["name patterns", "`ValueClip`", "`ObserveClip`", *OWN]
 _refused_by_deepspeed = ["name patterns", "`NormClip`, p = inf", "`ValueClip`", *OWN]
 
@@ -105,13 +123,18 @@ WAYS = [
     Way(
         "`clip_grad_norm_`",
         ("ways_by_loop", "function"),
-        cells={**dict.fromkeys(_refused_by_function, ONLY_NUMBERS), "NaN withheld": NO_STEP},
+        cells={
+            **dict.fromkeys(_refused_by_function, ONLY_NUMBERS),
+            "NaN withheld": NO_STEP,
+            "`stats`": NO_MEMORY,
+            **_no_logger,
+        },
     ),
-    Way("`GradientClipper` and `withhold`", ("ways_by_loop", "clipper")),
-    Way("`attach`", ("ways_by_loop", "attached")),
-    Way("`attach`, fused optimizer", ("ways_by_loop", "attached_to_fused")),
-    Way("`AcceleratorClipper`", ("ways_by_loop", "on_accelerate")),
-    Way("hook of gradclip's trainer", ("ways_by_loop", "hook")),
+    Way("`GradientClipper` and `withhold`", ("ways_by_loop", "clipper"), cells=_no_logger),
+    Way("`attach`", ("ways_by_loop", "attached"), cells=_no_logger),
+    Way("`attach`, fused optimizer", ("ways_by_loop", "attached_to_fused"), cells=_no_logger),
+    Way("`AcceleratorClipper`", ("ways_by_loop", "on_accelerate"), cells=_no_logger),
+    Way("hook of gradclip's trainer", ("ways_by_loop", "hook"), cells={"log names": NO_TRACKER}),
     Way("transformers, callback", ("ways_by_transformers", "callback"), "transformers"),
     Way(
         "transformers, callback with the mixin",
@@ -121,18 +144,18 @@ WAYS = [
     Way("TRL, callback", ("ways_by_trl", "callback"), "trl"),
     Way("Lightning, automatic optimisation", ("ways_by_lightning", "automatic"), "lightning"),
     Way("Lightning, manual optimisation", ("ways_by_lightning", "manual"), "lightning"),
-    Way("Fabric, `attach`", ("ways_by_lightning", "fabric"), "lightning"),
+    Way("Fabric, `attach`", ("ways_by_lightning", "fabric"), "lightning", _no_logger),
     Way(
         "DeepSpeed, `lower` and `observe`",
         ("ways_by_deepspeed", "lowered"),
         "deepspeed",
-        dict.fromkeys(_refused_by_deepspeed, ONE_NORM),
+        {**dict.fromkeys(_refused_by_deepspeed, ONE_NORM), **_no_logger},
     ),
     Way(
         "RoboOrchardLab",
         ("ways_by_robo_orchard", "adapter"),
         "robo_orchard_lab",
-        {"history restored": NOT_SAVED},
+        {"history restored": NOT_SAVED, "log names": NOT_THEIRS},
     ),
 ]
 
@@ -141,7 +164,7 @@ def tables() -> str:
     """Return the grid as the page has it, and below it why a way in lacks a feature."""
     names = [feature.name for feature in FEATURES]
     grid = [_line("", *names), _line(*["---"] * (len(names) + 1))]
-    lacking: dict[Refusal | Fault, list[str]] = {}
+    lacking: dict[Refusal | Fault | Absent, list[str]] = {}
     for way in WAYS:
         codes = [way.cells[name].code if name in way.cells else "yes" for name in names]
         grid.append(_line(way.name, *codes))

@@ -39,7 +39,7 @@ def check_equal(results, weights, logged, folder):
         for name, weight in want.items():
             torch.testing.assert_close(have[name], weight, rtol=1e-5, atol=1e-6)
     for have, want in zip(logged, wanted, strict=True):
-        for name in ("loss", "grad_norm", "clip/norm_pre", "clip/fraction"):
+        for name in ("loss", "grad_norm", "gradclip/norm_pre", "gradclip/clip_fraction"):
             assert have[name] == pytest.approx(want[name], rel=1e-5)
 
 
@@ -60,7 +60,7 @@ def test_deepspeed_skips_a_nan_and_the_callback_says_so(tmp_path):
     ((results, weights, rates, logged),) = on_two(lowered, str(tmp_path), Broken, [("auto", 0.0)])
 
     assert [result.skipped for result in results] == [n == 2 for n in range(STEPS)]
-    assert [entry["clip/skipped"] for entry in logged] == [int(n == 2) for n in range(STEPS)]
+    assert [entry["gradclip/skipped"] for entry in logged] == [int(n == 2) for n in range(STEPS)]
     for name, weight in weights[2].items():
         assert torch.equal(weight, weights[1][name])
         assert not torch.equal(weight, weights[3][name])

@@ -12,7 +12,10 @@ from gradclip.clipping.engine import Engine
 from gradclip.clipping.kernels.device import untraced
 from gradclip.clipping.policies import PolicyLike, any_writes, as_policies
 from gradclip.clipping.result import ClipResult
+from gradclip.clipping.step.loop import warn_of_zero
 from gradclip.clipping.step.ownership import Guest, Role
+from gradclip.clipping.step.rows import StepLog
+from gradclip.record.stats import Stats
 
 ParametersLike: TypeAlias = (
     nn.Module
@@ -97,6 +100,20 @@ clipped=True, skipped=False, nonfinite=0)
         return self._engine.last
 
     @property
+    def stats(self) -> Stats:
+        """What all steps came to: how many were clipped and skipped, quantiles of the norm.
+
+        On an accelerator it waits for the device. The numbers are those since this clipper was
+        made; they are not saved. Calls inside a captured CUDA graph are not counted.
+        """
+        return self._engine.step_log.stats
+
+    @property
+    def step_log(self) -> StepLog:
+        """The numbers of all steps, for what logs or records them."""
+        return self._engine.step_log
+
+    @property
     def writes(self) -> bool:
         """Whether gradients can change, or steps be skipped; else gradients are only measured."""
         return any_writes(self._engine.policies)
@@ -177,4 +194,8 @@ def _engine(
 ) -> Engine:
     given, checked = read_options(called, policy, options)
     policies, by_pattern = as_policies(given)
-    return Engine(as_source(params), policies, checked, role, by_pattern=by_pattern)
+    engine = Engine(
+        as_source(params), policies, checked, role, by_pattern=by_pattern, called=called
+    )
+    warn_of_zero(called, policies)
+    return engine

@@ -28,7 +28,9 @@ from gradclip.clipping.ranks.peers import Peers
 from gradclip.clipping.result import ClipResult, over_all
 from gradclip.clipping.state import STATE_VERSION, Histories, read_state
 from gradclip.clipping.step.judge import Judge
-from gradclip.clipping.step.ownership import Role
+from gradclip.clipping.step.loop import LoopWatch
+from gradclip.clipping.step.ownership import Owner, Role
+from gradclip.clipping.step.rows import StepLog
 from gradclip.errors import warn
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ class Engine:
         once: Whether this engine serves one call, so that nothing changes before it.
         known: Recognises gradients, for all engines that share it; None for one per pattern.
         meet: Finds the ranks of parameters; None to agree with them anew.
+        called: What clips, as its user knows it; None for a function.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class Engine:
         once: bool = False,
         known: SpecsCache | None = None,
         meet: "Meet | None" = None,
+        called: str | None = None,
     ) -> None:
         self.source, self.policies = source, policies
         self._skips = options.nonfinite == "skip"
@@ -113,9 +117,13 @@ class Engine:
         )
         self._check_disjoint = DisjointCheck()
         self._clamping = Clamping(self._backends, options.nonfinite, together=by_pattern)
-        self._judge = Judge(options, self._binding.total_order)
+        owned = isinstance(role, Owner)
+        self._judge = Judge(options, self._binding.total_order, called=called, owned=owned)
+        self._loop = LoopWatch(called or "gradclip", owned=owned)
+        self.step_log = StepLog(self._loop)
+        """The numbers of all steps."""
         self._histories = Histories()
-        self._settled = once
+        self._settled = self._once = once
         self._warned = False
         self._asked: set[str] = set()
         self.step = 0
@@ -123,6 +131,11 @@ class Engine:
         self.last: ClipResult | None = None
         """The result of the last call."""
         self._binding.find(anew=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle after the numbers of all steps were read, by every reader."""
+        self.step_log.catch_up()
+        return self.__dict__
 
     def clip(
         self,
@@ -149,6 +162,7 @@ class Engine:
         decided = self._decide(step, found, norms, sound)
         self._judge.judge(
             step.groups,
+            found,
             decided.decisions,
             bounded=decided.bounded,
             committed=decided.committed,
@@ -169,10 +183,13 @@ class Engine:
         self._settled = True
         self.step += 1
         self.last = self._summed_up(step, found, norms, results)
-        if is_capturing(step.device):
-            self.last.compute()
         if decided.made is not False:
             self._judge.remember(self.last.measured_S)
+        if is_capturing(step.device):
+            self.last.compute()
+        elif not self._once:
+            self.step_log.push(self.last, self.step - 1, expected=overflow_expected)
+            self._loop.speak(unscaled=grad_scale is not None)
         return self.last
 
     # collect

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gradclip.clipping.clipper import PoliciesLike
+    from gradclip.record.stats import Stats
 
 __all__ = ["AcceleratorClipper"]
 
@@ -101,6 +102,11 @@ class AcceleratorClipper:
     def last(self) -> ClipResult | None:
         """The result of the last optimizer step; None before the first."""
         return self._last
+
+    @property
+    def stats(self) -> "Stats":
+        """What all optimizer steps came to; see ``GradientClipper.stats``."""
+        return (self.clipper if self._watch is None else self._watch).stats
 
     @property
     def step_was_skipped(self) -> bool:

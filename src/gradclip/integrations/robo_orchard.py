@@ -18,6 +18,7 @@ from gradclip.config import ClassType
 from gradclip.errors import ArgumentValueError, DoubleClippingError, MissingDependencyError
 from gradclip.integrations.loss_scaling import begin_anew
 from gradclip.pipeline.hooks import grad_clip, mixin
+from gradclip.record.stats import Stats
 
 try:
     from robo_orchard_lab.pipeline.hooks import mixin as theirs
@@ -73,6 +74,11 @@ class GradientClippingHook(theirs.PipelineHooks):  # type: ignore[misc]
                 "clip gradients", before=self._before_step, after=self._after_step
             ),
         )
+
+    @property
+    def stats(self) -> Stats:
+        """What all optimizer steps came to; see ``GradientClipper.stats``."""
+        return self._clipping.stats
 
     def _before_step(self, arg: Any) -> None:
         _give_place(arg)

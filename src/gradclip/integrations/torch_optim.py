@@ -18,6 +18,7 @@ from gradclip.errors import ArgumentTypeError, DoubleClippingError
 from gradclip.integrations.loss_scaling import SCALE_FLOOR
 from gradclip.integrations.owned_step import OwnedStep
 from gradclip.record.ring import Ring
+from gradclip.record.stats import Stats
 
 if TYPE_CHECKING:
     from gradclip.clipping.clipper import PoliciesLike
@@ -107,6 +108,11 @@ class Attachment:
     def clipper(self) -> GradientClipper:
         """What clips; its ``state_dict`` is the history to save."""
         return self._step.clipper
+
+    @property
+    def stats(self) -> Stats:
+        """What all steps that were asked for came to; see ``GradientClipper.stats``."""
+        return self.clipper.stats
 
     @property
     def last(self) -> ClipResult | None:

@@ -1,12 +1,20 @@
 """Numbers of the last steps that are still on a device: the host reads them some steps late."""
 
 from collections import deque
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 LAG = 4
 """Steps after which numbers are read where reading at once would make the host wait."""
+FIRST = 20
+"""Steps whose numbers are read together at first: mistakes show in the first steps of a loop."""
+BATCH = 64
+"""Steps whose numbers are read together from then on."""
+_MOST_HELD = 2**17
+"""Numbers that may wait on a device; a policy with a norm for each row has many at one step."""
 
 _Note = TypeVar("_Note")
+_Row = TypeVar("_Row")
 
 
 class Pending(Protocol):
@@ -55,3 +63,108 @@ class Ring(Generic[_Note]):
     def clear(self) -> None:
         """Forget what waits."""
         self._waiting.clear()
+
+
+class StepNumbers(NamedTuple):
+    """What one step came to, on the host.
+
+    Attributes:
+        step: Which call it was, from 0.
+        norm: The norm of all gradients before clipping.
+        threshold: The norm above which they are clipped; NaN where there is not one for all.
+        clipped: Whether any gradient was made smaller.
+        skipped: Whether the step was not to be made.
+        expected: A loss scaler answers for the skip.
+    """
+
+    step: int
+    norm: float
+    threshold: float
+    clipped: bool
+    skipped: bool
+    expected: bool
+
+
+class Reader(Protocol):
+    """What is told of every step, once its numbers are on the host."""
+
+    def add(self, numbers: StepNumbers, /) -> None:
+        """Take the numbers of the next step."""
+        ...
+
+
+class Copied(Protocol):
+    """The numbers of several steps, on their way to the host."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether to read them now would make the host wait."""
+        ...
+
+    def read(self) -> list[StepNumbers]:
+        """Return the numbers; waits until they are there."""
+        ...
+
+
+class StepRing(Generic[_Row]):
+    """Keeps a row for each step where it is, and brings many rows to the host together.
+
+    A row is what a step left behind anyway: nothing is computed at the step itself. On an
+    accelerator the numbers of rows are copied while the device goes on, and read ``LAG`` steps
+    later. Every reader is told of every step, in order.
+
+    Args:
+        copy: Begins to copy rows to the host.
+        readers: What is told.
+    """
+
+    def __init__(
+        self, copy: Callable[[Sequence[_Row]], Sequence[Copied]], *readers: Reader
+    ) -> None:
+        self._copy = copy
+        self.readers: list[Reader] = list(readers)
+        self._rows: list[_Row] = []
+        self._held = 0
+        self._size = FIRST
+        self._pushed = 0
+        self._copied: deque[tuple[int, Copied]] = deque()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without what is on its way: it is read before."""
+        self.flush()
+        return self.__dict__
+
+    def push(self, row: _Row, numbers: int) -> None:
+        """Keep the row of a step.
+
+        Args:
+            row: What the step left behind.
+            numbers: How many numbers it keeps on the device.
+        """
+        self._rows.append(row)
+        self._pushed += 1
+        self._held += numbers
+        if len(self._rows) >= self._size or self._held >= _MOST_HELD:
+            self._begin()
+        while self._copied:
+            since, copied = self._copied[0]
+            if copied.waits and self._pushed - since < LAG:
+                break
+            self._hand_out()
+
+    def flush(self) -> None:
+        """Tell the readers of all steps there were; waits for the device."""
+        if self._rows:
+            self._begin()
+        while self._copied:
+            self._hand_out()
+
+    def _begin(self) -> None:
+        rows, self._rows, self._held, self._size = self._rows, [], 0, BATCH
+        self._copied.extend((self._pushed, copied) for copied in self._copy(rows))
+
+    def _hand_out(self) -> None:
+        _, copied = self._copied.popleft()
+        for numbers in copied.read():
+            for reader in self.readers:
+                reader.add(numbers)

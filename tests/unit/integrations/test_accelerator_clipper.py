@@ -206,3 +206,18 @@ def test_a_new_one_takes_the_place_of_an_old_one():
     new.remove()
     attach(optimizer, 1.0).remove()
     del module
+
+
+@pytest.mark.parametrize("scaler", [False, True])
+def test_its_stats_count_optimizer_steps(scaler):
+    made = []
+
+    def clip(accelerator, optimizer, module):
+        made.append(AcceleratorClipper(accelerator, optimizer, 1.0, model=module))
+        return made[0]
+
+    train(clip, bad=3, scaler=scaler)
+    stats = made[0].stats
+    assert (stats.steps, stats.skipped, stats.nonfinite) == (4, 1, 1)
+    assert stats.clipped == 3
+    assert stats.max > 1.0

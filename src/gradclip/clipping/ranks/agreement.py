@@ -92,7 +92,7 @@ def check_agreement(known: Mapping[int, Facts]) -> None:
 def _disagreement(what: str, first: int, rank: int, wanted: str, seen: str) -> ArgumentValueError:
     return ArgumentValueError(
         f"ranks {first} and {rank} disagree about the {what} that are clipped together: {wanted} "
-        f"and {seen}. Every rank makes its GradientClipper with the same arguments, of the same "
+        f"and {seen}. Every rank makes its clipper with the same arguments, of the same "
         "model; parameters that differ by rank are declared: partitioned={pattern: process group}."
     )
 

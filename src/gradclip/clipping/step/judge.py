@@ -1,19 +1,23 @@
 """Whether a step may be made: errors where they are due, and the count of skipped steps."""
 
 from collections import deque
+from functools import partial
 from math import isfinite
 
 from torch import Tensor
 
 from gradclip.clipping.arguments import Options
 from gradclip.clipping.flags import Flag, any_of, negated
-from gradclip.clipping.measure.group import Group
+from gradclip.clipping.measure.group import Found, Group
 from gradclip.clipping.measure.norm import combine
 from gradclip.clipping.policies import Decision
 from gradclip.clipping.ranks.peers import Peers
 from gradclip.clipping.step.nonfinite import (
+    Describe,
     Faults,
     SkipCounter,
+    Suspects,
+    first_skip,
     nonfinite_error,
     nonfinite_report,
     skip_report,
@@ -29,17 +33,23 @@ class Judge:
     Args:
         options: The checked keywords.
         total_order: p of the norms that an error quotes.
+        called: What clips, as its user knows it; None for a function.
+        owned: Whether a step that is skipped is kept from being made.
     """
 
-    def __init__(self, options: Options, total_order: float) -> None:
+    def __init__(
+        self, options: Options, total_order: float, *, called: str | None, owned: bool
+    ) -> None:
         self.skips = SkipCounter(options.max_consecutive_skips)
         self._nonfinite = options.nonfinite
         self._total_order = total_order
+        self._called, self._owned = called, owned
         self._recent: deque[Tensor] = deque(maxlen=32)
 
     def judge(
         self,
         groups: list[Group],
+        found: list[Found],
         decisions: list[Decision],
         *,
         bounded: list[Flag],
@@ -54,6 +64,7 @@ class Judge:
 
         Args:
             groups: The gradients of each pattern.
+            found: What was found in them.
             decisions: What the policies decided.
             bounded: Whether nothing was found in a pattern that its policy cannot bound.
             committed: Whether nothing forbids the step, on any rank.
@@ -68,12 +79,15 @@ class Judge:
             TooManySkipsError: GC202.
         """
         if self._nonfinite == "raise" and not all(map(bool, bounded)):
-            raise nonfinite_error(self._report(groups, decisions, peers, step))
+            raise nonfinite_error(self._report(groups, decisions, peers, step), self._called)
         skips = self._nonfinite == "skip"
         if not (skips or may_skip):
             return
         skipped = any_of([negated(committed), unwanted]) if skips else unwanted
-        if self.skips.record(skipped, unwanted, expected=overflow_expected):
+        describe = None
+        if not (self.skips.warned or skipped is False):
+            describe = self._describing(groups, found, peers, step)
+        if self.skips.record(skipped, unwanted, describe, expected=overflow_expected):
             by_policy = committed is True and unwanted is not False
             report = (
                 skip_report(step) if by_policy else self._report(groups, decisions, peers, step)
@@ -83,6 +97,28 @@ class Judge:
     def remember(self, norms_S: Tensor) -> None:
         """Keep the norms of a step that was made, for what an error says later."""
         self._recent.append(norms_S)
+
+    def _describing(
+        self, groups: list[Group], found: list[Found], peers: Peers, step: int
+    ) -> Describe:
+        """Return what describes a skip of this step, perhaps some steps later."""
+        suspects = [
+            Suspects(
+                group.gradients.group,
+                group.gradients.present,
+                each.tensor_sums_T,
+                group.of.element_limit is not None,
+            )
+            for group, each in zip(groups, found, strict=True)
+            if group.of.writes
+        ]
+        return partial(self._first_skip, step, peers.rank, suspects)
+
+    def _first_skip(
+        self, step: int, rank: int, suspects: list[Suspects], by_policy: bool
+    ) -> str | None:
+        called = self._called or "gradclip"
+        return first_skip(called, step, rank, suspects, owned=self._owned, by_policy=by_policy)
 
     def _report(
         self, groups: list[Group], decisions: list[Decision], peers: Peers, step: int

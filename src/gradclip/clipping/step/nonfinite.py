@@ -1,23 +1,30 @@
 """What happens around a NaN or an infinity: the report of an error, and the count of skips."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from gradclip.clipping.collect.gradients import Gradients
+from gradclip.clipping.collect.parameters import ParameterGroup
 from gradclip.clipping.flags import Flag, as_flag
 from gradclip.clipping.kernels.device import copy_to_host
-from gradclip.errors import NonFiniteGradientError, TooManySkipsError
+from gradclip.errors import NonFiniteGradientError, TooManySkipsError, warn
 from gradclip.record.ring import Ring
 
 _NAMED = 3
 """How many parameters at fault an error names."""
 
 
+Describe: TypeAlias = Callable[[bool], str | None]
+"""Describes a skipped step, given whether a policy asked for it; None on ranks that need not."""
+
+
 class SkipCounter:
-    """Counts skipped steps in a row, and raises when there are too many.
+    """Counts skipped steps in a row, warns of the first, and tells when there are too many.
 
     On the CPU the flag is read at once. On an accelerator it is copied while the device goes on,
     and the flag of step t is looked at in step t + 4, so that no step waits. Steps inside a
@@ -29,25 +36,35 @@ class SkipCounter:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.warned = False
+        """Whether there was a skip to warn of."""
         self._in_a_row = 0
-        self._late: Ring[bool] = Ring()
+        self._late: Ring[tuple[bool, Describe | None]] = Ring()
 
-    def record(self, skipped: Flag, unwanted: Flag = False, *, expected: bool = False) -> bool:
+    def record(
+        self,
+        skipped: Flag,
+        unwanted: Flag = False,
+        describe: Describe | None = None,
+        *,
+        expected: bool = False,
+    ) -> bool:
         """Record whether a step was skipped.
 
         Args:
             skipped: Whether it was.
             unwanted: Whether a policy asked for it, which no loss scaler answers for.
+            describe: Says what happened, where this is the first; None for no warning.
             expected: A skip is a loss scaler's doing: it neither counts nor ends a row.
 
         Returns:
             Whether more steps in a row than the limit were skipped.
         """
         if isinstance(skipped, bool):
-            return self._count(skipped, expected and unwanted is False)
+            return self._count(skipped, unwanted is not False, expected, describe)
         if unwanted is not False:
             skipped = torch.stack([skipped, as_flag(unwanted, skipped.device)])
-        late = self._late.push(copy_to_host(skipped), expected)
+        late = self._late.push(copy_to_host(skipped), (expected, describe))
         return late is not None and self._count_late(*late)
 
     @property
@@ -62,14 +79,22 @@ class SkipCounter:
         self._late.clear()
         self._in_a_row = count
 
-    def _count_late(self, flags: list[float], expected: bool) -> bool:
+    def _count_late(self, flags: list[float], note: tuple[bool, Describe | None]) -> bool:
         unwanted = len(flags) > 1 and bool(flags[1])
-        return self._count(bool(flags[0]), expected and not unwanted)
+        return self._count(bool(flags[0]), unwanted, *note)
 
-    def _count(self, skipped: bool, expected: bool) -> bool:
-        if not (skipped and expected):
-            self._in_a_row = self._in_a_row + 1 if skipped else 0
-        return self._in_a_row > self.limit
+    def _count(
+        self, skipped: bool, unwanted: bool, expected: bool, describe: Describe | None
+    ) -> bool:
+        if skipped and expected and not unwanted:
+            return self._in_a_row > self.limit
+        self._in_a_row = self._in_a_row + 1 if skipped else 0
+        too_many = self._in_a_row > self.limit
+        if skipped and not (too_many or self.warned) and describe is not None:
+            self.warned = True
+            if (said := describe(unwanted)) is not None:
+                warn(said)
+        return too_many
 
 
 @dataclass(frozen=True)
@@ -140,18 +165,94 @@ def nonfinite_report(
     return "\n".join(lines)
 
 
+@dataclass(frozen=True, eq=False)
+class Suspects:
+    """Which tensors of a pattern may have kept a step from being made; holds no gradient.
+
+    Args:
+        parameters: All of the pattern.
+        present: Which of those had a gradient; None for all.
+        sums_T: A number for each gradient: not finite just where it is not, NaN where it has one.
+        clamps: Whether the policy bounds infinities, so that a NaN alone is at fault.
+    """
+
+    parameters: ParameterGroup
+    present: Sequence[bool] | None
+    sums_T: Tensor
+    clamps: bool
+
+    def first(self) -> str | None:
+        """Return the name of the first one at fault, if there is one; waits for the device."""
+        at_fault = self.sums_T.isnan() if self.clamps else ~self.sums_T.isfinite()
+        names = self.parameters.names
+        names = names if self.present is None else list(compress(names, self.present))
+        return next(compress(names, at_fault.tolist()), None)
+
+
+def first_skip(
+    called: str,
+    step: int,
+    rank: int,
+    suspects: Sequence[Suspects],
+    *,
+    owned: bool,
+    by_policy: bool,
+) -> str | None:
+    """Describe the first step that was skipped, and what to do; None where another rank does.
+
+    Args:
+        called: What clips, as its user knows it.
+        step: Which call it was.
+        rank: Which process this is. The first one speaks, and those that have what is at fault.
+        suspects: Of each pattern.
+        owned: Whether the step is kept from being made; otherwise its loop has to do that.
+        by_policy: Whether the policy asked for it.
+    """
+    names = (None if by_policy else each.first() for each in suspects)
+    name = next(filter(None, names), None)
+    if name is None and rank > 0:
+        return None
+    if by_policy:
+        why = "the policy asked to, and every gradient is finite"
+    elif name is None:
+        why = "another rank found a NaN or an infinity, or failed"
+    else:
+        why = f"the gradient of {name} holds a NaN or an infinity (the first that does)"
+    done = (
+        "The optimizer does not make this step."
+        if owned
+        else "Its gradients were set to zero; the step is yours to leave out: with "
+        "gradclip.withhold(optimizer, result.skipped): optimizer.step()."
+    )
+    look = (
+        "If that happens often, its limit is too low."
+        if by_policy
+        else "If it happens again, lower the learning rate, or look at the data and the loss; "
+        'nonfinite="raise" stops at the first one.'
+    )
+    return f"{called} skipped step {step}: {why}. {done} {look} Later skips are counted in `stats`."
+
+
 def skip_report(step: int) -> str:
     """Describe a step that a policy skipped, though every gradient was finite."""
     return f"The policy asked to skip step {step}; every gradient is finite"
 
 
-def nonfinite_error(report: str) -> NonFiniteGradientError:
-    """Say that nothing was changed, and how to go on, behind the report."""
+def nonfinite_error(report: str, called: str | None) -> NonFiniteGradientError:
+    """Say that nothing was changed, and how to go on, behind the report.
+
+    Args:
+        report: What was found.
+        called: What clips, as its user knows it; None for a function, which cannot skip.
+    """
+    skips = "clip with gradclip.GradientClipper, which skips it"
+    if called is not None:
+        skips = f'give nonfinite="skip" to {called}'
     lines = [
         report,
         "  Scaling cannot repair them: one coefficient would spread a NaN to every gradient.",
         "  No gradient was changed, so the optimizer must not step on them. To drop such a step",
-        '  and keep training, clip with GradientClipper(..., nonfinite="skip").',
+        f"  and keep training, {skips}.",
     ]
     return NonFiniteGradientError("\n".join(lines))
 

@@ -4,12 +4,14 @@ import sys
 from collections.abc import MutableMapping
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, Unpack
+from weakref import WeakSet
 
 import torch
 
 from gradclip.clipping import ClipResult
 from gradclip.clipping.arguments import ClipOptions, Nonfinite, one_policy, read_options
 from gradclip.clipping.step.nonfinite import SkipCounter
+from gradclip.clipping.step.rows import StepLog
 from gradclip.errors import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -25,6 +27,7 @@ from gradclip.integrations.deepspeed.limits import (
     checked_nonfinite,
     limit_of,
 )
+from gradclip.record.stats import Stats
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,6 +38,8 @@ _EPSILON = 1e-6
 """What DeepSpeed adds to the norm before it divides."""
 _NORMS_KEPT = 4
 """How many finite norms an error quotes."""
+_WARNED: "WeakSet[Any]" = WeakSet()
+"""Engines whose first skipped step was warned of: ``observe`` has no memory of its own."""
 
 
 def lower(
@@ -186,6 +191,8 @@ class EngineWatch:
         self._raises = checked_nonfinite(checked.nonfinite) == "raise"
         self._skips = SkipCounter(checked.max_consecutive_skips)
         self._norms: list[float] = []
+        self.step_log = StepLog()
+        """The numbers of all steps."""
         self._seen = engine.global_steps if from_step is None else from_step
         check_engine(engine, self._limit)
 
@@ -228,13 +235,30 @@ class EngineWatch:
                 "parameters\n  were at fault cannot be told. "
                 'To drop such a step and keep training: nonfinite="skip".'
             )
-        if self._skips.record(not applied, expected=scaled):
+        result = _result(norm if finite else inf, self._limit, applied=applied)
+        self.step_log.push(result, self._seen - 1, expected=scaled)
+        describe = None if engine in _WARNED else self._describe
+        if self._skips.record(not applied, describe=describe, expected=scaled):
             raise TooManySkipsError(
                 f"{self._report()}\n  DeepSpeed skipped more than max_consecutive_skips="
                 f"{self._skips.limit} steps in a row: these are not spikes. Lower the learning "
                 "rate, or look at the data and the loss."
             )
-        return _result(norm if finite else inf, self._limit, applied=applied)
+        return result
+
+    @property
+    def stats(self) -> Stats:
+        """What the steps that were observed came to."""
+        return self.step_log.stats
+
+    def _describe(self, by_policy: bool) -> str:  # noqa: ARG002 - DeepSpeed has no policy
+        _WARNED.add(self.engine)
+        return (
+            f"DeepSpeed skipped step {self._seen - 1}: its gradients hold a NaN or an infinity. It "
+            "has dropped them, so which parameters were at fault cannot be told. If it happens "
+            "again, lower the learning rate, or look at the data and the loss; "
+            'nonfinite="raise" stops at the first one. Later skips are counted in `stats`.'
+        )
 
     def _report(self) -> str:
         norms = "  ".join(f"{norm:.4g}" for norm in self._norms) or "none yet"

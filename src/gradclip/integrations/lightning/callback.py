@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
-import torch
-
 from gradclip.clipping import ClipResult, GradientClipper
 from gradclip.clipping.arguments import ClipOptions
 from gradclip.clipping.collect.sources import OptimizerParameters
@@ -14,6 +12,8 @@ from gradclip.integrations.lightning.refusals import refuse_kind, refuse_other_c
 from gradclip.integrations.lightning.step import LightningStep
 from gradclip.integrations.loss_scaling import begin_anew
 from gradclip.integrations.owned_step import OwnedStep, checked_options
+from gradclip.integrations.tracked import numbers_of
+from gradclip.record.stats import Stats, together
 
 try:
     from lightning.pytorch import Callback
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GradientClippingCallback"]
 
+_OF_EPOCH = ("gradclip/clip_fraction", "gradclip/skipped")
 _WAY_OUT = (
     "No history was changed. To go on without it, delete that of the callback: "
     "checkpoint['callbacks'].pop('GradientClippingCallback')."
@@ -45,11 +46,13 @@ class GradientClippingCallback(Callback):
     step, at the end of an accumulation window. A step whose gradients hold a NaN or an infinity is
     not made: weights, moments and step counts stay as they are.
 
-    What happened is logged as ``gradclip/norm_pre`` and ``gradclip/norm_post`` at the steps that
-    Lightning logs (``log_every_n_steps``), and
-    ``gradclip/clip_fraction`` (the share of steps that were clipped) and ``gradclip/skipped`` (how
-    many were not made) for each epoch; with several optimizers as ``gradclip/0/norm_pre`` and so
-    on. The histories of the clippers are saved in Lightning's checkpoints.
+    What happened is logged at the steps that Lightning logs (``log_every_n_steps``):
+    ``gradclip/norm_pre`` and ``gradclip/norm_post`` of that step, ``gradclip/norm_max``, the
+    largest norm since the last log, and with limits by name pattern
+    ``gradclip/<pattern>/norm_pre``. Logged for each epoch are ``gradclip/clip_fraction`` (the
+    share of steps that were clipped) and ``gradclip/skipped`` (how many were not made). With
+    several optimizers the names are ``gradclip/0/norm_pre`` and so on. The histories of the
+    clippers are saved in Lightning's checkpoints.
 
     Args:
         policy: As ``GradientClipper`` takes it.
@@ -85,6 +88,13 @@ class GradientClippingCallback(Callback):
         self._bound = False
         self._state: dict[str, Any] | None = None
         self._ran_backward = self._is_of_run = False
+
+    @property
+    def stats(self) -> Stats:
+        """What the steps of all optimizers came to, of this fit or the last; see ``Stats``."""
+        for clipper in self.clippers:
+            clipper.step_log.catch_up()
+        return together(clipper.step_log.counted for clipper in self.clippers)
 
     @property
     def clippers(self) -> list[GradientClipper]:
@@ -134,23 +144,27 @@ class GradientClippingCallback(Callback):
         self.last = self._steps[number].clip(scaler)
         # Lightning takes longer to note a number than gradclip to clip a small model.
         if trainer._logger_connector.should_update_logs and not trainer.barebones:  # noqa: SLF001
-            self._log(pl_module, number, self.last)
+            self._log(pl_module, number, self.last, self._steps[number].since_log.take())
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log what the steps of the epoch came to."""
         self.on_train_batch_end()  # which Lightning leaves out where a batch was refused
         for number, step in enumerate(self._steps):
-            count, clipped, skipped = step.tally()
-            if count and not trainer.barebones:
+            epoch = step.in_epoch.take()
+            if epoch.steps and not trainer.barebones:
                 # The size of a batch is of no use: there is one number for the epoch.
                 log = partial(
                     pl_module.log, on_step=False, on_epoch=True, sync_dist=True, batch_size=1
                 )
-                log(f"{self._prefix(number)}/clip_fraction", clipped / count)
-                log(f"{self._prefix(number)}/skipped", skipped.to(torch.float32))
+                log(f"{self._prefix(number)}/clip_fraction", epoch.clipped / epoch.steps)
+                log(f"{self._prefix(number)}/skipped", float(epoch.skipped))
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
-        """Take the hooks off the optimizers."""
+        """Say whether steps were not made, and take the hooks off the optimizers."""
+        for number, step in enumerate(self._steps):
+            if trainer.is_global_zero:
+                of_several = f", optimizer {number}" * (len(self._steps) > 1)
+                step.clipper.step_log.say_at_end(f"{type(self).__name__}{of_several}")
         self._release()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:  # noqa: ARG002
@@ -242,9 +256,9 @@ class GradientClippingCallback(Callback):
     def _prefix(self, number: int) -> str:
         return "gradclip" if len(self._steps) == 1 else f"gradclip/{number}"
 
-    def _log(self, pl_module: Any, number: int, result: ClipResult) -> None:
-        """Hand tensors to Lightning, which reads them on the host when it writes them."""
+    def _log(self, pl_module: Any, number: int, result: ClipResult, since: Stats) -> None:
         prefix = self._prefix(number)
         log = partial(pl_module.log, on_step=True, on_epoch=False, batch_size=1)
-        log(f"{prefix}/norm_pre", result.norm_pre)
-        log(f"{prefix}/norm_post", result.norm_post)
+        for name, value in numbers_of(result, since).items():
+            if name not in _OF_EPOCH:
+                log(name.replace("gradclip", prefix, 1), value)

@@ -2,13 +2,11 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from gradclip.clipping import ClipResult, GradientClipper
 from gradclip.clipping.flags import negated
 from gradclip.errors import ArgumentValueError
 from gradclip.integrations.owned_step import OwnedStep
+from gradclip.integrations.tracked import Tracked
 
 
 class LightningStep:
@@ -29,8 +27,10 @@ class LightningStep:
         self._in_batch = False
         self._ready = False
         self._must_withhold = False
-        self._count = 0
-        self._clipped = self._skipped = torch.zeros((), dtype=torch.int64)
+        self.since_log = Tracked(self.clipper.step_log)
+        """The steps since something was logged."""
+        self.in_epoch = Tracked(self.clipper.step_log)
+        """The steps since the epoch began."""
         self._hooks: list[Any] = [
             self.optimizer.register_step_pre_hook(self._before),
             self.optimizer.register_step_post_hook(self._after),
@@ -56,9 +56,6 @@ class LightningStep:
         self._must_withhold = scaler is not None
         if scaler is None:
             self._step.withhold(under_way=True)
-        self._count += 1
-        self._clipped = result.clipped + self._clipped  # a host's zero goes to any device
-        self._skipped = result.skipped + self._skipped
         return result
 
     def begin_batch(self) -> None:
@@ -68,13 +65,6 @@ class LightningStep:
     def end_batch(self) -> None:
         """Forget a step that a scaler did not ask for; what steps now does not train."""
         self._in_batch = self._ready = self._must_withhold = False
-
-    def tally(self) -> tuple[int, Tensor, Tensor]:
-        """Return how many steps there were since it was last asked, clipped, and skipped."""
-        counts = self._count, self._clipped, self._skipped
-        self._count = 0
-        self._clipped = self._skipped = torch.zeros((), dtype=torch.int64)
-        return counts
 
     def release(self) -> None:
         """Take the hooks off; twice is harmless. The clipper stays, with its history."""

@@ -4,15 +4,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Unpack
 
-import torch
-from torch import Tensor
-
 from gradclip.clipping import ClipResult, GradientClipper
 from gradclip.clipping.arguments import ClipOptions
 from gradclip.clipping.collect.sources import OptimizerParameters
 from gradclip.clipping.step.ownership import owner_of, unwrapped
+from gradclip.clipping.step.rows import StepLog
 from gradclip.clipping.step.withhold import lend
 from gradclip.errors import (
+    ArgumentTypeError,
     ArgumentValueError,
     DoubleClippingError,
     MissingDependencyError,
@@ -21,8 +20,11 @@ from gradclip.errors import (
 from gradclip.integrations.deepspeed import EngineWatch, engine_of, uses_deepspeed
 from gradclip.integrations.loss_scaling import begin_anew
 from gradclip.integrations.owned_step import OwnedStep, checked_options
+from gradclip.integrations.tracked import Tracked, numbers_of
 from gradclip.integrations.transformers.history import KEY, exported, restore
 from gradclip.integrations.transformers.limits import lower_limit, refuse_other_clipping
+from gradclip.integrations.transformers.order import handler_of_caller, log_first, log_in_order
+from gradclip.record.stats import Stats
 
 try:
     from transformers import TrainerCallback
@@ -39,14 +41,25 @@ if TYPE_CHECKING:
 
 __all__ = ["ClippingTrainerMixin", "GradientClippingCallback"]
 
+_FORMER_NAMES = {
+    "clip/norm_pre": "gradclip/norm_pre",
+    "clip/norm_post": "gradclip/norm_post",
+    "clip/fraction": "gradclip/clip_fraction",
+    "clip/skipped": "gradclip/skipped",
+}
+"""Names that were logged before; they go with the next release."""
+
 
 class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
     """Clips where an accumulation window ends, right before the trainer steps.
 
     A step whose gradients hold a NaN or an infinity changes neither weights nor moments nor the
     scheduler. Whether it is one is read from the device once per step; all else when the trainer
-    logs: ``clip/norm_pre`` and ``clip/norm_post`` of the last step, ``clip/fraction``, the part of
-    the steps since the last log that was clipped, and ``clip/skipped``, how many were not made.
+    logs, beside a loss: ``gradclip/norm_pre`` and ``gradclip/norm_post`` of the last step, and of
+    the steps since the last log ``gradclip/norm_max``, the largest norm,
+    ``gradclip/clip_fraction``, the share that was clipped, and ``gradclip/skipped``, how many were
+    not made. With limits by name pattern ``gradclip/<pattern>/norm_pre`` too. Every callback and
+    logger of the trainer gets them, in whatever order they stand.
 
     Args:
         policy: As ``GradientClipper`` takes it; patterns are matched against the model's names.
@@ -88,8 +101,14 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
         self._training: object = None
         self._step: OwnedStep | None = None
         self._lent = ExitStack()
-        self._steps = 0
-        self._clipped_and_skipped: Tensor | None = None
+        self._log: StepLog | None = None
+        self._since: Tracked | None = None
+        self._handler: Any = None
+
+    @property
+    def stats(self) -> Stats:
+        """What the steps of this training came to, or of the last one; waits for the device."""
+        return Stats() if self._log is None else self._log.stats
 
     @property
     def clipper(self) -> GradientClipper | None:
@@ -115,17 +134,11 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
 
     def report(self) -> dict[str, float]:
         """Return what is logged of the steps since the last call; empty if there were none."""
-        if self.last is None or self._clipped_and_skipped is None:
+        since = None if self._since is None else self._since.take()
+        if self.last is None or since is None or not since.steps:
             return {}
-        clipped, skipped = self._clipped_and_skipped.tolist()
-        steps, self._steps, self._clipped_and_skipped = self._steps, 0, None
-        stats = self.last.to_host()
-        return {
-            "clip/norm_pre": stats.norm_pre,
-            "clip/norm_post": stats.norm_post,
-            "clip/fraction": clipped / steps,
-            "clip/skipped": skipped,
-        }
+        numbers = numbers_of(self.last, since)
+        return numbers | {old: numbers[new] for old, new in _FORMER_NAMES.items()}
 
     def on_train_begin(
         self, args: Any, state: Any, *_: Any, model: Any, optimizer: Any, **__: Any
@@ -140,6 +153,7 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
         if self._accelerator is not None:
             engine = engine_of(self._accelerator, model)
             self._watch = EngineWatch(engine, self._policy, **self._options)
+            self._follow(self._watch.step_log)
             self._training = state
             return
         refuse_other_clipping(args.max_grad_norm, optimizer, self._policy)
@@ -157,6 +171,7 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
                 step.release()
                 raise
         self._step, self._training = step, state
+        self._follow(step.clipper.step_log)
 
     def on_pre_optimizer_step(
         self, _args: Any, state: Any, *_: Any, optimizer: Any, **__: Any
@@ -179,7 +194,6 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
             self.last = self._step.clip(getattr(optimizer, "scaler", None))
             self._step.skipped = bool(self._step.skipped)  # the one number that is read
             self._step.withhold()
-        self._count(self.last)
 
     def on_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
         """Tell Accelerate of a step that was not made, so that the scheduler waits too."""
@@ -197,8 +211,8 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
             state.stateful_callbacks[KEY] = exported(self.clipper)
 
     def on_log(self, _args: Any, state: Any, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        """Add the numbers, if the mixin did not, to what the callbacks after this one log."""
-        if "loss" in logs and "clip/fraction" not in logs:
+        """Add the numbers to what is logged, unless that has happened."""
+        if "loss" in logs and "gradclip/norm_pre" not in logs:
             numbers = self.report()
             logs.update(numbers)
             # Callbacks before this one may have logged something themselves.
@@ -207,8 +221,10 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
                     entry.update(numbers)
                     break
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Let the optimizer go: another callback may clip it."""
+    def on_train_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+        """Say whether steps were not made, and let the optimizer go: another may clip it."""
+        if self._log is not None and state.is_world_process_zero:
+            self._log.say_at_end(type(self).__name__)
         self.remove()
 
     def remove(self) -> None:
@@ -219,14 +235,15 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
         self._lent.close()
         if self._step is not None:
             self._step.release()
-        self._step = self._watch = self._training = None
-        self._steps, self._clipped_and_skipped = 0, None
+        self._step = self._watch = self._training = self._since = None
+        log_in_order(self._handler, self)
+        self._handler = None
 
-    def _count(self, result: ClipResult) -> None:
-        flags = torch.stack((result.clipped, result.skipped)).to(torch.int64)
-        before = self._clipped_and_skipped
-        self._clipped_and_skipped = flags if before is None else before + flags
-        self._steps += 1
+    def _follow(self, log: StepLog) -> None:
+        """Count steps from now on, for what is logged, and log before all other callbacks."""
+        self._log, self._since = log, Tracked(log)
+        self._handler = handler_of_caller()
+        log_first(self._handler, self)
 
 
 class ClippingTrainerMixin:
@@ -239,14 +256,36 @@ class ClippingTrainerMixin:
     callback too, and under DeepSpeed the limit is lowered and the engine's norm observed.
 
     It goes in front: ``class ClippedTrainer(ClippingTrainerMixin, SFTTrainer): pass``.
+
+    Raises:
+        ArgumentTypeError: GC011, when such a class is defined with the trainer in front.
+        ArgumentValueError: GC010, in ``train()``, where there is no ``GradientClippingCallback``.
     """
 
     callback_handler: Any
     accelerator: Any
     args: Any
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for base in cls.__mro__[: cls.__mro__.index(ClippingTrainerMixin)]:
+            if hasattr(base, "train") and not issubclass(base, ClippingTrainerMixin):
+                raise ArgumentTypeError(
+                    f"{cls.__name__} has {base.__name__} in front of ClippingTrainerMixin, whose "
+                    "methods would never be called. Put the mixin first: "
+                    f"class {cls.__name__}(ClippingTrainerMixin, {base.__name__})."
+                )
+
     def train(self, *args: Any, **options: Any) -> Any:
         """Train; under DeepSpeed the limit is lowered first."""
+        if not any(self._clipping()):
+            raise ArgumentValueError(
+                f"{type(self).__name__} has ClippingTrainerMixin and no GradientClippingCallback, "
+                f"so gradclip clips nothing (max_grad_norm={self.args.max_grad_norm!r} is the "
+                "trainer's own limit, where 0 means none). Give callbacks="
+                "[GradientClippingCallback(1.0)], or take the trainer without the mixin. "
+                "No step was made."
+            )
         for callback in self._clipping():
             callback.lower_into(self.accelerator, self.args.max_grad_norm)
         try:
@@ -263,7 +302,7 @@ class ClippingTrainerMixin:
                 numbers = callback.report()
                 logs.update(numbers)
                 if numbers:
-                    logs["grad_norm"] = numbers["clip/norm_pre"]
+                    logs["grad_norm"] = numbers["gradclip/norm_pre"]
         super().log(logs, *args, **options)  # type: ignore[misc]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

@@ -32,6 +32,7 @@ from gradclip.integrations.owned_step import OwnedStep
 from gradclip.integrations.wrapped import behind_accelerate
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
 from gradclip.pipeline.process_groups import GroupsByPattern, resolve_groups
+from gradclip.record.stats import Stats
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +83,9 @@ clipped=True, skipped=False, nonfinite=0)
         self._result: ClipResult | None = None
         self._stepped = False
         self.register_hook(
+            "on_loop", HookContext.from_callable("clip gradients", after=self._after_loop)
+        )
+        self.register_hook(
             "on_step",
             HookContext.from_callable("clip gradients", self._forget, self._after_step),
         )
@@ -96,6 +100,12 @@ clipped=True, skipped=False, nonfinite=0)
     def clipper(self) -> GradientClipper | None:
         """What clips; None before the first step, and where DeepSpeed clips."""
         return None if self._step is None else self._step.clipper
+
+    @property
+    def stats(self) -> Stats:
+        """What all optimizer steps came to; see ``GradientClipper.stats``."""
+        counts = self._watch or self.clipper
+        return Stats() if counts is None else counts.stats
 
     def state_dict(self) -> dict[str, Any]:
         """Return the clipper's history, once there is one."""
@@ -115,6 +125,11 @@ clipped=True, skipped=False, nonfinite=0)
             DoubleClippingError: GC101, DeepSpeed cannot do what this hook is configured for.
         """
         lower(accelerator, self._cfg)
+
+    def _after_loop(self, arg: PipelineHookArgs) -> None:
+        counts = self._watch or self.clipper
+        if counts is not None and (arg.accelerator is None or arg.accelerator.is_main_process):
+            counts.step_log.say_at_end(type(self).__name__)
 
     def _forget(self, arg: PipelineHookArgs) -> None:
         arg.clip_result = self._result = None

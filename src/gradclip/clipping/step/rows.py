@@ -1,0 +1,192 @@
+"""The steps of a clipper: what each leaves on the device, and how many come to the host at once."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+from math import nan
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradclip.clipping import flags
+from gradclip.clipping.flags import Flag
+from gradclip.clipping.kernels.device import HostCopy, copy_to_host
+from gradclip.record.ring import Reader, StepNumbers, StepRing
+from gradclip.record.stats import Stats, StepStats, together
+
+if TYPE_CHECKING:
+    from gradclip.clipping.result import ClipResult
+
+
+_ON_DEVICE: Any = object()
+
+
+class StepRow(NamedTuple):
+    """What one step left behind: small tensors that exist anyway, and no gradient.
+
+    Attributes:
+        step: Which call it was.
+        expected: A loss scaler answers for an overflow.
+        norms_S: Norm of each scope before clipping.
+        order: p of the norm of all.
+        threshold: The norm that all gradients may have; NaN where there is not one for all.
+        kept: What scopes were multiplied by, (S,), or one number for all.
+        clamped: Whether any element was changed, where elements are clamped.
+        skipped: Whether the step should not be made.
+    """
+
+    step: int
+    expected: bool
+    norms_S: Tensor
+    order: float
+    threshold: float | Tensor
+    kept: float | Tensor
+    clamped: Flag | None
+    skipped: Flag
+
+    @classmethod
+    def of(cls, result: "ClipResult", step: int, *, expected: bool) -> "StepRow":
+        """Take from a result what counts, without computing anything."""
+        found = result.coefficients
+        number = None if isinstance(found, Tensor) else found.number
+        kept = result.coefficients_S if number is None else number
+        one_norm = result.clamped is None and result.measured_S.numel() == 1
+        return cls(
+            step,
+            expected,
+            result.measured_S,
+            result.norm_type,
+            result.thresholds if one_norm else nan,
+            kept,
+            result.clamped,
+            result.withheld,
+        )
+
+
+def copy_rows(rows: Sequence[StepRow]) -> list["CopiedRows"]:
+    """Begin to bring rows to the host: together, as far as they are on one device."""
+    return [CopiedRows(list(part)) for _, part in groupby(rows, lambda row: row.norms_S.device)]
+
+
+class CopiedRows:
+    """The numbers of some steps, on their way to the host.
+
+    Args:
+        rows: What each step left behind, on one device.
+    """
+
+    def __init__(self, rows: Sequence[StepRow]) -> None:
+        device = rows[0].norms_S.device
+        self.waits = flags.host_waits_for(device)
+        self._calls = [(row.step, row.expected) for row in rows]
+        kept = [row.kept if isinstance(row.kept, Tensor) else row.kept < 1 for row in rows]
+        columns: list[tuple[list[Any], Callable[[Tensor], Tensor]]] = [
+            ([row.norms_S for row in rows], partial(_norms_of_all, order=rows[0].order)),
+            ([row.threshold for row in rows], torch.flatten),
+            (kept, _any_below_one),
+            ([row.clamped for row in rows], torch.flatten),
+            ([row.skipped for row in rows], torch.flatten),
+        ]
+        self._known = [
+            [_ON_DEVICE if isinstance(value, Tensor) else value for value in values]
+            for values, _ in columns
+        ]
+        numbers = torch.cat([_of_every_step(values, reduce, device) for values, reduce in columns])
+        copied = copy_to_host(numbers) if self.waits else None
+        self._numbers: Tensor | HostCopy = numbers if copied is None else copied
+
+    def read(self) -> list[StepNumbers]:
+        """Return the numbers; waits until they are there."""
+        numbers = self._numbers
+        found = iter(numbers.tolist() if isinstance(numbers, Tensor) else numbers.read())
+        columns = [
+            [next(found) if value is _ON_DEVICE else value for value in values]
+            for values in self._known
+        ]
+        return [
+            StepNumbers(
+                step,
+                norm,
+                threshold,
+                clipped=bool(kept_less if clamped is None else clamped) and not skipped,
+                skipped=bool(skipped),
+                expected=expected,
+            )
+            for (step, expected), norm, threshold, kept_less, clamped, skipped in zip(
+                self._calls, *columns, strict=True
+            )
+        ]
+
+
+def _of_every_step(
+    values: Sequence[Any], reduce: Callable[[Tensor], Tensor], device: torch.device
+) -> Tensor:
+    """Reduce what is on the device to a number for each step that has it there: float64 (n,)."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        return torch.empty(0, dtype=torch.float64, device=device)
+    if len({tensor.shape for tensor in tensors}) == 1:
+        return reduce(torch.stack(tensors)).to(torch.float64)
+    return torch.cat([reduce(tensor[None]) for tensor in tensors]).to(torch.float64)
+
+
+def _any_below_one(kept_BS: Tensor) -> Tensor:
+    return (kept_BS < 1).any(1)
+
+
+def _norms_of_all(norms_BS: Tensor, order: float) -> Tensor:
+    """Return the p-norm of the norms of each step, (B,), without leaving float64's range."""
+    if norms_BS.shape[1] <= 1:
+        return norms_BS.sum(1)
+    largest_B = norms_BS.amax(1)
+    scale_B = torch.where((largest_B > 0) & largest_B.isfinite(), largest_B, 1.0)
+    relative: Tensor = torch.linalg.vector_norm(norms_BS / scale_B[:, None], order, dim=1)
+    return relative * scale_B
+
+
+class StepLog:
+    """All steps of one clipper: what they came to, and whoever else wants to know of each.
+
+    Args:
+        readers: Are told of every step too.
+    """
+
+    def __init__(self, *readers: Reader) -> None:
+        self.counted = StepStats()
+        """What the steps came to whose numbers were read; ``catch_up`` reads those of all."""
+        self._ring = StepRing(copy_rows, self.counted, *readers)
+
+    def push(self, result: "ClipResult", step: int, *, expected: bool) -> None:
+        """Note a step; nothing is computed or read now.
+
+        Args:
+            result: What was measured and done.
+            step: Which call it was.
+            expected: A loss scaler answers for an overflow.
+        """
+        row = StepRow.of(result, step, expected=expected)
+        self._ring.push(row, 2 * row.norms_S.numel())
+
+    def follow(self, reader: Reader) -> None:
+        """Tell a reader of every step from now on, once its numbers are on the host.
+
+        A copy of this log, and a pickled one, has a copy of the reader.
+        """
+        self.catch_up()
+        self._ring.readers.append(reader)
+
+    def catch_up(self) -> None:
+        """Tell all readers of the last steps too; waits for the device."""
+        self._ring.flush()
+
+    def say_at_end(self, label: str) -> None:
+        """Log a line if steps were not made; ``label`` is what its user calls this clipper."""
+        self.catch_up()
+        self.counted.say_at_end(label)
+
+    @property
+    def stats(self) -> Stats:
+        """What all steps came to; waits for the device."""
+        self.catch_up()
+        return together([self.counted])
