@@ -259,7 +259,8 @@ class ClippingTrainerMixin:
 
     Raises:
         ArgumentTypeError: GC011, when such a class is defined with the trainer in front.
-        ArgumentValueError: GC010, in ``train()``, where there is no ``GradientClippingCallback``.
+        ArgumentValueError: GC010, in ``train()``, where there is no ``GradientClippingCallback``,
+            and ``max_grad_norm`` is 0: nothing would clip.
     """
 
     callback_handler: Any
@@ -278,13 +279,13 @@ class ClippingTrainerMixin:
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train; under DeepSpeed the limit is lowered first."""
-        if not any(self._clipping()):
+        own = self.args.max_grad_norm
+        if not any(self._clipping()) and not (own and own > 0):
             raise ArgumentValueError(
                 f"{type(self).__name__} has ClippingTrainerMixin and no GradientClippingCallback, "
-                f"so gradclip clips nothing (max_grad_norm={self.args.max_grad_norm!r} is the "
-                "trainer's own limit, where 0 means none). Give callbacks="
-                "[GradientClippingCallback(1.0)], or take the trainer without the mixin. "
-                "No step was made."
+                f"and max_grad_norm={own!r} switches the trainer's own clipping off: nothing would "
+                "be clipped. Give callbacks=[GradientClippingCallback(1.0)], or max_grad_norm=1.0, "
+                "or take the trainer without the mixin. No step was made."
             )
         for callback in self._clipping():
             callback.lower_into(self.accelerator, self.args.max_grad_norm)

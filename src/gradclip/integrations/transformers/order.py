@@ -4,8 +4,6 @@ import sys
 from typing import Any
 from weakref import ref
 
-from transformers.trainer_callback import CallbackHandler, TrainerCallback
-
 __all__ = ["handler_of_caller", "log_first", "log_in_order"]
 
 
@@ -21,7 +19,7 @@ class _LogFirst:
 
     def __init__(self, handler: Any) -> None:
         self._handler = ref(handler)
-        self.callbacks: list[TrainerCallback] = []
+        self.callbacks: list[Any] = []
 
     def __call__(self, args: Any, state: Any, control: Any, logs: Any, **options: Any) -> Any:
         for callback in self.callbacks:
@@ -35,6 +33,8 @@ def handler_of_caller() -> Any:
 
     A callback is given neither its trainer nor its handler.
     """
+    from transformers.trainer_callback import CallbackHandler  # noqa: PLC0415 - it may be missing
+
     frame = sys._getframe(1)  # noqa: SLF001 - a public name for it comes with Python 3.12
     while (caller := frame.f_back) is not None:
         frame = caller
@@ -43,7 +43,7 @@ def handler_of_caller() -> Any:
     return None
 
 
-def log_first(handler: Any, callback: TrainerCallback) -> None:
+def log_first(handler: Any, callback: object) -> None:
     """Have a handler call ``on_log`` of a callback before that of all others."""
     if handler is None:
         return
@@ -52,7 +52,7 @@ def log_first(handler: Any, callback: TrainerCallback) -> None:
     handler.on_log.callbacks.append(callback)
 
 
-def log_in_order(handler: Any, callback: TrainerCallback) -> None:
+def log_in_order(handler: Any, callback: object) -> None:
     """Undo ``log_first``; harmless where there was none."""
     first = None if handler is None else handler.on_log
     if isinstance(first, _LogFirst):
