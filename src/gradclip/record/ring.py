@@ -114,12 +114,12 @@ class StepRing(Generic[_Row]):
     later. Every reader is told of every step, in order.
 
     Args:
-        copy: Begins to copy rows to the host.
+        copy: Begins to copy rows to the host, where the host waits for them or not.
         readers: What is told.
     """
 
     def __init__(
-        self, copy: Callable[[Sequence[_Row]], Sequence[Copied]], *readers: Reader
+        self, copy: Callable[[Sequence[_Row], bool], Sequence[Copied]], *readers: Reader
     ) -> None:
         self._copy = copy
         self.readers: list[Reader] = list(readers)
@@ -145,7 +145,7 @@ class StepRing(Generic[_Row]):
         self._pushed += 1
         self._held += numbers
         if len(self._rows) >= self._size or self._held >= _MOST_HELD:
-            self._begin()
+            self._begin(waiting=False)
         while self._copied:
             since, copied = self._copied[0]
             if copied.waits and self._pushed - since < LAG:
@@ -155,13 +155,13 @@ class StepRing(Generic[_Row]):
     def flush(self) -> None:
         """Tell the readers of all steps there were; waits for the device."""
         if self._rows:
-            self._begin()
+            self._begin(waiting=True)
         while self._copied:
             self._hand_out()
 
-    def _begin(self) -> None:
+    def _begin(self, *, waiting: bool) -> None:
         rows, self._rows, self._held, self._size = self._rows, [], 0, BATCH
-        self._copied.extend((self._pushed, copied) for copied in self._copy(rows))
+        self._copied.extend((self._pushed, copied) for copied in self._copy(rows, waiting))
 
     def _hand_out(self) -> None:
         _, copied = self._copied.popleft()

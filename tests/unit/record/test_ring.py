@@ -24,15 +24,15 @@ class Told:
         self.steps.append(numbers.step)
 
 
-def at_once(rows):
+def at_once(rows, waiting):
     return [Copied(rows, waits=False)]
 
 
-def late(rows):
+def late(rows, waiting):
     return [Copied(rows, waits=True)]
 
 
-def in_two(rows):
+def in_two(rows, waiting):
     return [Copied(rows[:1], waits=True), Copied(rows[1:], waits=True)]
 
 

@@ -64,9 +64,15 @@ class StepRow(NamedTuple):
         )
 
 
-def copy_rows(rows: Sequence[StepRow]) -> list["CopiedRows"]:
-    """Begin to bring rows to the host: together, as far as they are on one device."""
-    return [CopiedRows(list(part)) for _, part in groupby(rows, lambda row: row.norms_S.device)]
+def copy_rows(rows: Sequence[StepRow], waiting: bool) -> list["CopiedRows"]:
+    """Begin to bring rows to the host: together, as far as they are on one device.
+
+    Args:
+        rows: What each step left behind.
+        waiting: Whether the host waits for them now.
+    """
+    by_device = groupby(rows, lambda row: row.norms_S.device)
+    return [CopiedRows(list(part), waiting) for _, part in by_device]
 
 
 class CopiedRows:
@@ -74,11 +80,12 @@ class CopiedRows:
 
     Args:
         rows: What each step left behind, on one device.
+        waiting: Whether the host waits for them now.
     """
 
-    def __init__(self, rows: Sequence[StepRow]) -> None:
+    def __init__(self, rows: Sequence[StepRow], waiting: bool) -> None:
         device = rows[0].norms_S.device
-        self.waits = flags.host_waits_for(device)
+        self.waits = flags.host_waits_for(device) and not waiting
         self._calls = [(row.step, row.expected) for row in rows]
         kept = [row.kept if isinstance(row.kept, Tensor) else row.kept < 1 for row in rows]
         columns: list[tuple[list[Any], Callable[[Tensor], Tensor]]] = [
