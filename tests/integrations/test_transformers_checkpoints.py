@@ -43,12 +43,13 @@ class Recent(Policy):
 
 
 def test_a_history_goes_through_json_and_back():
-    weight = torch.nn.Parameter(torch.zeros(2))
+    weight, head = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
     weight.grad = torch.tensor([3.0, 4.0])
-    clipper = GradientClipper([("a", weight)], {"head.*": 1.0, "*": Recent()})
+    named, policy = [("a", weight), ("head.b", head)], {"head.*": 1.0, "*": Recent()}
+    clipper = GradientClipper(named, policy)
     clipper.clip()
     saved = json.loads(json.dumps(history.exported(clipper), sort_keys=True))
-    other = GradientClipper([("a", weight)], {"head.*": 1.0, "*": Recent()})
+    other = GradientClipper(named, policy)
     history.restore(other, saved, None)
     assert str(other.state_dict()) == str(clipper.state_dict())
     assert "tensor([5.]" in str(other.state_dict())
