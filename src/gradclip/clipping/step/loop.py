@@ -40,6 +40,8 @@ class LoopWatch:
 
     def add(self, numbers: StepNumbers) -> None:
         """Take the numbers of a step."""
+        if self._seen >= FIRST and not self._within:
+            return  # nothing is left to find
         if not (isfinite(numbers.norm) and 0 < numbers.threshold < inf):
             return
         ratio, self._limit = numbers.norm / numbers.threshold, numbers.threshold

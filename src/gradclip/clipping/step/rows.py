@@ -95,10 +95,7 @@ class CopiedRows:
             ([row.clamped for row in rows], torch.flatten),
             ([row.skipped for row in rows], torch.flatten),
         ]
-        self._known = [
-            [_ON_DEVICE if isinstance(value, Tensor) else value for value in values]
-            for values, _ in columns
-        ]
+        self._known = [_without_tensors(values) for values, _ in columns]
         numbers = torch.cat([_of_every_step(values, reduce, device) for values, reduce in columns])
         copied = copy_to_host(numbers) if self.waits else None
         self._numbers: Tensor | HostCopy = numbers if copied is None else copied
@@ -109,6 +106,8 @@ class CopiedRows:
         found = iter(numbers.tolist() if isinstance(numbers, Tensor) else numbers.read())
         columns = [
             [next(found) if value is _ON_DEVICE else value for value in values]
+            if _ON_DEVICE in values
+            else values
             for values in self._known
         ]
         return [
@@ -116,14 +115,21 @@ class CopiedRows:
                 step,
                 norm,
                 threshold,
-                clipped=bool(kept_less if clamped is None else clamped) and not skipped,
-                skipped=bool(skipped),
-                expected=expected,
+                bool(less if clamped is None else clamped) and not skipped,
+                bool(skipped),
+                expected,
             )
-            for (step, expected), norm, threshold, kept_less, clamped, skipped in zip(
+            for (step, expected), norm, threshold, less, clamped, skipped in zip(
                 self._calls, *columns, strict=True
             )
         ]
+
+
+def _without_tensors(values: list[Any]) -> list[Any]:
+    """Return what is known on the host; a mark stands for what is not."""
+    if not any(isinstance(value, Tensor) for value in values):
+        return values
+    return [_ON_DEVICE if isinstance(value, Tensor) else value for value in values]
 
 
 def _of_every_step(
