@@ -29,7 +29,7 @@ smoke: $(VENV)/.dev  ## run one test of each kind, while you work: half a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m smoke tests/contract tests/distributed tests/unit
 
 test-integrations: $(VENV)/.integrations  ## run the tests of the frameworks that gradclip meets
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations tests/contract/test_ways_in.py \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/integrations tests/contract/test_ways_in.py \
 		tests/unit/clipping/test_arguments.py
 
 test-robo-orchard: $(ROBO)/.installed  ## run gradclip inside the pipeline of RoboOrchardLab 0.4.0
