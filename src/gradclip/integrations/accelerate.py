@@ -1,13 +1,14 @@
 """Clipping in a loop on Accelerate: at the end of an accumulation window, on unscaled gradients."""
 
 from collections.abc import Mapping
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Unpack
 
 from gradclip.clipping import ClipResult, GradientClipper
 from gradclip.clipping.arguments import ClipOptions
 from gradclip.clipping.collect.sources import OptimizerParameters
-from gradclip.clipping.step.ownership import owner_of, unwrapped
+from gradclip.clipping.flags import Flag
+from gradclip.clipping.step.ownership import owner_of
+from gradclip.clipping.step.wrappers import unwrapped
 from gradclip.errors import ArgumentTypeError
 from gradclip.integrations.deepspeed import EngineWatch, engine_of
 from gradclip.integrations.owned_step import OwnedStep
@@ -37,10 +38,11 @@ class AcceleratorClipper:
                 scheduler.step()
             optimizer.zero_grad()
 
-    It needs no ``if accelerator.sync_gradients``: inside an accumulation window it does nothing. A
-    step whose gradients hold a NaN or an infinity is not made, since they are dropped (``.grad =
-    None``). Under DeepSpeed, which has clipped and stepped by then, it observes; lower the limit
-    before ``accelerator.prepare`` (``gradclip.integrations.deepspeed.lower``).
+    It needs no ``if accelerator.sync_gradients``: inside an accumulation window it does nothing.
+    After a ``clip`` that found a NaN or an infinity the next ``optimizer.step()`` is not made:
+    weights, moments and step counts stay as they are. Under DeepSpeed, which has clipped and
+    stepped by then, it observes; lower the limit before ``accelerator.prepare``
+    (``gradclip.integrations.deepspeed.lower``).
 
     Args:
         accelerator: The one that prepared the optimizer.
@@ -55,7 +57,9 @@ class AcceleratorClipper:
         backend: Likewise.
 
     Raises:
-        ArgumentTypeError: GC011, ``accelerator`` is none.
+        ArgumentTypeError: GC011, ``accelerator`` is none, or ``optimizer`` is none, or computes
+            gradients in its step (LBFGS), or steps in two halves (SAM).
+        ArgumentValueError: GC010, the optimizer steps parameters that it does not show.
         DoubleClippingError: GC101, DeepSpeed clips to something else, or the optimizer is clipped
             by an attachment.
 
@@ -77,6 +81,11 @@ class AcceleratorClipper:
                 f"accelerator is of type {type(accelerator).__qualname__}: expected an "
                 "accelerate.Accelerator"
             )
+        if not hasattr(optimizer, "param_groups"):
+            raise ArgumentTypeError(
+                f"optimizer is of type {type(optimizer).__qualname__}: expected a torch optimizer, "
+                "prepared or not; a model goes into model="
+            )
         self.accelerator = accelerator
         self._optimizer = optimizer
         self._last: ClipResult | None = None
@@ -91,6 +100,9 @@ class AcceleratorClipper:
         source = OptimizerParameters(unwrapped(optimizer), module=model)
         label = type(self).__name__
         self._step = OwnedStep(optimizer, source, policy, options, owner=self, label=label)
+        self._gate = _NextStep(label)
+        if engine is None:
+            self._step.hold(self._gate)
 
     @property
     def clipper(self) -> "GradientClipper":
@@ -119,7 +131,10 @@ class AcceleratorClipper:
         return skipped
 
     def clip(self) -> ClipResult | None:
-        """Clip at the end of an accumulation window; one number is read from the device.
+        """Clip at the end of an accumulation window.
+
+        The host reads one number when ``optimizer.step()`` is called, whether to make it; for a
+        fused optimizer none.
 
         Returns:
             What was done; None inside a window.
@@ -134,11 +149,7 @@ class AcceleratorClipper:
             self._last = self._watch.observe()
             return self._last
         self._last = self._step.clip(self.accelerator.scaler)
-        if bool(self._step.skipped):
-            for parameter in chain.from_iterable(
-                group["params"] for group in self._optimizer.param_groups
-            ):
-                parameter.grad = None
+        self._gate.skipped = self._step.skipped
         return self._last
 
     def remove(self) -> None:
@@ -152,3 +163,25 @@ class AcceleratorClipper:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         self.clipper.load_state_dict(state)
+
+
+class _NextStep:
+    """Withholds the one step that follows, if its gradients may not be stepped on.
+
+    Args:
+        label: What an error calls it.
+    """
+
+    lasts = True
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.skipped: Flag = False
+
+    def before(self, optimizer: Any, kwargs: dict[str, Any]) -> Flag:  # noqa: ARG002
+        """Return whether the step should not be made."""
+        skipped, self.skipped = self.skipped, False
+        return skipped
+
+    def after(self, error: BaseException | None) -> None:
+        """Nothing was lent."""

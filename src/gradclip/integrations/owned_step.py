@@ -12,9 +12,10 @@ from gradclip.clipping.collect.sources import ParameterSource
 from gradclip.clipping.flags import Flag, negated
 from gradclip.clipping.kernels import choose
 from gradclip.clipping.policies import as_policies
+from gradclip.clipping.step.held import Gate, held
 from gradclip.clipping.step.ownership import Owner, check_unclaimed, claim, release
-from gradclip.clipping.step.withhold import withhold_within
-from gradclip.errors import ArgumentValueError
+from gradclip.clipping.step.wrappers import check_steps_once, unwrapped
+from gradclip.errors import DoubleClippingError
 from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling
 
 __all__ = ["OwnedStep", "checked_options"]
@@ -48,6 +49,8 @@ class OwnedStep:
             time, as the hooks of two trainers do, only looks for the claims of others.
 
     Raises:
+        ArgumentTypeError: GC011, its step computes gradients itself, or comes in two halves.
+        ArgumentValueError: GC010, it steps parameters that it does not show.
         DoubleClippingError: GC101, something else clips its gradients already.
     """
 
@@ -62,19 +65,19 @@ class OwnedStep:
         label: str,
         claims: bool = True,
     ) -> None:
+        check_steps_once(unwrapped(optimizer), label)
         self.optimizer = optimizer
-        self.clipper = GradientClipper.with_role(
-            Owner(label), source, policy, options, called=label
-        )
+        self._role = Owner(label)
+        self.clipper = GradientClipper.with_role(self._role, source, policy, options, called=label)
         self.skipped: Flag = False
         """Whether the step after the last ``clip`` should not be made."""
-        self._owner, self._label = owner, label
+        self._owner, self.label = owner, label
         self._claims = claims
         if claims and self.clipper.writes:
             claim(optimizer, owner, label)
         self._overflows, self._unscale = OverflowWatch(), Unscaling()
         self._scaled = self._released = False
-        self._taken = ExitStack()
+        self._kept, self._taken = ExitStack(), ExitStack()
 
     def clip(self, scaler: Any = None, *, unscale: bool = True) -> ClipResult:
         """Unscale the gradients, unless the loop did, and clip them.
@@ -105,14 +108,13 @@ class OwnedStep:
         self.skipped = result.withheld
         return result
 
-    def withhold(self, *, under_way: bool = False) -> None:
-        """Keep the optimizer from stepping until ``settle``, if the step was skipped.
+    def hold(self, gate: Gate) -> None:
+        """Ask a gate before each step of the optimizer, until ``release``."""
+        self._kept.enter_context(held(self.optimizer, gate))
 
-        Args:
-            under_way: The step has begun already, as in a hook of it.
-        """
-        context = withhold_within if under_way else withhold
-        self._taken.enter_context(context(self.optimizer, self.skipped))
+    def withhold(self) -> None:
+        """Keep the optimizer from stepping until ``settle``, if the step was skipped."""
+        self._taken.enter_context(withhold(self.optimizer, self.skipped))
 
     def settle(self, made: Flag | None = None) -> None:
         """End the step: give back what withholding it took.
@@ -126,16 +128,17 @@ class OwnedStep:
 
     def release(self) -> None:
         """Let the optimizer go; twice is harmless. The clipper stays, with its history."""
-        self._released = True
+        self._released = self._role.released = True
         self._taken.close()
+        self._kept.close()
         release(self.optimizer, self._owner)
 
     def _begin(self) -> None:
         if self._released:
-            raise ArgumentValueError(
-                f"this {self._label} was removed, or another one took its place, so it clips "
+            raise DoubleClippingError(
+                f"this {self.label} was removed, or another one took its place, so it clips "
                 "nothing any more: make a new one. No gradient was changed."
             )
         self._taken.close()  # the last step may have raised
         if not self._claims and self.clipper.writes:
-            check_unclaimed(self.optimizer, self._owner, self._label)
+            check_unclaimed(self.optimizer, self._owner, self.label)
