@@ -300,7 +300,7 @@ def test_what_computes_gradients_in_its_step_is_refused_by_name():
     for make in (attach, lambda *given: AcceleratorClipper(accelerator, *given)):
         with pytest.raises(ArgumentTypeError, match="LBFGS computes gradients inside"):
             make(lbfgs, 1.0)
-        with pytest.raises(ArgumentTypeError, match="Sam steps in two halves.*base_optimizer"):
+        with pytest.raises(ArgumentTypeError, match=r"Sam steps in two halves.*base_optimizer"):
             make(sam, 1.0)
     for optimizer in (lbfgs, sam):
         assert not {"step", "__getstate__"} & vars(optimizer).keys()

@@ -78,7 +78,7 @@ class HeldStep:
         error: BaseException | None = None
         self._running = True
         try:
-            loss, args, kwargs = _evaluated(args, kwargs)
+            loss, args, kwargs = _evaluated(self._optimizer(), args, kwargs)
             withheld: Flag = False
             for gate in gates:
                 entered.append(gate)
@@ -88,7 +88,7 @@ class HeldStep:
             error = raised
             raise
         else:
-            return result if loss is None else loss
+            return loss if result is None else result
         finally:
             self._running = False
             for gate in reversed(entered):
@@ -240,15 +240,33 @@ def _warning_copy(step: HeldStep, optimizer: Any) -> None:
 
 
 def _evaluated(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
+    optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Run the closure, if a step was given one; return its loss, and arguments without it."""
+    """Run the closure, if a step was given one; return its loss, and arguments that have that.
+
+    The gradients are clipped between the closure and the step, so the step may ask for the loss
+    once, and not for new gradients.
+    """
     closure = args[0] if args else kwargs.get("closure")
     if closure is None:
         return None, args, kwargs
     with torch.enable_grad():
         loss = closure()
-    return (loss, (None, *args[1:]), kwargs) if args else (loss, args, {**kwargs, "closure": None})
+    asked = []
+
+    def known() -> Any:
+        asked.append(True)
+        if len(asked) > 1:
+            raise ArgumentTypeError(
+                f"{type(optimizer).__name__} evaluates its closure more than once in a step, so "
+                "that gradients come which are not clipped: call GradientClipper.clip() at the "
+                "end of the closure instead"
+            )
+        return loss
+
+    return (
+        (loss, (known, *args[1:]), kwargs) if args else (loss, args, {**kwargs, "closure": known})
+    )
 
 
 def _chain(optimizer: Any) -> Iterator[Any]:

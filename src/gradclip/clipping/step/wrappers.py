@@ -1,5 +1,6 @@
 """Wrappers of optimizers: which are looked through, and which are optimizers of their own."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,10 +57,15 @@ def check_steps_once(optimizer: Any, label: str) -> None:
         ArgumentValueError: GC010, it steps parameters that are not in its ``param_groups``.
     """
     name = type(optimizer).__name__
-    if isinstance(optimizer, torch.optim.LBFGS):
+    if _computes_gradients(optimizer):
         raise ArgumentTypeError(
             f"{name} computes gradients inside step(closure), after {label} has clipped: call "
             "GradientClipper.clip() at the end of the closure instead"
+        )
+    if hasattr(optimizer, "fused_backward"):
+        raise ArgumentTypeError(
+            f"{name} updates parameters inside fused_backward(), gradient by gradient, so that "
+            f"{label} would never see them. Use the limit that it has itself, if it has one."
         )
     if hasattr(optimizer, "first_step"):
         raise ArgumentTypeError(
@@ -83,6 +89,13 @@ def check_steps_once(optimizer: Any, label: str) -> None:
                 f"stepping on a NaN. Give it each inner optimizer, or add these parameters to "
                 f"{name}.param_groups. Nothing was changed."
             )
+
+
+def _computes_gradients(optimizer: Any) -> bool:
+    """Return whether a step needs a closure, or has one of its own that is set before."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    must = closure is not None and closure.default is closure.empty
+    return must or hasattr(optimizer, "set_closure")
 
 
 def described(optimizer: Any, group: dict[str, Any], index: int) -> str:
