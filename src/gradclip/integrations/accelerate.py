@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any, Unpack
 from gradclip.clipping import ClipResult, GradientClipper
 from gradclip.clipping.arguments import ClipOptions
 from gradclip.clipping.collect.sources import OptimizerParameters
-from gradclip.clipping.flags import Flag
 from gradclip.clipping.step.ownership import owner_of
 from gradclip.clipping.step.wrappers import unwrapped
 from gradclip.errors import ArgumentTypeError
 from gradclip.integrations.deepspeed import EngineWatch, engine_of
-from gradclip.integrations.owned_step import OwnedStep
+from gradclip.integrations.owned_step import OwnedStep, Verdict
 
 if TYPE_CHECKING:
     import torch
@@ -100,9 +99,9 @@ class AcceleratorClipper:
         source = OptimizerParameters(unwrapped(optimizer), module=model)
         label = type(self).__name__
         self._step = OwnedStep(optimizer, source, policy, options, owner=self, label=label)
-        self._gate = _NextStep(label)
+        self._verdict = Verdict(self._step, lasts=True)
         if engine is None:
-            self._step.hold(self._gate)
+            self._step.hold(self._verdict)
 
     @property
     def clipper(self) -> "GradientClipper":
@@ -149,7 +148,7 @@ class AcceleratorClipper:
             self._last = self._watch.observe()
             return self._last
         self._last = self._step.clip(self.accelerator.scaler)
-        self._gate.skipped = self._step.skipped
+        self._verdict.is_open = True
         return self._last
 
     def remove(self) -> None:
@@ -163,25 +162,3 @@ class AcceleratorClipper:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         self.clipper.load_state_dict(state)
-
-
-class _NextStep:
-    """Withholds the one step that follows, if its gradients may not be stepped on.
-
-    Args:
-        label: What an error calls it.
-    """
-
-    lasts = True
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-        self.skipped: Flag = False
-
-    def before(self, optimizer: Any, kwargs: dict[str, Any]) -> Flag:  # noqa: ARG002
-        """Return whether the step should not be made."""
-        skipped, self.skipped = self.skipped, False
-        return skipped
-
-    def after(self, error: BaseException | None) -> None:
-        """Nothing was lent."""

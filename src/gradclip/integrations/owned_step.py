@@ -1,12 +1,14 @@
 """One optimizer step that is clipped: unscale, clip, withhold, settle; once, for every way in."""
 
 from contextlib import ExitStack
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
-from gradclip.clipping import ClipResult, GradientClipper, withhold
+from gradclip.clipping import ClipResult, GradientClipper
 from gradclip.clipping.arguments import ClipOptions, read_options
 from gradclip.clipping.collect.sources import ParameterSource
 from gradclip.clipping.flags import Flag, negated
@@ -18,7 +20,7 @@ from gradclip.clipping.step.wrappers import check_steps_once, unwrapped
 from gradclip.errors import DoubleClippingError
 from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling
 
-__all__ = ["OwnedStep", "checked_options"]
+__all__ = ["OwnedStep", "Verdict", "checked_options"]
 
 
 def checked_options(called: str, policy: Any, options: ClipOptions) -> tuple[Any, ClipOptions]:
@@ -76,6 +78,7 @@ class OwnedStep:
         if claims and self.clipper.writes:
             claim(optimizer, owner, label)
         self._overflows, self._unscale = OverflowWatch(), Unscaling()
+        self._clipped: list[tuple[Tensor, TensorWeakRef]] = []
         self._scaled = self._released = False
         self._kept, self._taken = ExitStack(), ExitStack()
 
@@ -92,6 +95,7 @@ class OwnedStep:
         self._scaled = scaler is not None
         result = self.clipper.clip(overflow_expected=self._overflows.expects(scaler))
         self.skipped = result.withheld
+        self._clipped = [] if self.skipped is False else _some_gradients(self.optimizer)
         return result
 
     def clip_scaled(self, grad_scale: Tensor | None, *, overflow_expected: bool) -> ClipResult:
@@ -114,7 +118,13 @@ class OwnedStep:
 
     def withhold(self) -> None:
         """Keep the optimizer from stepping until ``settle``, if the step was skipped."""
-        self._taken.enter_context(withhold(self.optimizer, self.skipped))
+        if self.skipped is not False:
+            self._taken.enter_context(held(self.optimizer, Verdict(self)))
+
+    def verdict(self) -> Flag:
+        """Return whether the step should not be made, if its gradients are still those clipped."""
+        known = self._clipped
+        return self.skipped if not known or any(g() is p.grad for p, g in known) else False
 
     def settle(self, made: Flag | None = None) -> None:
         """End the step: give back what withholding it took.
@@ -142,3 +152,35 @@ class OwnedStep:
         self._taken.close()  # the last step may have raised
         if not self._claims and self.clipper.writes:
             check_unclaimed(self.optimizer, self._owner, self.label)
+
+
+def _some_gradients(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, TensorWeakRef]]:
+    """Return some parameters that have a gradient, with it; it is not kept alive."""
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    found = (p for p in parameters if p.grad is not None)
+    return [(p, TensorWeakRef(p.grad)) for p in islice(found, 4)]
+
+
+class Verdict:
+    """Withholds the one step that follows a ``clip``, where that found that it has to be.
+
+    A loop that was broken off may step on other gradients: the verdict is not of these.
+
+    Args:
+        step: What clips.
+        lasts: Whether it stays for more than one step.
+    """
+
+    def __init__(self, step: OwnedStep, *, lasts: bool = False) -> None:
+        self.label, self.lasts = step.label, lasts
+        self.is_open = True
+        """Whether no step followed yet."""
+        self._step = step
+
+    def before(self, optimizer: Any, kwargs: dict[str, Any]) -> Flag:  # noqa: ARG002
+        """Return whether the step should not be made."""
+        was_open, self.is_open = self.is_open, False
+        return self._step.verdict() if was_open else False
+
+    def after(self, error: BaseException | None) -> None:
+        """Nothing was lent."""

@@ -74,7 +74,8 @@ class HeldStep:
         """Ask the gates in their order; step, or do not."""
         if self._running or not self.gates:
             return self._call(args, kwargs)
-        gates, entered = list(self.gates), list[Gate]()
+        gates = list(self.gates)
+        entered: list[Gate] = []
         error: BaseException | None = None
         self._running = True
         try:

@@ -116,6 +116,10 @@ class _Marking:
         self.marks: deque[list[_Mark]] = deque(maxlen=calls)
         self._seen = -1
 
+    def __getstate__(self) -> dict[str, object]:
+        """Copy and pickle without marks: they are of gradients that exist now."""
+        return {**vars(self), "marks": deque[list[_Mark]](maxlen=self.marks.maxlen)}
+
     def mark(self, clipped: Iterable[tuple[Sequence[Tensor], object]]) -> None:
         """Mark a few gradients that stand for all; each of them where an owner came since."""
         if torch.is_inference_mode_enabled():
@@ -128,10 +132,10 @@ class _Marking:
             marks += [_Mark(TensorWeakRef(each), _version(each), policy) for each in some]
         self.marks.append(marks)
         if all(each is not self for each in _MARKING):
-            _MARKING[:] = [each for each in _MARKING if each.has_marks()]
+            _MARKING[:] = [each for each in _MARKING if each.is_marked()]
             _MARKING.append(self)
 
-    def has_marks(self) -> bool:
+    def is_marked(self) -> bool:
         """Return whether a gradient that it marked still lives."""
         return any(mark.gradient() is not None for marks in self.marks for mark in marks)
 
