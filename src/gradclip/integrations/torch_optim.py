@@ -193,7 +193,7 @@ def _checked(optimizer: object) -> Any:
     """Return the torch optimizer whose steps can be hooked.
 
     Raises:
-        ArgumentTypeError: GC011, there is none, or its step needs a closure.
+        ArgumentTypeError: GC011, there is none.
         DoubleClippingError: GC101, it is DeepSpeed's.
     """
     inner = unwrapped(optimizer)
