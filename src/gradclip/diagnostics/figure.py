@@ -47,8 +47,8 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": _FAINT,
     "xtick.labelcolor": _INK,
     "ytick.labelcolor": _INK,
-    "text.parse_math": False,  # a title or a pattern is shown as it is
-    "text.usetex": False,
+    "text.usetex": False,  # with it, and without the next, `_literal` would not hold
+    "text.parse_math": True,
     "svg.hashsalt": "gradclip",  # element ids that do not change from one call to the next
 }
 _DASHED: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (5, 3))}
@@ -90,7 +90,8 @@ def clipping_figure(
         above, below = figure.subplots(2, sharex=True, height_ratios=(1.2, 1))
         _draw_norms(above, clipped, unclipped)
         _draw_losses(below, clipped, unclipped)
-        figure.suptitle(text[:1].upper() + text[1:], x=0.012, ha="left", wrap=True)
+        title = _literal(text[:1].upper() + text[1:])
+        figure.suptitle(title, x=0.012, ha="left", wrap=True)
         below.set_xlim(clipped[0].step, max(clipped[-1].step, clipped[0].step + 1))
         below.set_xlabel("optimizer step")
     return figure
@@ -161,10 +162,11 @@ def _draw_groups(
             if (group := record.groups.get(pattern)) is not None
         ]
         limit = f"threshold {decimal(threshold)}" if math.isfinite(threshold) else "no threshold"
-        _curve(axes, run, "norm_pre", color=color, linewidth=0.9, label=f"{limit} of {pattern}")
+        label = _literal(f"{limit} of {pattern}")
+        _curve(axes, run, "norm_pre", color=color, linewidth=0.9, label=label)
         _curve(axes, run, "threshold", color=color, **_DASHED)
-    more = len(thresholds) - len(_GROUPS)
-    title = f"and {more} more" if more > 0 else None
+    drawn, known = len(_GROUPS), len(thresholds)
+    title = f"{drawn} of {known} patterns" if known > drawn else None
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title=title)
 
 
@@ -258,6 +260,14 @@ def _label(axes: "Axes", height: float, text: str, color: str, *, in_data: bool 
         color=color,
         annotation_clip=False,
     )
+
+
+def _literal(text: str) -> str:
+    """Write a text so that matplotlib shows it as it is, and takes no part of it for mathematics.
+
+    Without mathematics at all (``parse_math=False``), it would still measure what it wraps as such.
+    """
+    return text.replace("$", r"\$")
 
 
 def _drawable(value: float) -> float:
