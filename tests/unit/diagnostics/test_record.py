@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from gradclip.diagnostics import (
     summarise,
 )
 from gradclip.errors import ArgumentValueError
+from patience import seconds
 
 FULL = StepRecord(
     step=0,
@@ -203,6 +205,17 @@ def test_what_is_no_record_is_refused_with_its_line(tmp_path, text, words):
     with pytest.raises(ArgumentValueError, match=words):
         RunRecorder(path, start_step=1)
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize("line", ["[", '{"a":', "9", '{"step":', '"', "\ufeff", "{},"])
+def test_a_hostile_line_costs_less_than_a_second(tmp_path, line):
+    path = tmp_path / "run.jsonl"
+    path.write_text('{"schema": 1}\n' + line * (2**20 // len(line)) + "\n")
+    started = time.process_time()
+    with pytest.raises(ArgumentValueError, match=r":2 .*not JSON") as caught:
+        read_record(path)
+    assert time.process_time() - started < seconds(1)
+    assert len(str(caught.value)) < 1_000
 
 
 def test_a_line_that_is_no_text_is_refused(tmp_path):
