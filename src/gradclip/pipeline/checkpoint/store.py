@@ -125,9 +125,13 @@ def find(path: Path) -> tuple[Path, Manifest]:
     Raises:
         CheckpointError: GC301, there is none, or the one that was named is incomplete or damaged.
     """
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint at {path}: no such folder")
-    folders = _named(path)
+    try:
+        folders = _named(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"there is no checkpoint at {path}: no such folder, or none that can be read "
+            f"({error.strerror})"
+        ) from error
     # A folder of checkpoints may have the name of one.
     if not folders and ((path / MANIFEST).exists() or NAME.fullmatch(path.name)):
         return path, verify(path)

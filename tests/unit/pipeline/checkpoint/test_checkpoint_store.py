@@ -138,8 +138,11 @@ def test_a_damaged_one_is_passed_over_in_a_folder_and_an_error_by_name(tmp_path,
 def test_a_folder_without_checkpoints_and_none_at_all_are_errors(tmp_path):
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         store.find(tmp_path)
-    with pytest.raises(CheckpointError, match="no such folder"):
-        store.find(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "circle").symlink_to("circle")
+    for name in ("nowhere", "file", "file/below", "circle", "x" * 5000):
+        with pytest.raises(CheckpointError, match="no such folder"):
+            store.find(tmp_path / name)
 
 
 def killing(monkeypatch, at):

@@ -61,7 +61,6 @@ class Ballast(PipelineHooks):
         return {"ballast": torch.zeros(1000)}
 
 
-@pytest.mark.smoke
 def test_a_full_disk_is_an_error_whatever_file_meets_it(tmp_path):
     """In place of "unexpected pos 64 vs 0" and other words about zip archives."""
     accelerator = Accelerator(cpu=True)
