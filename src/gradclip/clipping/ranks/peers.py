@@ -121,6 +121,10 @@ class Peers(Protocol):
         """Do what has to be done together before gradients are collected."""
         ...
 
+    def check(self) -> None:
+        """Refuse what shows only now that training has begun."""
+        ...
+
     def guarding(self) -> AbstractContextManager[None]:
         """Keep an error that happens on this rank alone until every rank knows of it."""
         ...
@@ -129,7 +133,8 @@ class Peers(Protocol):
         """Return the maxima of all ranks, where a norm asks for them before it sums powers.
 
         Args:
-            maxima: Those of this rank, (S,) each, in the order of patterns and names.
+            maxima: Those of this rank, (S,) each, in the order of patterns and names; ignored after
+                an error.
         """
         ...
 
@@ -147,6 +152,10 @@ class Peers(Protocol):
         """
         ...
 
+    def confirm(self) -> Flag:
+        """Return whether nothing failed on any rank since ``combine``."""
+        ...
+
     def precision(self, gradients: Gradients) -> tuple[torch.dtype, float]:
         """Return the dtype of what is reported, and the margin for rounding."""
         ...
@@ -155,12 +164,13 @@ class Peers(Protocol):
         self,
         gradients: Sequence[Gradients],
         norms: Sequence[Tensor],
+        nonfinite: Sequence[Tensor | None],
         states: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
         """Look for copies that differ by rank, if the environment asks for it."""
         ...
 
-    def gather(self, fact: _Fact) -> list[_Fact]:
+    def gather(self, fact: Callable[[], _Fact]) -> list[_Fact]:
         """Return what every rank gave, in the order of ranks; all of them ask at the same time."""
         ...
 
@@ -179,6 +189,9 @@ class SingleProcess:
     def prepare(self, parameters: Callable[[], list[Tensor]]) -> None:
         """Do nothing."""
 
+    def check(self) -> None:
+        """Do nothing."""
+
     def guarding(self) -> AbstractContextManager[None]:
         """Let errors pass."""
         return _NOTHING
@@ -195,6 +208,10 @@ class SingleProcess:
         """Return that all is well; there is nothing to add up."""
         return True, []
 
+    def confirm(self) -> Flag:
+        """Return that nothing failed: it would have been raised."""
+        return True
+
     def precision(self, gradients: Gradients) -> tuple[torch.dtype, float]:
         """Return what follows from the gradients that exist."""
         return gradients.dtype, gradients.guard
@@ -203,13 +220,14 @@ class SingleProcess:
         self,
         gradients: Sequence[Gradients],
         norms: Sequence[Tensor],
+        nonfinite: Sequence[Tensor | None],
         states: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
         """Do nothing: there are no copies."""
 
-    def gather(self, fact: _Fact) -> list[_Fact]:
+    def gather(self, fact: Callable[[], _Fact]) -> list[_Fact]:
         """Return what was given."""
-        return [fact]
+        return [fact()]
 
 
 _NOTHING = nullcontext()
