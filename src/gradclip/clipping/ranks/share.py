@@ -170,9 +170,12 @@ class Presence:
         count = max((n + 1 for holding, _ in held for n in holding.copied), default=0)
         if not count:
             return None
-        flags = [[n in holding.copied for n in range(count)] for holding, _ in held]
-        rows = torch.tensor([n for _, n in held], dtype=torch.int64)
-        return Table(torch.tensor(flags, dtype=torch.float64).repeat_interleave(rows, dim=0))
+        flags_RD = [
+            [n in holding.copied for n in range(count)]
+            for holding, rows in held
+            for _ in range(rows)
+        ]
+        return Table(torch.tensor(flags_RD, dtype=torch.float64))
 
     def _chosen_of(self, values: Sequence[_Value]) -> list[_Value]:
         return list(compress(values, self._chosen))
