@@ -355,3 +355,27 @@ def remembered(rank):
 
 def test_a_memory_that_one_rank_has_lost():
     assert together(remembered, 2) == [[pytest.approx(math.sqrt(8))] * 3] * 2
+
+
+def grows(rank, where):
+    """An optimizer gets more parameters in the middle of training."""
+    first, second = (sharded(torch.ones(8), line(), Shard(0)) for _ in range(2))
+    optimizer = torch.optim.SGD([first], lr=0.1)
+    clipper = GradientClipper(optimizer, 1e9)
+    said = [clipper.clip().norm_pre.item()]
+    if where == "everywhere" or rank == 1:
+        optimizer.add_param_group({"params": [second]})
+    if where == "everywhere":
+        return [*said, clipper.clip().norm_pre.item(), clipper.clip().norm_pre.item()]
+    for _ in range(2):
+        fails(clipper.clip, ArgumentValueError, "disagree about the parameters")
+        assert local(first).eq(1).all()
+    if rank == 0:
+        optimizer.add_param_group({"params": [second]})
+    return [*said, clipper.clip().norm_pre.item(), clipper.clip().norm_pre.item()]
+
+
+@pytest.mark.parametrize("where", ["everywhere", "on one rank"])
+def test_parameters_that_are_added_are_told_first(where):
+    truth = [pytest.approx(math.sqrt(8)), pytest.approx(4.0), pytest.approx(4.0)]
+    assert together(grows, 2, where) == [truth] * 2

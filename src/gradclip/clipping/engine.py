@@ -137,12 +137,14 @@ class Engine:
         """Clip the gradients that exist now; see ``GradientClipper.clip``."""
         peers = self._find_peers()
         sound: Flag | None = None
-        while sound is None:  # again where ranks had to agree on placements first
+        while sound is None:  # again where ranks had to agree first
             step = self._collect(grad_scale, peers)
             found = self._measure(step, peers)
             sound = True
             if not peers.is_single:
                 sound, found = exchange_sums(peers, step.groups, found, step.tag)
+            if peers.look_again:
+                peers = self._binding.find_again()
         norms = [step.unscaled(each.norm) for each in found]
         if not peers.is_single:
             gradients = [group.gradients for group in step.groups]

@@ -95,6 +95,10 @@ class GlobalSums:
     changed: Tensor | None = None
 
 
+class ReplacedError(Exception):
+    """Parameters were replaced or added on this rank: all ranks have to look again."""
+
+
 class Peers(Protocol):
     """The processes that hold gradients together with this one."""
 
@@ -111,6 +115,16 @@ class Peers(Protocol):
     @property
     def result_device(self) -> torch.device | None:
         """Where small results belong, the same at every step; None where that may change."""
+        ...
+
+    @property
+    def hear_first(self) -> bool:
+        """Whether they have to hear that parameters were replaced before this rank looks again."""
+        ...
+
+    @property
+    def look_again(self) -> bool:
+        """Whether parameters were replaced on any rank, as ``combine`` told."""
         ...
 
     def share(self, pattern: str) -> PatternShare | None:
@@ -181,6 +195,8 @@ class SingleProcess:
     is_single = True
     rank = 0
     result_device = None
+    hear_first = False
+    look_again = False
 
     def share(self, pattern: str) -> PatternShare | None:  # noqa: ARG002
         """Return None: all is whole."""

@@ -24,7 +24,13 @@ from gradclip.clipping.ranks.digest import digest
 from gradclip.clipping.ranks.dimension import gathered
 from gradclip.clipping.ranks.fsdp1 import require_root
 from gradclip.clipping.ranks.pack import Pack, reduce_packs
-from gradclip.clipping.ranks.peers import GlobalSums, LocalSums, PatternShare, Rule
+from gradclip.clipping.ranks.peers import (
+    GlobalSums,
+    LocalSums,
+    PatternShare,
+    ReplacedError,
+    Rule,
+)
 from gradclip.clipping.ranks.replicas import compare_replicas
 from gradclip.clipping.ranks.share import Copies, Presence, Share
 from gradclip.clipping.ranks.topology import Topology
@@ -128,6 +134,19 @@ class Ranks:
         largest = [(column.share, 1) for column in self._columns if column.order == inf]
         self._largest = Pack(topology.dimensions, largest)
         self._failures = Pack(topology.dimensions, [], FAILURE)
+
+    @property
+    def hear_first(self) -> bool:
+        """Whether ranks tell each other first that parameters were replaced.
+
+        On an accelerator the others would hear of it some steps late, and skip these.
+        """
+        return not host_waits_for(self.result_device)
+
+    @property
+    def look_again(self) -> bool:
+        """Whether parameters were replaced on any rank."""
+        return self._verdict.replaced
 
     def share(self, pattern: str) -> PatternShare | None:
         """Return how the parameters of a pattern are held."""
@@ -244,8 +263,11 @@ class Ranks:
             if self._error is None:
                 offer = self._offer(found, step_tag)
         unexpected = isinstance(self._error, MisplacedGradientError) and not self._must_agree
+        replaced = isinstance(self._error, ReplacedError)
         if offer is None:
-            offer = self._offer_nothing(step_tag, unexpected_placement=unexpected)
+            offer = self._offer_nothing(
+                step_tag, unexpected_placement=unexpected, replaced=replaced
+            )
         status, local, maxima = offer
         added, largest = self._reduced((self._added, local), (self._largest, maxima))
         *tables, rest = self._added.split(added)
@@ -254,7 +276,7 @@ class Ranks:
             rest[:STATUS],
             self._added.differing(added),
             status,
-            None if unexpected else error,
+            None if unexpected or replaced else error,
             lambda: self._copies(found),
         )
         self._must_agree = self._verdict.unexpected_placement
@@ -300,13 +322,14 @@ class Ranks:
         return status, added, self._largest.join(maxima, device)
 
     def _offer_nothing(
-        self, step_tag: str, *, unexpected_placement: bool
+        self, step_tag: str, *, unexpected_placement: bool, replaced: bool
     ) -> tuple[Status, Tensor, Tensor]:
         """Return the same of a rank at fault."""
         device = self.result_device
         status = Status(
-            failed=not unexpected_placement,
+            failed=not (unexpected_placement or replaced),
             unexpected_placement=unexpected_placement,
+            replaced=replaced,
             rank=self.rank,
             step_tag=step_tag,
             whole=(0, 0, 0),
@@ -370,6 +393,7 @@ class Ranks:
         return Status(
             failed=False,
             unexpected_placement=False,
+            replaced=False,
             rank=self.rank,
             step_tag=step_tag,
             whole=digest([step_tag.encode(), *(each.whole for each in here)], self._count),

@@ -20,7 +20,7 @@ from gradclip.record.ring import LAG, Ring
 FAILURE = 2
 """How many numbers tell of an error: whether there was one, and on which rank."""
 
-_FLAGS = FAILURE + 2
+_FLAGS = FAILURE + 3
 STATUS = _FLAGS + 2 * NUMBERS
 """How many numbers ``Status`` has."""
 
@@ -38,6 +38,7 @@ class Status:
     Args:
         failed: Whether something was raised here.
         unexpected_placement: Whether gradients have other placements than the ranks expected.
+        replaced: Whether parameters were replaced or added.
         rank: Which rank it is.
         step_tag: Where it stands, in words that are the same on all ranks.
         whole: A digest of that and of which gradients there are that all ranks hold alike.
@@ -48,6 +49,7 @@ class Status:
 
     failed: bool
     unexpected_placement: bool
+    replaced: bool
     rank: int
     step_tag: str
     whole: tuple[int, int, int]
@@ -64,6 +66,7 @@ class Status:
         return (
             *failure(self.rank, failed=self.failed),
             float(self.unexpected_placement),
+            float(self.replaced),
             float(not warned),
             *numbers(self.whole),
             *numbers(self.split),
@@ -101,6 +104,8 @@ class Verdict:
         """Whether this rank has warned of missing gradients."""
         self.unexpected_placement = False
         """Whether, as far as the host has read, ranks have to agree on placements anew."""
+        self.replaced = False
+        """Whether parameters were replaced on any rank, which is told on the CPU alone."""
 
     def of(
         self,
@@ -120,12 +125,12 @@ class Verdict:
             copies: Gives what is in the copies of this rank.
 
         Returns:
-            None if ranks have to agree on placements, and to begin this step again.
+            None if ranks have to agree anew, and to begin this step again.
         """
-        self.unexpected_placement = False
+        self.unexpected_placement = self.replaced = False
         if not flags.host_waits_for(sums.device):
             self._read(sums.tolist(), sum(differing.tolist()), status, error, copies)
-            return None if self.unexpected_placement else True
+            return None if self.unexpected_placement or self.replaced else True
         late = self._late.push(copy_to_host(torch.cat([sums, differing])), status)
         if error is not None:
             raise error
@@ -168,11 +173,13 @@ class Verdict:
         Ranks are asked for details at once or not at all, and only where all of them ask: what
         they ask by is the same everywhere. Some steps later nobody is asked.
         """
-        failed, rank, unexpected_placement, unwarned = sums[:_FLAGS]
+        failed, rank, unexpected_placement, replaced, unwarned = sums[:_FLAGS]
         if failed:
             self._tell(round(rank / failed), error, late=copies is None)
-        if unexpected_placement:
-            self.unexpected_placement = True
+        if unexpected_placement or replaced:
+            # Other parameters have other placements: those are looked at after that.
+            self.replaced = bool(replaced)
+            self.unexpected_placement = not replaced
             return
         if list(sums[_WHOLE]) != numbers(status.whole, self._ranks):
             if copies is not None:
