@@ -105,9 +105,12 @@ def clip_grad_norm_(
         ArgumentTypeError: GC011, for an argument of the wrong kind.
         ArgumentValueError: GC010, for one out of range.
         NonFiniteGradientError: GC201, with ``error_if_nonfinite=True``; no gradient is changed.
+        ReplicaError: GC211, on all ranks that hold DTensors together, if they are given other plain
+            parameters or limits, or copies differ.
 
     Note:
-        No host synchronisation unless ``error_if_nonfinite``.
+        No host synchronisation unless ``error_if_nonfinite``. Of DTensors a rank may leave out
+        those that have no gradient, but not all that it has.
 
     References:
         Pascanu et al. 2013, arXiv:1211.5063, section 3.2.
