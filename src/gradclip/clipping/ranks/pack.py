@@ -134,8 +134,8 @@ class Pack:
         """See whether what was compared along a dimension differs; NaN does not tell."""
         if self._compared:
             total, squares = self._pair(number, vector)
-            mean_square = total * total / self._dimensions[number].size
-            squares.copy_(squares > mean_square * ALIKE)
+            size = self._dimensions[number].size
+            squares.copy_(squares > total * total * (ALIKE / size))
 
     def _pair(self, number: int, vector: Tensor) -> tuple[Tensor, Tensor]:
         at = self.size - 2 * self._compared + number
