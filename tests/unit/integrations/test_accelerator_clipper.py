@@ -201,9 +201,7 @@ def test_a_new_one_takes_the_place_of_an_old_one():
     new = AcceleratorClipper(accelerator, optimizer, max_norm=0.5)
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)
-    with pytest.raises(
-        DoubleClippingError, match="was removed, or another one took"
-    ):
+    with pytest.raises(DoubleClippingError, match="was removed, or another one took"):
         old.clip()
     assert float(new.clip().norm_post) == pytest.approx(0.5)
     new.remove()
