@@ -1,7 +1,7 @@
 """The engine: collect, measure, decide, apply. What varies between its users is given to it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from gradclip.clipping.apply.coefficients import Coefficients
 from gradclip.clipping.apply.scaling import scale as scale_gradients
 from gradclip.clipping.arguments import Options, check_grad_scale
 from gradclip.clipping.collect.overlap import DisjointCheck
+from gradclip.clipping.collect.pending import require_reduced
 from gradclip.clipping.collect.sources import ParameterSource
 from gradclip.clipping.flags import Flag, all_of, any_of, as_flag, as_known, negated
 from gradclip.clipping.kernels import SpecsCache, choose
@@ -48,11 +49,13 @@ class _Step:
         groups: The gradients of each pattern.
         device: That of the results.
         scale: What the gradients are still multiplied by.
+        tag: At which step this rank stands, in words that are the same on all ranks.
     """
 
     groups: list[Group]
     device: torch.device
     scale: float | Tensor | None
+    tag: str
 
     def unscaled(self, sums: Sums) -> Tensor:
         """Return norms, (S,), as if gradients were not multiplied by the scale."""
@@ -145,21 +148,23 @@ class Engine:
         defer_scaling: bool = False,
     ) -> ClipResult:
         """Clip the gradients that exist now; see ``GradientClipper.clip``."""
-        # Since the engine was made, FSDP1 may have put the same parameters into shards.
-        peers = self._binding.find(anew=not self._settled)
+        peers = self._find_peers()
         sound: Flag | None = None
-        while sound is None:  # again where ranks had to agree on placements first
+        while sound is None:  # again where ranks had to agree first
             step = self._collect(grad_scale, peers)
             found = self._measure(step, peers)
             sound = True
             if not peers.is_single:
-                sound, found = exchange_sums(peers, step.groups, found, self._step_tag(step))
+                sound, found = exchange_sums(peers, step.groups, found, step.tag)
+            if peers.look_again:
+                peers = self._binding.find_again()
         norms = [step.unscaled(each.norm) for each in found]
         if not peers.is_single:
             gradients = [group.gradients for group in step.groups]
-            peers.compare(gradients, norms, self._histories.tensors())
+            nonfinite = [each.nonfinite for each in found]
+            peers.compare(gradients, norms, nonfinite, self._histories.tensors())
 
-        decided = self._decide(step, found, norms, sound)
+        decided = self._decide_together(step, found, norms, sound, peers)
         self._judge.judge(
             step.groups,
             found,
@@ -179,7 +184,8 @@ class Engine:
             self._apply(step, decided, number, found[number], norms[number], defer=defer_scaling)
             for number in range(len(norms))
         ]
-        self._mark(step)
+        writing = [group for group in step.groups if group.of.writes]
+        self._role.mark([(group.gradients.tensors, group.policy) for group in writing])
         self._settled = True
         self.step += 1
         self.last = self._summed_up(step, found, norms, results)
@@ -194,12 +200,22 @@ class Engine:
 
     # collect
 
+    def _find_peers(self) -> Peers:
+        """Find the processes that hold the parameters; what fails here, those of before hear."""
+        known = self._binding.peers
+        with known.guarding():
+            # Since the engine was made, FSDP1 may have put the same parameters into shards.
+            return self._binding.find(anew=not self._settled)
+        return known
+
     def _collect(self, grad_scale: float | Tensor | None, peers: Peers) -> _Step:
         """Find and check the gradients of every pattern. What fails here fails on every rank."""
         peers.prepare(self._binding.bounded)
         device, groups = peers.result_device, list[Group]()
         scale: float | Tensor | None = None
+        tag = ""
         with peers.guarding():
+            peers.check()
             scale = check_grad_scale(grad_scale)
             total_order = self._binding.total_order
             collected = [Group.collect(p, total_order) for p in self._binding.patterns]
@@ -214,9 +230,11 @@ class Engine:
                 scale = scale.to(device)
             if self._binding.asks:
                 self._prepare_histories(device)
+            if not peers.is_single:
+                tag = self._step_tag(device, scale)
             groups = collected
         assert device is not None
-        return _Step(groups, device, scale)
+        return _Step(groups, device, scale, tag)
 
     def _check(self, groups: list[Group]) -> None:
         """Refuse gradients that cannot be clipped together, before any is written."""
@@ -225,9 +243,11 @@ class Engine:
             if group.of.element_limit is not None:
                 group.gradients.require_real()
             if group.of.writes:
-                self._role.check(self._marked(group))
-        has_gradients = any(group.gradients.tensors for group in groups)
-        if not (self._warned or has_gradients) and self._binding.every():
+                self._role.check(group.gradients.tensors)
+        if any(group.gradients.tensors for group in groups) or not self._binding.every():
+            return
+        require_reduced(self._binding.bounded())
+        if not self._warned:
             self._warned = True
             warn(
                 "every gradient is None, so nothing was clipped: clip after backward() and "
@@ -240,16 +260,6 @@ class Engine:
                 named = pattern.policy.scope == "group" or pattern.parameters.is_named
                 told = pattern.told(device)
                 self._histories.prepare(pattern.name, pattern.policy, told, named=named)
-
-    def _marked(self, group: Group) -> list[Tensor]:
-        """Return gradients to mark: all at the first call, later one that stands for the rest."""
-        tensors = group.gradients.tensors
-        return tensors[:1] if self._settled else tensors
-
-    def _mark(self, step: _Step) -> None:
-        for group in step.groups:
-            if group.of.writes:
-                self._role.mark(self._marked(group), group.policy)
 
     # measure
 
@@ -275,16 +285,32 @@ class Engine:
             ]
         return []  # an error, of which the other ranks hear next
 
-    def _step_tag(self, step: _Step) -> str:
-        """Say at which step this rank stands, if its host knows: on an accelerator it is behind."""
-        if flags.host_waits_for(step.device):
-            return ""
-        scale = step.scale
-        known = "" if scale is None or isinstance(scale, Tensor) else f", grad_scale {scale:g}"
+    def _step_tag(self, device: torch.device, scale: float | Tensor | None) -> str:
+        """Say at which step this rank stands, as far as its host knows without waiting."""
+        known = "" if scale is None or isinstance(scale, Tensor) else f"grad_scale {scale:.17g}"
+        if flags.host_waits_for(device):
+            return known
         made = f", {self._histories.steps} steps made" if self._binding.asks else ""
+        known = known and f", {known}"
         return f"step {self.step}, {self._judge.skips.in_a_row} skips in a row{made}{known}"
 
     # decide
+
+    def _decide_together(
+        self, step: _Step, found: list[Found], norms: list[Tensor], sound: Flag, peers: Peers
+    ) -> _Decided:
+        """Decide, and tell other ranks where a policy that is asked fails on this one alone."""
+        if peers.is_single or not self._binding.asks:
+            return self._decide(step, found, norms, sound)
+        decided = _Decided([], [], committed=False, unwanted=False, made=False)
+        with peers.guarding():
+            decided = self._decide(step, found, norms, sound)
+        sure = peers.confirm()
+        return replace(
+            decided,
+            committed=all_of([decided.committed, sure]),
+            made=all_of([decided.made, sure]),
+        )
 
     def _decide(
         self, step: _Step, found: list[Found], norms: list[Tensor], sound: Flag

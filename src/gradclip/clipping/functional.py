@@ -38,10 +38,13 @@ _KNOWN = SpecsCache(capacity=32)
 """Gradients that these functions have seen; they have no object to remember them in."""
 
 _MET: "dict[object, tuple[list[object], Ranks]]" = {}
-"""The ranks of parameters that these functions have seen, by the placements of those."""
+"""The ranks of parameters that these functions have seen, by the placements of those.
+
+Another rank may have seen others, so what ranks tell each other does not depend on it.
+"""
 _KEPT = 16
 
-_GUEST = Guest("gradclip's clip_grad_norm_ or clip_grad_value_")
+_GUEST = Guest("gradclip's clip_grad_norm_, clip_grads_with_norm_ or clip_grad_value_", calls=16)
 
 
 def _clip_once(source: ParameterSource, policy: Policy, nonfinite: Nonfinite) -> ClipResult:
@@ -63,14 +66,17 @@ def _remembered(rendezvous: "Rendezvous", groups: Mapping[str, ParameterGroup]) 
     """Return what an earlier call found for such parameters: ranks do not agree anew."""
     parameters = groups["*"].parameters
     specs = [getattr(parameter, "_spec", None) for parameter in parameters]
-    plain = [(p.dtype, p.device) for p, s in zip(parameters, specs, strict=True) if s is None]
+    pairs = zip(parameters, specs, strict=True)
+    plain = [(p.dtype, p.device, p.shape) for p, spec in pairs if spec is None]
     key = tuple(map(id, specs)), tuple(plain), repr(rendezvous.rules), rendezvous.options
     if key not in _MET:
         if len(_MET) >= _KEPT:
             _MET.clear()
         # The specs are kept with it, so that no other ones get their addresses.
         _MET[key] = specs, rendezvous.ranks(groups, agree=False)
-    return _MET[key][1]
+    ranks = _MET[key][1]
+    ranks.begin()
+    return ranks
 
 
 @untraced
@@ -99,9 +105,12 @@ def clip_grad_norm_(
         ArgumentTypeError: GC011, for an argument of the wrong kind.
         ArgumentValueError: GC010, for one out of range.
         NonFiniteGradientError: GC201, with ``error_if_nonfinite=True``; no gradient is changed.
+        ReplicaError: GC211, on all ranks that hold DTensors together, if they are given other plain
+            parameters or limits, or copies differ.
 
     Note:
-        No host synchronisation unless ``error_if_nonfinite``.
+        No host synchronisation unless ``error_if_nonfinite``. Of DTensors a rank may leave out
+        those that have no gradient, but not all that it has.
 
     References:
         Pascanu et al. 2013, arXiv:1211.5063, section 3.2.
@@ -209,6 +218,7 @@ def clip_grads_with_norm_(
         skipped_coefficient=1.0,
     )
     scale(backends, gradients, coefficients)
+    _GUEST.mark([(gradients.tensors, NormClip(max_norm=ceiling))])
 
 
 def _given(tensors: object) -> GivenGradients:

@@ -144,12 +144,14 @@ def place(parameter: Tensor, placements: Placements) -> None:
 
     Args:
         parameter: A DTensor. Where it has no gradient, or one that is placed like the parameter
-            already, zeros take part.
+            already, or a plain tensor, which is refused later, zeros take part.
         placements: Those that its gradient has on the ranks that have another one.
     """
     spec: Any = parameter._spec  # type: ignore[attr-defined]  # noqa: SLF001
     gradient: Any = parameter.grad
-    is_placed = gradient is not None and gradient.placements == spec.placements
+    # A rank that raised here would leave the others waiting.
+    is_plain = gradient is not None and not hasattr(gradient, "_spec")
+    is_placed = gradient is not None and (is_plain or gradient.placements == spec.placements)
     offered = _zeros(parameter, spec, placements) if is_placed or gradient is None else gradient
     there = offered.redistribute(spec.mesh, spec.placements)
     if is_placed:

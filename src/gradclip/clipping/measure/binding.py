@@ -13,7 +13,7 @@ from gradclip.clipping.measure.norm import reads_twice
 from gradclip.clipping.measure.pattern import Pattern, rule_of
 from gradclip.clipping.policies import Policy
 from gradclip.clipping.ranks import find_peers
-from gradclip.clipping.ranks.peers import Peers, SingleProcess
+from gradclip.clipping.ranks.peers import Peers, ReplacedError, SingleProcess
 
 if TYPE_CHECKING:
     from gradclip.clipping.ranks import Meet
@@ -74,13 +74,23 @@ class Binding:
 
         Raises:
             ArgumentValueError: GC010, for a pattern that matches nothing, or ranks that disagree.
+            ReplacedError: They were replaced, and other ranks have to hear of it first.
         """
         groups = self._parameters.groups()
-        if groups is not self._groups or (anew and self.peers.is_single):
-            self.peers = self._find_peers(groups)
-            self._bind(groups)
+        replaced = groups is not self._groups
+        if replaced and self.peers.hear_first:
+            raise ReplacedError
+        if replaced or (anew and self.peers.is_single):
+            self.find_again()
         elif self._by_unit and any(pattern.is_outdated for pattern in self.patterns):
             self._bind(groups)
+        return self.peers
+
+    def find_again(self) -> Peers:
+        """Bind anew; where ranks hold parameters together, all of them do."""
+        groups = self._parameters.groups()
+        self.peers = self._find_peers(groups)
+        self._bind(groups)
         return self.peers
 
     def bounded(self) -> list[Tensor]:

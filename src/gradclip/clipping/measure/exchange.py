@@ -5,19 +5,21 @@ from dataclasses import replace
 
 from gradclip.clipping.flags import Flag
 from gradclip.clipping.measure.group import Found, Group
-from gradclip.clipping.measure.norm import reads_twice
+from gradclip.clipping.measure.norm import Sums, reads_twice
 from gradclip.clipping.ranks.peers import GlobalSums, LocalSums, Peers
 
 
 def exchange_maxima(peers: Peers, found: Sequence[Found]) -> list[Found]:
     """Replace the maxima of this rank by those of all, for the norms that are read twice."""
-    # In the order in which ranks expect them. What clamping leaves is read in full at once.
-    twice = [
-        sums
-        for each in found
-        for name, sums in each.sums.items()
-        if name != "left" and reads_twice(sums.order)
-    ]
+    twice: list[Sums] = []
+    with peers.guarding():
+        # In the order in which ranks expect them. What clamping leaves is read in full at once.
+        twice = [
+            sums
+            for each in found
+            for name, sums in each.sums.items()
+            if name != "left" and reads_twice(sums.order)
+        ]
     maxima = iter(peers.maximise([each.maxima_S for each in twice if each.maxima_S is not None]))
     if not twice:
         return list(found)
@@ -44,8 +46,10 @@ def exchange_sums(
     """
     if peers.is_single:
         return True, found
-    # After an error on this rank there may be less found than groups, and none of it is used.
-    local = [_local(group, each) for group, each in zip(groups, found, strict=False)]
+    local: list[LocalSums] = []
+    with peers.guarding():
+        # After an error on this rank there may be less found than groups, and none of it is used.
+        local = [_local(group, each) for group, each in zip(groups, found, strict=False)]
     sound, totals = peers.combine(local, step_tag)
     if sound is None:
         return None, found

@@ -48,10 +48,15 @@ def find_peers(
         meet: Finds the ranks; None to agree with them anew, which is collective.
 
     Raises:
-        ArgumentValueError: GC010, on every rank, if they do not mean the same thing.
+        ArgumentValueError: GC010, on every rank, if they do not mean the same thing, or one of them
+            has no parameters.
     """
     bounded = [each for name, group in groups.items() if rules[name] for each in group.parameters]
     if not (partitioned or duplicated or may_be_shared(bounded)):
+        if meet is None and _may_be_missed(source):
+            from gradclip.clipping.ranks.rollcall import leave_note  # noqa: PLC0415
+
+            raise leave_note()
         return SingleProcess()
     # Slow to import, and not for one process.
     from gradclip.clipping.ranks.rendezvous import Rendezvous  # noqa: PLC0415
@@ -89,7 +94,14 @@ def may_be_shared(parameters: Iterable[Tensor]) -> bool:
         return False
     if is_debugging():
         return True
-    known = sys.modules
-    if "torch.distributed.tensor" not in known and "torch.distributed.fsdp" not in known:
-        return False
-    return any(map(is_shared, parameters))
+    return _may_shard() and any(map(is_shared, parameters))
+
+
+def _may_shard() -> bool:
+    """Return whether anything in this process can split a parameter."""
+    return "torch.distributed.tensor" in sys.modules or "torch.distributed.fsdp" in sys.modules
+
+
+def _may_be_missed(source: ParameterSource) -> bool:
+    """Return whether other ranks may hold parameters, and wait for this one, which has none."""
+    return _have_peers() and dist.get_world_size() > 1 and _may_shard() and not source.tensors()

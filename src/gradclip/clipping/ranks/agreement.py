@@ -10,7 +10,8 @@ from torch import Tensor
 from gradclip.clipping.collect.shards import Placements, misplaced
 from gradclip.clipping.ranks.coverage import Outline, connected
 from gradclip.clipping.ranks.dimension import Dimension, gathered
-from gradclip.errors import ArgumentValueError
+from gradclip.clipping.ranks.rollcall import wait_for
+from gradclip.errors import ArgumentValueError, ReplicaError
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Facts:
         doubles: Whether it has float64 parameters.
         singles: Whether it has others.
         unmatched: Patterns, by the argument that has them, that match none of its parameters.
+        idle: Those for which it is in no process group, as None says.
         error: What is wrong with its arguments, in words.
     """
 
@@ -34,6 +36,7 @@ class Facts:
     doubles: bool
     singles: bool
     unmatched: frozenset[tuple[str, str]]
+    idle: frozenset[tuple[str, str]]
     error: str | None
 
 
@@ -41,7 +44,11 @@ def gather_facts(dimensions: Sequence[Dimension], facts: Facts) -> dict[int, Fac
     """Return what every rank says that is reached over some dimensions, by rank.
 
     A second round reaches those whom other ranks came to know only in the first.
+
+    Raises:
+        ArgumentValueError: GC010, if one of them was given no parameters.
     """
+    wait_for(dimension.ranks for dimension in dimensions)
     known = gathered(dimensions, {dist.get_rank(): facts})
     alike = len({each.outline.dimensions for each in known.values()}) == 1
     if alike and len(dimensions) == 1:
@@ -74,6 +81,8 @@ def check_agreement(known: Mapping[int, Facts]) -> None:
                 ]
                 raise _disagreement("parameters", first, rank, *words)
     nowhere = frozenset.intersection(*(other.unmatched for other in known.values()))
+    # A rank that is in no group may have none of the parameters that the groups have.
+    nowhere -= frozenset.intersection(*(other.idle for other in known.values()))
     for argument, pattern in sorted(nowhere):
         raise ArgumentValueError(
             f"the pattern {pattern!r} of {argument} matches no parameter on any of the ranks "
@@ -111,6 +120,9 @@ def agree_on_misplaced(
 
     Returns:
         The placements, by number of the parameter, in order: the same on all those ranks.
+
+    Raises:
+        ReplicaError: GC211, on all those ranks, if they were given other parameters.
     """
     found = [parameter.grad for parameter in parameters]
     mine: dict[int, Placements] = {}
@@ -119,6 +131,16 @@ def agree_on_misplaced(
         if spec is not None:
             mine[number] = tuple(spec.placements)
     merged: dict[int, Placements] = {}
-    for theirs in gathered(dimensions, {dist.get_rank(): mine}).values():
+    shapes = [tuple(parameter.shape) for parameter in parameters]
+    told = gathered(dimensions, {dist.get_rank(): (shapes, mine)})
+    for rank, (others, theirs) in told.items():
+        if others != shapes:
+            raise ReplicaError(
+                f"ranks {dist.get_rank()} and {rank} were given {len(shapes)} and {len(others)} "
+                "parameters, or others, and some of their gradients are summands or placed "
+                "otherwise than their parameters, which ranks reduce together, one by one. Give "
+                "every rank the same parameters, those without a gradient too. No gradient was "
+                "changed."
+            )
         merged = {**theirs, **merged}
     return dict(sorted(merged.items()))

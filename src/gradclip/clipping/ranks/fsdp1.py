@@ -46,3 +46,25 @@ def unknown_flat(name: str) -> ArgumentValueError:
         "GradientClipper(fsdp_model, ...). (The function clip_grad_norm_ takes parameters only.) "
         "No gradient was changed."
     )
+
+
+def require_root(module: nn.Module | None) -> None:
+    """Refuse a part of what one instance of FSDP1 wraps, once the first forward pass tells.
+
+    Raises:
+        ArgumentValueError: GC010.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    if module is None or fsdp is None:
+        return
+    outermost: list[nn.Module] = [module]
+    for each in outermost:
+        if not isinstance(each, fsdp.FullyShardedDataParallel):
+            outermost += each.children()
+        elif each._is_root is False:  # noqa: SLF001 - None before the first forward pass
+            raise ArgumentValueError(
+                "this module is a part of a model that FSDP1 wraps, and not its root, so its norm "
+                "would be that of a part: give the root, GradientClipper(fsdp_model, ...). To "
+                "clip a part alone, give the root and a policy by name: {'encoder.*': 1.0, '*': "
+                "None}. No gradient was changed."
+            )

@@ -2,9 +2,15 @@
 
 A pack is one vector of float64. First come the tables, one after the other: for each pattern, and
 for each norm that is found of it, one row per scope and one column per sum (three where any rank
-has float64 parameters). Behind them comes the tail: what a rank says of itself (``Status``), the
-sum over copies and its square, and counts. The sizes follow from parameters and policies alone,
-so that all ranks have vectors of one length, whatever gradients they have.
+has float64 parameters). Behind them comes the tail: what a rank says of itself (``Status``), and
+counts. The sizes follow from parameters and policies alone, so that all ranks have vectors of one
+length, whatever gradients they have.
+
+At the end there may be two numbers for each dimension, which compare copies. The first is the sum
+over everything of which all ranks of the dimension should hold the same. Before the dimension is
+reduced, the second becomes its square. Afterwards it becomes one where the sums differ, and zero
+elsewhere. What the dimensions behind it add up is then in how many places copies differ: so every
+rank hears of it.
 """
 
 from collections.abc import Sequence
@@ -18,38 +24,49 @@ from gradclip.clipping.kernels.tables import Table
 from gradclip.clipping.ranks.dimension import Dimension
 from gradclip.clipping.ranks.share import Share
 
+ALIKE = 1 + 1e-4
+"""Sums over copies may differ by one in a hundred: rounding does less, mistakes do more."""
+
 
 class Pack:
     """Tables of numbers by scope, (S, A) each, that are reduced in one vector.
 
     A scope that is whole on every rank of a dimension, and another one on each, takes no part
-    there. What is in no table (the tail) takes part everywhere.
+    there. What is in no table takes part everywhere.
 
     Args:
         dimensions: What to reduce over, in order.
         shares: Whose scopes each table has, and how many columns.
         tail: How many more numbers there are.
+        compares: Whether copies are compared along each dimension.
     """
 
     def __init__(
-        self, dimensions: Sequence[Dimension], shares: Sequence[tuple[Share, int]], tail: int = 0
+        self,
+        dimensions: Sequence[Dimension],
+        shares: Sequence[tuple[Share, int]],
+        tail: int = 0,
+        *,
+        compares: bool = False,
     ) -> None:
         self._dimensions = dimensions
         self.shapes = [(share.scopes, columns) for share, columns in shares]
         self.tail = tail
-        self.size = sum(n * columns for n, columns in self.shapes)
-        self._sizes = [*(n * columns for n, columns in self.shapes), tail]
+        self._compared = len(dimensions) if compares else 0
+        self._sizes = [*(n * columns for n, columns in self.shapes), tail, 2 * self._compared]
+        self.size = sum(self._sizes)
         self._chosen = [
-            self._table(number, shares, tail) for number, _ in enumerate(self._dimensions)
+            self._table(number, shares, tail + 2 * self._compared)
+            for number, _ in enumerate(self._dimensions)
         ]
 
     @staticmethod
-    def _table(number: int, shares: Sequence[tuple[Share, int]], tail: int) -> Table | None:
+    def _table(number: int, shares: Sequence[tuple[Share, int]], rest: int) -> Table | None:
         local = [
             flag
             for share, columns in shares
             for flag in chain.from_iterable([each] * columns for each in share.is_local(number))
-        ] + [False] * tail
+        ] + [False] * rest
         if not any(local):
             return None
         return Table(
@@ -60,20 +77,69 @@ class Pack:
         """Return which numbers take part in a dimension; None for all."""
         return self._chosen[number]
 
-    def join(self, tables: Sequence[Tensor] | None, device: torch.device, *tail: Tensor) -> Tensor:
-        """Return everything as one vector of float64; None stands for zeros."""
-        nothing = torch.zeros(
-            self.size if tables is None else 0, dtype=torch.float64, device=device
-        )
-        return torch.cat([nothing, *(table.reshape(-1) for table in tables or ()), *tail])
+    def join(
+        self,
+        tables: Sequence[Tensor],
+        device: torch.device,
+        *tail: Tensor,
+        copies: Tensor | None = None,
+    ) -> Tensor:
+        """Return everything as one vector of float64.
+
+        Args:
+            tables: In order.
+            device: Where the vector is.
+            tail: The rest, in pieces.
+            copies: For each dimension the sum over what its ranks should hold alike; None for
+                nothing.
+        """
+        flat = [table.reshape(-1) for table in tables]
+        flags = torch.zeros(2 * self._compared, dtype=torch.float64, device=device)
+        if copies is not None:
+            flags[: self._compared] = copies
+        return torch.cat([*flat, *tail, flags])
+
+    def nothing(self, device: torch.device, *, but: Tensor | None = None) -> Tensor:
+        """Return a vector of zeros, for a rank that has failed.
+
+        Args:
+            device: Where it is.
+            but: What the tail begins with all the same.
+        """
+        vector = torch.zeros(self.size, dtype=torch.float64, device=device)
+        if but is not None:
+            start = sum(self._sizes[:-2])
+            vector[start : start + len(but)] = but
+        return vector
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Return the tables of a vector, and behind them the tail."""
-        *tables, tail = vector.split(self._sizes)
+        *tables, tail, _ = vector.split(self._sizes)
         return [
             *(t.view(shape) for t, shape in zip(tables, self.shapes, strict=True)),
             tail,
         ]
+
+    def differing(self, vector: Tensor) -> Tensor:
+        """Return in how many places copies differ, of each dimension."""
+        return vector[self.size - self._compared :]
+
+    def before(self, number: int, vector: Tensor) -> None:
+        """Square what is compared along a dimension, before that is reduced."""
+        if self._compared:
+            own, flag = self._pair(number, vector)
+            torch.mul(own, own, out=flag)
+
+    def after(self, number: int, vector: Tensor) -> None:
+        """See whether what was compared along a dimension differs; NaN does not tell."""
+        if self._compared:
+            total, squares = self._pair(number, vector)
+            size = self._dimensions[number].size
+            squares.copy_(squares > total * total * (ALIKE / size))
+
+    def _pair(self, number: int, vector: Tensor) -> tuple[Tensor, Tensor]:
+        at = self.size - 2 * self._compared + number
+        return vector[at], vector[at + self._compared]
 
 
 def reduce_packs(
@@ -111,6 +177,7 @@ def reduce_packs(
             # A rank with nothing to add skips this as well: its vector is empty, or all is local.
             if chosen is not None and not len(chosen):
                 continue
+            pack.before(number, vectors[index])
             mine = vectors[index] if chosen is None else vectors[index][chosen.on(nothing.device)]
             there = mine.to(dimension.device(nothing.device))
             under_way.append((index, chosen, there, dimension.all_reduce(there, operation)))
@@ -121,4 +188,5 @@ def reduce_packs(
                 vectors[index] = back
             else:
                 vectors[index][chosen.on(nothing.device)] = back
+            wanted[index][0].after(number, vectors[index])
     return vectors[0], vectors[1]

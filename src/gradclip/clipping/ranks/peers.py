@@ -95,6 +95,10 @@ class GlobalSums:
     changed: Tensor | None = None
 
 
+class ReplacedError(Exception):
+    """Parameters were replaced or added on this rank: all ranks have to look again."""
+
+
 class Peers(Protocol):
     """The processes that hold gradients together with this one."""
 
@@ -113,12 +117,26 @@ class Peers(Protocol):
         """Where small results belong, the same at every step; None where that may change."""
         ...
 
+    @property
+    def hear_first(self) -> bool:
+        """Whether they have to hear that parameters were replaced before this rank looks again."""
+        ...
+
+    @property
+    def look_again(self) -> bool:
+        """Whether parameters were replaced on any rank, as ``combine`` told."""
+        ...
+
     def share(self, pattern: str) -> PatternShare | None:
         """Return how the parameters of a pattern are held; None where all are whole here."""
         ...
 
     def prepare(self, parameters: Callable[[], list[Tensor]]) -> None:
         """Do what has to be done together before gradients are collected."""
+        ...
+
+    def check(self) -> None:
+        """Refuse what shows only now that training has begun."""
         ...
 
     def guarding(self) -> AbstractContextManager[None]:
@@ -129,7 +147,8 @@ class Peers(Protocol):
         """Return the maxima of all ranks, where a norm asks for them before it sums powers.
 
         Args:
-            maxima: Those of this rank, (S,) each, in the order of patterns and names.
+            maxima: Those of this rank, (S,) each, in the order of patterns and names; ignored after
+                an error.
         """
         ...
 
@@ -147,6 +166,10 @@ class Peers(Protocol):
         """
         ...
 
+    def confirm(self) -> Flag:
+        """Return whether nothing failed on any rank since ``combine``."""
+        ...
+
     def precision(self, gradients: Gradients) -> tuple[torch.dtype, float]:
         """Return the dtype of what is reported, and the margin for rounding."""
         ...
@@ -155,12 +178,13 @@ class Peers(Protocol):
         self,
         gradients: Sequence[Gradients],
         norms: Sequence[Tensor],
+        nonfinite: Sequence[Tensor | None],
         states: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
         """Look for copies that differ by rank, if the environment asks for it."""
         ...
 
-    def gather(self, fact: _Fact) -> list[_Fact]:
+    def gather(self, fact: Callable[[], _Fact]) -> list[_Fact]:
         """Return what every rank gave, in the order of ranks; all of them ask at the same time."""
         ...
 
@@ -171,12 +195,17 @@ class SingleProcess:
     is_single = True
     rank = 0
     result_device = None
+    hear_first = False
+    look_again = False
 
     def share(self, pattern: str) -> PatternShare | None:  # noqa: ARG002
         """Return None: all is whole."""
         return None
 
     def prepare(self, parameters: Callable[[], list[Tensor]]) -> None:
+        """Do nothing."""
+
+    def check(self) -> None:
         """Do nothing."""
 
     def guarding(self) -> AbstractContextManager[None]:
@@ -195,6 +224,10 @@ class SingleProcess:
         """Return that all is well; there is nothing to add up."""
         return True, []
 
+    def confirm(self) -> Flag:
+        """Return that nothing failed: it would have been raised."""
+        return True
+
     def precision(self, gradients: Gradients) -> tuple[torch.dtype, float]:
         """Return what follows from the gradients that exist."""
         return gradients.dtype, gradients.guard
@@ -203,13 +236,14 @@ class SingleProcess:
         self,
         gradients: Sequence[Gradients],
         norms: Sequence[Tensor],
+        nonfinite: Sequence[Tensor | None],
         states: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
         """Do nothing: there are no copies."""
 
-    def gather(self, fact: _Fact) -> list[_Fact]:
+    def gather(self, fact: Callable[[], _Fact]) -> list[_Fact]:
         """Return what was given."""
-        return [fact]
+        return [fact()]
 
 
 _NOTHING = nullcontext()

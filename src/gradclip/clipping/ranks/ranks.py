@@ -4,32 +4,46 @@ Every rank issues the same collectives of the same sizes at every step, whatever
 and whatever goes wrong on it: for each dimension one sum, and one maximum where a norm needs it.
 """
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import inf
+from math import inf, prod
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch import Tensor, nn
 
 from gradclip.clipping.collect.gradients import COARSE_GUARD, FINE_GUARD, Gradients
 from gradclip.clipping.collect.shards import MisplacedGradientError, Placements, place
-from gradclip.clipping.flags import Flag
+from gradclip.clipping.flags import Flag, host_waits_for
 from gradclip.clipping.kernels.blocks import widened
 from gradclip.clipping.ranks import is_debugging
 from gradclip.clipping.ranks.agreement import agree_on_misplaced
-from gradclip.clipping.ranks.dimension import Dimension, gathered
+from gradclip.clipping.ranks.digest import digest
+from gradclip.clipping.ranks.dimension import gathered
+from gradclip.clipping.ranks.fsdp1 import require_root
 from gradclip.clipping.ranks.pack import Pack, reduce_packs
-from gradclip.clipping.ranks.peers import GlobalSums, LocalSums, PatternShare, Rule
+from gradclip.clipping.ranks.peers import (
+    GlobalSums,
+    LocalSums,
+    PatternShare,
+    ReplacedError,
+    Rule,
+)
 from gradclip.clipping.ranks.replicas import compare_replicas
-from gradclip.clipping.ranks.share import Share
+from gradclip.clipping.ranks.share import Copies, Presence, Share
 from gradclip.clipping.ranks.topology import Topology
-from gradclip.clipping.ranks.verdict import STATUS, Status, Verdict
-from gradclip.errors import CollectiveError
+from gradclip.clipping.ranks.verdict import (
+    FAILURE,
+    STATUS,
+    Status,
+    Verdict,
+    failure,
+    in_words,
+    table_of,
+)
+from gradclip.errors import CollectiveError, RankError
 
 _Fact = TypeVar("_Fact")
 
@@ -75,7 +89,9 @@ class Ranks:
         doubles: Whether any rank has float64 parameters.
         singles: Whether any rank has others.
         result_device: Device of small results, the same at every step.
-        replicas: The process group whose ranks hold everything alike, if it is known; else all.
+        module: What has the parameters, if it is known.
+        unagreed: What ranks should have alike and have not compared, in words; None if they have
+            agreed on everything.
     """
 
     is_single = False
@@ -89,32 +105,48 @@ class Ranks:
         doubles: bool,
         singles: bool,
         result_device: torch.device,
-        replicas: ProcessGroup | None,
+        module: nn.Module | None,
+        unagreed: str | None,
     ) -> None:
         self.rank = dist.get_rank()
         self.result_device = result_device
         self._topology = topology
         self._members = {member.pattern: member for member in members}
-        self._width = 3 if doubles else 1
+        self._unagreed = unagreed
+        # Without agreement this rank does not know what others have.
+        self._width = 3 if doubles or unagreed is not None else 1
         self._dtype = torch.float64 if doubles else torch.float32
         self._guard = COARSE_GUARD if singles else FINE_GUARD
+        self._module = module
         self._error: Exception | None = None
-        self._compared: list[Dimension] = []
-        if is_debugging():
-            everyone = Dimension.of(replicas or dist.group.WORLD)  # type: ignore[arg-type]
-            self._compared = topology.dimensions or [everyone]
+        self._compares = is_debugging()
         self._expected: dict[int, Placements] = {}
         self._must_agree = False
-        self._verdict = Verdict(self.gather)
+        self._count = prod(dimension.size for dimension in topology.dimensions)
+        self._verdict = Verdict(self.gather, self._count)
         self._columns = [c for member in members for c in _columns(member, total_order)]
         added = [(column.share, self._width_of(column.order)) for column in self._columns]
         counts = sum(1 + m.share.is_apart + m.rule.clamps for m in members)
-        self._added = Pack(topology.dimensions, added, STATUS + counts)
+        self._added = Pack(topology.dimensions, added, STATUS + counts, compares=True)
         self._scaled = Pack(
             topology.dimensions, [(c.share, 1) for c in self._columns if c.reads_twice]
         )
         largest = [(column.share, 1) for column in self._columns if column.order == inf]
         self._largest = Pack(topology.dimensions, largest)
+        self._failures = Pack(topology.dimensions, [], FAILURE)
+
+    @property
+    def hear_first(self) -> bool:
+        """Whether ranks tell each other first that parameters were replaced.
+
+        On an accelerator the others would hear of it some steps late, and skip these.
+        """
+        return not host_waits_for(self.result_device)
+
+    @property
+    def look_again(self) -> bool:
+        """Whether parameters were replaced on any rank."""
+        return self._verdict.replaced
 
     def share(self, pattern: str) -> PatternShare | None:
         """Return how the parameters of a pattern are held."""
@@ -128,16 +160,53 @@ class Ranks:
         self,
         gradients: Sequence[Gradients],
         norms: Sequence[Tensor],
+        nonfinite: Sequence[Tensor | None],
         states: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
-        """Look for copies that differ, if the environment asks for it."""
-        if self._compared:
-            shares = {pattern: member.share for pattern, member in self._members.items()}
-            compare_replicas(gradients, norms, shares, self._compared, states)
+        """Look for copies that differ, if the environment asks for it.
 
-    def gather(self, fact: _Fact) -> list[_Fact]:
-        """Return what every rank gave, in the order of ranks; the host waits."""
-        return list(gathered(self._topology.dimensions, {self.rank: fact}).values())
+        What is not finite is no difference: no rank makes such a step.
+        """
+        if self._compares and not any(each is not None and bool(each) for each in nonfinite):
+            shares = {pattern: member.share for pattern, member in self._members.items()}
+            compare_replicas(gradients, norms, shares, self.gather, states)
+
+    def gather(self, fact: Callable[[], _Fact]) -> list[_Fact]:
+        """Return what every rank gave, in the order of ranks; the host waits.
+
+        Args:
+            fact: Gives it; what it raises here, the others are told.
+
+        Raises:
+            RankError: GC210, if another rank could not give it.
+        """
+        mine: _Fact | None = None
+        error: Exception | None = None
+        try:
+            mine = fact()
+        except Exception as raised:  # noqa: BLE001 - whatever it was, the others must not wait
+            error = raised
+        words = None if error is None else in_words(error)
+        told = gathered(self._topology.dimensions, {self.rank: (words, mine)})
+        if error is not None:
+            raise error
+        for rank, (failed, _) in told.items():
+            if failed is not None:
+                raise RankError(f"rank {rank} could not clip, so no rank did: {failed}")
+        return [each for _, each in told.values()]  # type: ignore[misc]  # None only after an error
+
+    def begin(self) -> None:
+        """Begin with what all ranks know, for a call that may be another one on other ranks.
+
+        On an accelerator ranks agree on placements over several steps, so these are kept.
+        """
+        self._error = None
+        if not host_waits_for(self.result_device):
+            self._expected, self._must_agree = {}, False
+
+    def check(self) -> None:
+        """Refuse what shows only now that training has begun."""
+        require_root(self._module)
 
     def prepare(self, parameters: Callable[[], list[Tensor]]) -> None:
         """Bring gradients to the placements of their parameters: those of which ranks agreed."""
@@ -161,8 +230,11 @@ class Ranks:
         """Return the maxima of all ranks, for those p that scale by them."""
         if not self._scaled.shapes:
             return list(maxima)
-        known = [_without_nan(each) for each in maxima] if self._error is None else None
-        vector = self._scaled.join(known, self.result_device)
+        vector = self._scaled.nothing(self.result_device)
+        with self.guarding():
+            if self._error is None:
+                known = [_without_nan(each) for each in maxima]
+                vector = self._scaled.join(known, self.result_device)
         _, largest = self._reduced(None, (self._scaled, vector))
         *tables, _ = self._scaled.split(largest)
         return [table[:, 0] for table in tables]
@@ -186,18 +258,41 @@ class Ranks:
             ReplicaError: GC211, on every rank, if copies of a gradient differ.
             CollectiveError: GC212, if another rank is gone.
         """
+        offer: tuple[Status, Tensor, Tensor] | None = None
+        with self.guarding():
+            if self._error is None:
+                offer = self._offer(found, step_tag)
         unexpected = isinstance(self._error, MisplacedGradientError) and not self._must_agree
-        sound = self._error is None
-        status = self._status(found if sound else [], step_tag, unexpected_placement=unexpected)
-        local, maxima = self._offer(found if sound else None, status)
+        replaced = isinstance(self._error, ReplacedError)
+        if offer is None:
+            offer = self._offer_nothing(
+                step_tag, unexpected_placement=unexpected, replaced=replaced
+            )
+        status, local, maxima = offer
         added, largest = self._reduced((self._added, local), (self._largest, maxima))
         *tables, rest = self._added.split(added)
         error, self._error = self._error, None
-        verdict = self._verdict.of(rest[:STATUS], status, None if unexpected else error)
+        verdict = self._verdict.of(
+            rest[:STATUS],
+            self._added.differing(added),
+            status,
+            None if unexpected or replaced else error,
+            lambda: self._copies(found),
+        )
         self._must_agree = self._verdict.unexpected_placement
         if error is not None or verdict is None:
             return verdict, []
         return verdict, self._totals(found, tables, rest[STATUS:], largest)
+
+    def confirm(self) -> Flag:
+        """Tell whether anything failed since ``combine``, and hear it of the others."""
+        device = self.result_device
+        numbers = failure(self.rank, failed=self._error is not None)
+        vector = table_of(numbers).on(device).clone()
+        nothing = Pack(self._topology.dimensions, [])
+        added, _ = self._reduced((self._failures, vector), (nothing, nothing.nothing(device)))
+        error, self._error = self._error, None
+        return self._verdict.of_failure(added, error)
 
     def _reduced(
         self, added: tuple[Pack, Tensor] | None, largest: tuple[Pack, Tensor]
@@ -208,14 +303,10 @@ class Ranks:
             error, self._error = self._error, None
             raise gone from error
 
-    def _offer(self, found: Sequence[LocalSums] | None, status: Status) -> tuple[Tensor, Tensor]:
-        """Return what is to be added up, and what the largest is taken of: zeros after an error."""
+    def _offer(self, found: Sequence[LocalSums], step_tag: str) -> tuple[Status, Tensor, Tensor]:
+        """Return what is to be added up, with what it says, and what the largest is taken of."""
         device = self.result_device
-        known = status.on(device)
-        if found is None:
-            rest = torch.zeros(self._added.tail - len(known), dtype=torch.float64, device=device)
-            added = self._added.join(None, device, known, rest)
-            return added, self._largest.join(None, device)
+        status = self._status(found, step_tag)
         sums = {e.gradients.group.pattern: e for e in found}
         tables = [
             self._widened(sums[c.member.pattern].sums[c.name], c.order) for c in self._columns
@@ -226,8 +317,31 @@ class Ranks:
             for c in self._columns
             if c.order == inf
         ]
-        added = self._added.join(tables, device, known, self._counts(found))
-        return added, self._largest.join(maxima, device)
+        known, counts = self._known(status), self._counts(found)
+        added = self._added.join(tables, device, known, counts, copies=self._sums_of_copies(found))
+        return status, added, self._largest.join(maxima, device)
+
+    def _offer_nothing(
+        self, step_tag: str, *, unexpected_placement: bool, replaced: bool
+    ) -> tuple[Status, Tensor, Tensor]:
+        """Return the same of a rank at fault."""
+        device = self.result_device
+        status = Status(
+            failed=not (unexpected_placement or replaced),
+            unexpected_placement=unexpected_placement,
+            replaced=replaced,
+            rank=self.rank,
+            step_tag=step_tag,
+            whole=(0, 0, 0),
+            split=(0, 0, 0),
+            missing=(),
+            count=0,
+        )
+        added = self._added.nothing(device, but=self._known(status))
+        return status, added, self._largest.nothing(device)
+
+    def _known(self, status: Status) -> Tensor:
+        return table_of(status.known(warned=self._verdict.warned)).on(self.result_device)
 
     def _totals(
         self,
@@ -270,38 +384,58 @@ class Ranks:
             return sums_SA
         return widened(sums_SA, order) if width > 1 else sums_SA[:, :1]
 
-    def _status(
-        self, found: Sequence[LocalSums], step_tag: str, *, unexpected_placement: bool
-    ) -> Status:
+    def _status(self, found: Sequence[LocalSums], step_tag: str) -> Status:
         """Return what this rank says about itself, as far as the host knows it."""
         groups = [each.gradients.group for each in found]
-        here = [
-            self._members[group.pattern].share.presence(each.gradients.present)
-            for group, each in zip(groups, found, strict=True)
-        ]
+        here = self._presences(found)
+        if self._unagreed is not None:
+            step_tag = ", ".join(filter(None, [step_tag, self._unagreed]))
         return Status(
-            failed=self._error is not None and not unexpected_placement,
-            unexpected_placement=unexpected_placement,
+            failed=False,
+            unexpected_placement=False,
+            replaced=False,
             rank=self.rank,
             step_tag=step_tag,
-            whole=_checksum([step_tag.encode(), *(each.whole for each in here)]),
-            split=_checksum([each.split for each in here]),
+            whole=digest([step_tag.encode(), *(each.whole for each in here)], self._count),
+            split=digest([each.split for each in here], self._count),
             missing=[
                 name
                 for group, each in zip(groups, here, strict=True)
                 for name in each.missing_of(group)
             ],
+            count=sum(len(group.parameters) for group in groups),
         )
 
+    def _presences(self, found: Sequence[LocalSums]) -> list[Presence]:
+        return [
+            self._members[each.gradients.group.pattern].share.presence(each.gradients.present)
+            for each in found
+        ]
+
+    def _sums_of_copies(self, found: Sequence[LocalSums]) -> Tensor:
+        """Add up, for each dimension, what all its ranks should hold alike."""
+        sums = torch.zeros(
+            len(self._topology.dimensions), dtype=torch.float64, device=self.result_device
+        )
+        for presence, each in zip(self._presences(found), found, strict=True):
+            copies = presence.sums_of_copies(each.row_sums_RA[:, 0])
+            if copies is not None:
+                sums[: len(copies)] += copies
+        return sums
+
+    def _copies(self, found: Sequence[LocalSums]) -> Copies:
+        """Return the sums over everything of which other ranks have copies."""
+        copies: Copies = {}
+        for presence, each in zip(self._presences(found), found, strict=True):
+            names = each.gradients.group.names
+            copies |= presence.copies(names, each.row_sums_RA[:, 0].tolist())
+        return copies
+
     def _counts(self, found: Sequence[LocalSums]) -> Tensor:
-        """Return the sum over copies, its square, and what is counted of each pattern."""
-        copies = torch.zeros((), dtype=torch.float64, device=self.result_device)
+        """Return what is counted of each pattern."""
         counts: list[Tensor] = []
-        for each in found:
+        for presence, each in zip(self._presences(found), found, strict=True):
             member = self._members[each.gradients.group.pattern]
-            presence = member.share.presence(each.gradients.present)
-            if (of_copies := presence.sum_of_copies(each.row_sums_RA[:, 0])) is not None:
-                copies = copies + of_copies
             counts.append(presence.count(~each.tensor_sums_T.isfinite()))
             if member.share.is_apart:
                 clamps = member.rule.clamps
@@ -310,7 +444,7 @@ class Ranks:
             if member.rule.clamps:
                 assert each.changed is not None
                 counts.append(each.changed)
-        return torch.stack([copies, copies * copies, *counts])
+        return torch.stack(counts)
 
 
 def _columns(member: Member, total_order: float) -> Iterator[_Column]:
@@ -330,8 +464,3 @@ def _columns(member: Member, total_order: float) -> Iterator[_Column]:
 def _without_nan(maxima_S: Tensor) -> Tensor:
     """Return maxima without NaN: a maximum over ranks loses it, a sum does not."""
     return torch.where(maxima_S.isnan(), 0.0, maxima_S)[:, None]
-
-
-def _checksum(flags: Sequence[bytes]) -> int:
-    """Return 16 bits: their square, summed over a million ranks, is exact in float64."""
-    return zlib.crc32(b"".join(flags)) & 0xFFFF

@@ -61,6 +61,7 @@ class Rendezvous:
             self.source.module,
             self.partitioned,
             self.duplicated,
+            agree=agree,
         )
         error = survey.error or _unable(bounded.values())
         facts = self._facts(groups, survey, parameters, error, agree=agree)
@@ -81,7 +82,8 @@ class Rendezvous:
             doubles=any(each.doubles for each in known),
             singles=any(each.singles for each in known),
             result_device=device,
-            replicas=getattr(self.source.module, "process_group", None),
+            module=self.source.module,
+            unagreed=None if agree else self._unagreed(parameters, survey, facts),
         )
 
     def _facts(
@@ -103,7 +105,26 @@ class Rendezvous:
             doubles=any(doubles),
             singles=not all(doubles),
             unmatched=self._unmatched(groups, survey.matched),
+            idle=frozenset(
+                (declared.argument, pattern)
+                for declared in (self.partitioned, self.duplicated)
+                for pattern, known in declared.groups.items()
+                if not known
+            ),
             error=None if error is None else str(error),
+        )
+
+    def _unagreed(self, parameters: Sequence[Tensor], survey: Survey, facts: Facts) -> str:
+        """Say what ranks should have alike that do not compare it first.
+
+        Of parameters that ranks hold parts of, some may have been given only those with a gradient.
+        """
+        count, checksum = survey.fingerprints([""] * len(parameters))[None]
+        kinds = [k for k, has in (("float64", facts.doubles), ("others", facts.singles)) if has]
+        return (
+            f"{self._policies_in_words()} for {count} plain parameters (checksum {checksum:08x}), "
+            f"dimensions of {[dimension.size for dimension in survey.dimensions]} ranks, and "
+            f"parameters of {' and '.join(kinds)}"
         )
 
     def _names(self, groups: Sequence[ParameterGroup]) -> list[str | None]:

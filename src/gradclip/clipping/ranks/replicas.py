@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradclip.clipping.collect.gradients import Gradients
-from gradclip.clipping.ranks.dimension import Dimension, gathered
 from gradclip.clipping.ranks.share import Share
+from gradclip.clipping.ranks.verdict import Gather
 from gradclip.errors import ReplicaError
 
 _Held: TypeAlias = dict[tuple[str, str, tuple[int, ...]], tuple[str, str]]
@@ -21,7 +21,7 @@ def compare_replicas(
     gradients: Sequence[Gradients],
     norms: Sequence[Tensor],
     shares: Mapping[str, Share],
-    dimensions: Sequence[Dimension],
+    gather: Gather,
     states: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
     """Compare gradients, norms and histories over all ranks; every rank takes part, and waits.
@@ -30,15 +30,15 @@ def compare_replicas(
         gradients: Of each pattern, before anything is written.
         norms: Of each pattern, (S,).
         shares: Who holds what, by pattern.
-        dimensions: Those whose ranks are compared.
+        gather: Asks all ranks that are compared.
         states: Histories of policies, by pattern.
 
     Raises:
         ReplicaError: GC211, on every rank, naming the first difference.
     """
-    mine = _held(gradients, norms, shares, states)
+    told = gather(lambda: (dist.get_rank(), _held(gradients, norms, shares, states)))
     first: dict[Any, tuple[int, str, str]] = {}
-    for rank, held in gathered(dimensions, {dist.get_rank(): mine}).items():
+    for rank, held in told:
         for key, (digest, words) in held.items():
             other, known, expected = first.setdefault(key, (rank, digest, words))
             if known != digest:
@@ -76,7 +76,9 @@ def _named(
     present = gradients.present or [True] * len(share.holdings)
     tensors = iter(gradients.tensors)
     for name, there, holding in zip(gradients.group.names, present, share.holdings, strict=True):
-        yield name, next(tensors) if there else None, holding.position
+        gradient = next(tensors) if there else None
+        if not holding.absent:
+            yield name, gradient, holding.position
 
 
 def _digest(tensor: Tensor | None) -> tuple[str, str]:

@@ -8,16 +8,19 @@ get identical bits.
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import compress
-from typing import Literal, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from gradclip.clipping.collect.parameters import ParameterGroup
 from gradclip.clipping.kernels.tables import Table
-from gradclip.clipping.ranks.topology import Holding
+from gradclip.clipping.ranks.holding import Holding
 
 _Value = TypeVar("_Value")
+
+Copies: TypeAlias = dict[tuple[str, tuple[int, ...]], float]
+"""What is in copies, by name and position among the ranks that hold parts: a sum of powers."""
 
 
 class Share:
@@ -126,10 +129,28 @@ class Presence:
         weights = self._weights_T
         return (flags_T if weights is None else flags_T * weights.on(flags_T.device)).sum()
 
-    def sum_of_copies(self, values_R: Tensor) -> Tensor | None:
-        """Add up the rows of parameters that every rank holds whole: 0-d; None for none."""
-        rows = self._rows_of_copies
-        return None if rows is None else values_R[rows.on(values_R.device)].sum()
+    def sums_of_copies(self, values_R: Tensor) -> Tensor | None:
+        """Add up, for each dimension, the rows of which all its ranks have copies.
+
+        Args:
+            values_R: A number for each row.
+
+        Returns:
+            A sum for each of the first dimensions; for those behind them there is nothing. None
+            where nothing is copied. A NaN may spread to all of them.
+        """
+        flags_RD = self._copied_rows
+        return None if flags_RD is None else values_R @ flags_RD.on(values_R.device)
+
+    def copies(self, names: Sequence[str], values_R: Sequence[float]) -> Copies:
+        """Return the sum over the rows of each parameter of which other ranks have copies."""
+        rows = iter(values_R)
+        held = zip(names, self._chosen, self._share.holdings, self._share.rows, strict=True)
+        sums = [
+            (name, holding, sum(next(rows) for _ in range(n if there else 0)))
+            for name, there, holding, n in held
+        ]
+        return {(name, h.position): value for name, h, value in sums if h.copied}
 
     def _compared(self, *, split: bool) -> list[bool]:
         held = zip(self._chosen, self._share.holdings, strict=True)
@@ -143,12 +164,18 @@ class Presence:
         return Table(torch.tensor(weights, dtype=torch.float64))
 
     @cached_property
-    def _rows_of_copies(self) -> Table | None:
-        flags = [holding.compared and not holding.split for holding in self._share.holdings]
-        pairs = self._chosen_of(list(zip(flags, self._share.rows, strict=True)))
-        of_rows = [flag for flag, n in pairs for _ in range(n)]
-        rows = [row for row, flag in enumerate(of_rows) if flag]
-        return Table(torch.tensor(rows, dtype=torch.int64)) if rows else None
+    def _copied_rows(self) -> Table | None:
+        """Whether the ranks of each dimension have copies of each row, (R, D)."""
+        held = self._chosen_of(list(zip(self._share.holdings, self._share.rows, strict=True)))
+        count = max((n + 1 for holding, _ in held for n in holding.copied), default=0)
+        if not count:
+            return None
+        flags_RD = [
+            [n in holding.copied for n in range(count)]
+            for holding, rows in held
+            for _ in range(rows)
+        ]
+        return Table(torch.tensor(flags_RD, dtype=torch.float64))
 
     def _chosen_of(self, values: Sequence[_Value]) -> list[_Value]:
         return list(compress(values, self._chosen))

@@ -4,13 +4,13 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from math import prod
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from gradclip.clipping.ranks import is_debugging
 from gradclip.clipping.ranks.coverage import (
     Outline,
     Part,
@@ -20,34 +20,8 @@ from gradclip.clipping.ranks.coverage import (
 )
 from gradclip.clipping.ranks.dimension import Dimension, GroupLike, as_groups
 from gradclip.clipping.ranks.fsdp1 import flat_groups, is_flattened, unknown_flat
+from gradclip.clipping.ranks.holding import Found, Holding
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
-
-
-@dataclass(frozen=True)
-class Holding:
-    """How the ranks hold one parameter.
-
-    Args:
-        split: The dimensions over which its elements are split; over the others it is replicated.
-        cuts: The tensor dimension that each of them cuts, where it is known.
-        declared: Those of them along which it is another parameter, as ``partitioned`` says.
-        copies: How many ranks hold the very same part, over all dimensions.
-        compared: Whether every rank is expected to have a gradient for it when one has.
-        flat: Whether it lies in a flat parameter of FSDP1, cut anywhere.
-        position: Which of the parts this rank has; ranks with the same position have copies.
-    """
-
-    split: frozenset[int] = frozenset()
-    cuts: Mapping[int, int] = field(default_factory=dict)
-    declared: frozenset[int] = frozenset()
-    copies: int = 1
-    compared: bool = True
-    flat: bool = False
-    position: tuple[int, ...] = ()
-
-    def split_along(self, tensor_dim: int) -> frozenset[int]:
-        """Return the dimensions that cut a dimension of the tensor: its slices are whole then."""
-        return frozenset(n for n, cut in self.cuts.items() if cut == tensor_dim)
 
 
 @dataclass(eq=False)
@@ -134,6 +108,8 @@ class Survey:
         module: Where FSDP1 is looked for.
         partitioned: Groups whose ranks hold different parameters under a pattern.
         duplicated: Groups whose ranks hold copies, which ``partitioned`` would count as different.
+        agree: Whether ranks compare notes. If they do not, dimensions follow from meshes alone, for
+            another rank may have been given others of the same parameters.
     """
 
     def __init__(
@@ -143,6 +119,8 @@ class Survey:
         module: nn.Module | None,
         partitioned: Declared,
         duplicated: Declared,
+        *,
+        agree: bool,
     ) -> None:
         self._parameters = parameters
         self._partitioned, self._duplicated = partitioned, duplicated
@@ -150,7 +128,7 @@ class Survey:
         self._numbers: dict[tuple[int, ...], int] = {}
         self._meshes: dict[tuple[int, ...], Dimension] = {}
         self._known: dict[ProcessGroup, Dimension] = {}
-        self._by_spec: dict[Any, _Found] = {}
+        self._by_spec: dict[Any, Found] = {}
         self.dimensions: list[Dimension] = []
         """Those of this rank, in the order in which they appear."""
         self.matched: set[str] = set()
@@ -160,6 +138,9 @@ class Survey:
         declared = bool(partitioned.groups or duplicated.groups)
         marked = bool(self._flat) or any(map(is_flattened, parameters))
         self._names = names() if declared or marked else [None] * len(parameters)
+        if not agree:
+            for group in _mesh_groups(parameters):
+                self._number(group)
         # Meshes before declarations: ranks of one stage share the former, and all know the latter.
         self._found = [self._guarded(self._placed, number) for number in range(len(parameters))]
         for groups in partitioned.groups.values():
@@ -167,6 +148,18 @@ class Survey:
                 self._number(group)
         for number in range(len(parameters) if declared else 0):
             self._guarded(self._declare, number)
+        if is_debugging():
+            self._number_all(module)
+
+    def _number_all(self, module: nn.Module | None) -> None:
+        """Reduce over all ranks that may have copies, whatever splits anything among them."""
+        for mesh in self._meshes.values():
+            self._number(mesh.group)
+        everyone = dist.group.WORLD
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            everyone = module.process_group
+        assert everyone is not None
+        self._number(everyone)
 
     def outline(self) -> Outline:
         """Return what the other ranks need to know."""
@@ -205,27 +198,34 @@ class Survey:
                 dimensions are those of a grid.
         """
         meshes = list(self._meshes.values())
+        parts = {key: part for key, (_, part) in self._parts().items()}
+        # A rank that has no part of a parameter may hold others in just that way.
+        found = [(each, None if each.absent else parts[each.key]) for each in self._found]
         if outlines is None or each_counts_once(outlines):
-            holdings = {each.identity: each.holding(self._sizes, outlines) for each in self._found}
+            holdings = {
+                each.identity: each.holding(self.dimensions, part, outlines) for each, part in found
+            }
             return Topology(self.dimensions, meshes, holdings)
-        parts = self._parts()
-        holdings = {}
-        for each in self._found:
-            copies = 1 if each.absent else copies_of(parts[each.key][1], outlines)
-            holdings[each.identity] = each.in_one_dimension(copies, outlines)
-        return Topology([Dimension.among(sorted(outlines))], meshes, holdings, is_grid=False)
+        everyone = Dimension.among(sorted(outlines))
+        holdings = {
+            each.identity: each.in_one_dimension(
+                everyone, part, 1 if part is None else copies_of(part, outlines), outlines
+            )
+            for each, part in found
+        }
+        return Topology([everyone], meshes, holdings, is_grid=False)
 
     @property
     def _sizes(self) -> list[int]:
         return [dimension.size for dimension in self.dimensions]
 
-    def _parts(self) -> "dict[tuple[object, ...], tuple[_Found, Part]]":
+    def _parts(self) -> "dict[tuple[object, ...], tuple[Found, Part]]":
         """Return what this rank holds, by kind: parameters that are held alike are one part."""
         kinds: dict[tuple[object, ...], list[int]] = {}
         for number, each in enumerate(self._found):
             if not each.absent:
                 kinds.setdefault(each.key, []).append(number)
-        parts: dict[tuple[object, ...], tuple[_Found, Part]] = {}
+        parts: dict[tuple[object, ...], tuple[Found, Part]] = {}
         for key, numbers in kinds.items():
             found, checksum = self._found[numbers[0]], 0
             for number in numbers:
@@ -236,14 +236,14 @@ class Survey:
             parts[key] = found, (found.position, len(numbers), checksum)
         return parts
 
-    def _guarded(self, look: "Callable[[int], _Found]", number: int) -> "_Found":
+    def _guarded(self, look: "Callable[[int], Found]", number: int) -> "Found":
         try:
             return look(number)
         except (ArgumentValueError, ArgumentTypeError) as error:
             self.error = self.error or error
-            return _Found(id(self._parameters[number]), absent=True)
+            return Found(id(self._parameters[number]), absent=True)
 
-    def _placed(self, number: int) -> "_Found":
+    def _placed(self, number: int) -> "Found":
         """Find over which dimensions a parameter is split, as DTensor and FSDP1 tell."""
         parameter = self._parameters[number]
         found = replace(self._of_spec(parameter), identity=id(parameter))
@@ -257,17 +257,18 @@ class Survey:
                 found.compared = False
         return found
 
-    def _of_spec(self, parameter: Tensor) -> "_Found":
+    def _of_spec(self, parameter: Tensor) -> "Found":
         spec: Any = getattr(parameter, "_spec", None)
         if spec is None:
-            return _Found()
+            return Found()
         key = id(spec.mesh), spec.placements
         if key not in self._by_spec:
             self._by_spec[key] = self._of_mesh(spec, tuple(parameter.shape))
         return self._by_spec[key]
 
-    def _of_mesh(self, spec: Any, shape: tuple[int, ...]) -> "_Found":
-        found = _Found(mesh=tuple(sorted(spec.mesh.mesh.flatten().tolist())))
+    def _of_mesh(self, spec: Any, shape: tuple[int, ...]) -> "Found":
+        ranks = tuple(sorted(spec.mesh.mesh.flatten().tolist()))
+        found = Found(mesh=ranks)
         coordinate = spec.mesh.get_coordinate()
         if coordinate is None:
             found.absent = True
@@ -289,9 +290,16 @@ class Survey:
             cuts[self._number(group)] = getattr(placement, "dim", -1)
         found.split, found.cuts = frozenset(cuts), cuts
         found.position = tuple(position)
+        twins = spec.mesh.mesh[
+            tuple(
+                slice(None) if placement.is_replicate() else at
+                for at, placement in zip(coordinate, spec.placements, strict=True)
+            )
+        ]
+        found.others = frozenset(ranks) - frozenset(twins.flatten().tolist())
         return found
 
-    def _declare(self, number: int) -> "_Found":
+    def _declare(self, number: int) -> "Found":
         found, name = self._found[number], self._names[number]
         where = f"parameters[{number}]" if name is None else name
         once: list[set[int]] = []
@@ -334,54 +342,18 @@ class Survey:
         return self._numbers[dimension.ranks]
 
 
-@dataclass
-class _Found:
-    """What is known of a parameter so far.
+def _mesh_groups(parameters: Sequence[Tensor]) -> list[ProcessGroup]:
+    """Return the groups of all dimensions of the meshes of DTensors.
 
-    Args:
-        identity: ``id`` of it.
-        mesh: The ranks of its mesh, if it is a DTensor.
-        absent: Whether this rank has no part of it.
+    They come in an order that does not depend on which parameters there are, as long as the
+    dimensions of different meshes have different names.
     """
-
-    identity: int = 0
-    split: frozenset[int] = frozenset()
-    cuts: Mapping[int, int] = field(default_factory=dict)
-    position: tuple[int, ...] = ()
-    mesh: tuple[int, ...] | None = None
-    compared: bool = True
-    flat: bool = False
-    absent: bool = False
-    declared: frozenset[int] = frozenset()
-    copies: int = 1
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        return self.position, self.split, self.declared, self.copies, self.mesh is None
-
-    def weight(self, sizes: list[int]) -> int:
-        """Return how often reducing over all dimensions counts it."""
-        split = self.split | self.declared
-        return prod((self.copies, *(size for n, size in enumerate(sizes) if n not in split)))
-
-    def holding(self, sizes: list[int], outlines: Mapping[int, Outline] | None) -> Holding:
-        return Holding(
-            self.split | self.declared,
-            self.cuts,
-            self.declared,
-            self.weight(sizes),
-            self._is_compared(outlines),
-            self.flat,
-            self.position,
-        )
-
-    def in_one_dimension(self, copies: int, outlines: Mapping[int, Outline]) -> Holding:
-        """Return the holding where there is one dimension, of all ranks."""
-        split = frozenset({0}) if self.split or self.declared or self.absent else frozenset()
-        declared = frozenset({0}) if self.declared else frozenset()
-        compared = self._is_compared(outlines)
-        return Holding(split, {}, declared, copies, compared, self.flat, self.position)
-
-    def _is_compared(self, outlines: Mapping[int, Outline] | None) -> bool:
-        elsewhere = any(self.mesh in each.foreign for each in (outlines or {}).values())
-        return self.compared and not (self.absent or elsewhere)
+    specs = [spec for each in parameters if (spec := getattr(each, "_spec", None)) is not None]
+    meshes: dict[int, Any] = {id(spec.mesh): spec.mesh for spec in specs}
+    groups = [
+        ((mesh.mesh_dim_names or [""] * mesh.ndim)[dim], mesh.size(dim), mesh.get_group(dim))
+        for mesh in meshes.values()
+        if mesh.get_coordinate() is not None
+        for dim in range(mesh.ndim)
+    ]
+    return [group for _, _, group in sorted(groups, key=lambda each: each[:2])]

@@ -124,11 +124,10 @@ class Judge:
         self, groups: list[Group], decisions: list[Decision], peers: Peers, step: int
     ) -> str:
         recent = [float(combine(norms_S, self._total_order)) for norms_S in self._recent]
-        mine = Faults.of([group.gradients for group in groups], peers.rank)
         policy = groups[0].policy
         limit = decisions[0].thresholds if policy.element_limit is None else policy.element_limit
         return nonfinite_report(
-            peers.gather(mine),
+            peers.gather(lambda: Faults.of([group.gradients for group in groups], peers.rank)),
             norm_type=policy.order,
             step=step,
             last_norms=[norm for norm in recent if isfinite(norm)][-4:],

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 from gradclip.clipping import ClipResult, GradientClipper
 from gradclip.clipping.arguments import ClipOptions
 from gradclip.clipping.collect.sources import OptimizerParameters
-from gradclip.clipping.step.ownership import owner_of, unwrapped
+from gradclip.clipping.step.held import lend
+from gradclip.clipping.step.ownership import owner_of
 from gradclip.clipping.step.rows import StepLog
-from gradclip.clipping.step.withhold import lend
+from gradclip.clipping.step.wrappers import unwrapped
 from gradclip.errors import (
     ArgumentTypeError,
     ArgumentValueError,

@@ -3,9 +3,9 @@
 import torch
 import torch.distributed as dist
 
+from gradclip.clipping.ranks.holding import Holding
 from gradclip.clipping.ranks.pack import Pack, reduce_packs
 from gradclip.clipping.ranks.share import Share
-from gradclip.clipping.ranks.topology import Holding
 
 CPU = torch.device("cpu")
 SPLIT = Holding(split=frozenset({0}), cuts={0: 0})
@@ -44,7 +44,7 @@ def test_tables_come_back_as_they_went_in():
 
 def test_after_an_error_zeros_of_the_same_length_travel():
     pack = Pack([], [(TENSORS, 3)], tail=1)
-    vector = pack.join(None, CPU, torch.ones(1, dtype=torch.float64))
+    vector = pack.nothing(CPU, but=torch.ones(1, dtype=torch.float64))
     assert vector.tolist() == [0.0] * 6 + [1.0]
 
 
@@ -80,3 +80,48 @@ def test_a_dimension_of_one_rank_and_a_pack_of_nothing_send_nothing():
     assert sums.tolist() == [1.0]
     assert not alone.seen
     assert not pair.seen
+
+
+class Grid:
+    """Plays all ranks of a grid of two dimensions at once, whose packs compare copies."""
+
+    def __init__(self, *copies):
+        self.vectors, self.sizes = [], (2, 2)
+        dimensions = [Doubling(size) for size in self.sizes]
+        self.pack = Pack(dimensions, [(GROUP, 1)], compares=True)
+        one = torch.ones(1, 1, dtype=torch.float64)
+        self.vectors = [
+            self.pack.join([one], CPU, copies=torch.tensor(each, dtype=torch.float64))
+            for each in copies
+        ]
+        for number, pairs in enumerate((((0, 2), (1, 3)), ((0, 1), (2, 3)))):
+            for vector in self.vectors:
+                self.pack.before(number, vector)
+            for first, second in pairs:
+                both = self.vectors[first] + self.vectors[second]
+                self.vectors[first], self.vectors[second] = both, both.clone()
+            for vector in self.vectors:
+                self.pack.after(number, vector)
+
+    @property
+    def differing(self):
+        (told,) = {tuple(self.pack.differing(vector).tolist()) for vector in self.vectors}
+        return [number > 0 for number in told]
+
+
+def test_copies_that_are_alike_are_told_from_copies_that_differ():
+    """Ranks 0 to 3 are a square. Every rank hears of a difference between two of them."""
+    # What is copied along the first dimension differs along the second, and the other way round.
+    assert Grid([3, 5], [4, 5], [3, 6], [4, 6]).differing == [False, False]
+    assert Grid([3, 5], [4, 5], [3.1, 6], [4, 6]).differing == [True, False]
+    assert Grid([3, 5], [4, 5], [3, 6], [4, 6.5]).differing == [False, True]
+    assert Grid([3, 5], [4, 5], [3, 6], [5, 7]).differing == [True, True]
+
+
+def test_rounding_is_no_difference():
+    assert Grid([3, 5], [4, 5], [3.003, 6], [4, 6.006]).differing == [False, False]
+
+
+def test_a_nan_or_an_infinity_is_no_difference_by_itself():
+    for bad in (float("nan"), float("inf")):
+        assert Grid([bad, 5], [4, 5], [3, 6], [4, 6]).differing == [False, False]

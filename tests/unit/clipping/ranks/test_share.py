@@ -5,15 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gradclip.clipping.ranks.holding import Holding
 from gradclip.clipping.ranks.share import Share
-from gradclip.clipping.ranks.topology import Holding
 
 # Dimension 0 splits the first parameter along its rows, dimension 1 the second along its columns;
 # the third is whole on every rank, the fourth is another one on each rank of dimension 0.
 HOLDINGS = [
-    Holding(split=frozenset({0}), cuts={0: 0}, copies=2),
-    Holding(split=frozenset({1}), cuts={1: 1}, copies=2),
-    Holding(copies=4),
+    Holding(split=frozenset({0}), cuts={0: 0}, copies=2, copied=frozenset({1})),
+    Holding(split=frozenset({1}), cuts={1: 1}, copies=2, copied=frozenset({0})),
+    Holding(copies=4, copied=frozenset({0, 1})),
     Holding(split=frozenset({0}), declared=frozenset({0}), copies=2, compared=False),
 ]
 ROWS = [3, 4, 1, 2]
@@ -74,10 +74,19 @@ def test_tensors_are_counted_in_parts_as_large_as_their_copies():
     assert float(share("tensor").presence(None).count(torch.ones(4))) == 1.75
 
 
-def test_the_sum_of_copies_is_over_what_every_rank_holds_whole():
+def test_copies_are_summed_for_each_dimension():
     presence = share("tensor").presence(PRESENT)
-    assert float(presence.sum_of_copies(torch.tensor([1.0, 10.0, 100.0]))) == 10.0
-    assert share("tensor").presence([True, True, False, True]).sum_of_copies(torch.ones(3)) is None
+    assert presence.sums_of_copies(torch.tensor([1.0, 10.0, 100.0]).double()).tolist() == [10, 11]
+    alone = share("tensor").presence([True, False, False, True])
+    assert alone.sums_of_copies(torch.tensor([1.0, 100.0]).double()).tolist() == [0, 1]
+    nothing = share("tensor").presence([False, False, False, True])
+    assert nothing.sums_of_copies(torch.ones(1).double()) is None
+
+
+def test_copies_are_named_with_the_sums_of_their_rows():
+    presence = share("unit").presence(PRESENT)
+    rows = [1.0, 2.0, 3.0, 10.0, 100.0, 200.0]
+    assert presence.copies("abcd", rows) == {("a", ()): 6.0, ("b", ()): 0, ("c", ()): 10.0}
 
 
 def test_checksums_are_of_what_ranks_compare():

@@ -1,0 +1,134 @@
+"""How the ranks hold one parameter."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from gradclip.clipping.ranks.coverage import Outline, Part
+from gradclip.clipping.ranks.dimension import Dimension
+
+
+@dataclass(frozen=True)
+class Holding:
+    """How the ranks hold one parameter.
+
+    Args:
+        split: The dimensions over which its elements are split; over the others it is replicated.
+        cuts: The tensor dimension that each of them cuts, where it is known.
+        declared: Those of them along which it is another parameter, as ``partitioned`` says.
+        copies: How many ranks hold the very same part, over all dimensions.
+        compared: Whether every rank is expected to have a gradient for it when one has.
+        flat: Whether it lies in a flat parameter of FSDP1, cut anywhere.
+        position: Which of the parts this rank has; ranks with the same position have copies.
+        copied: The dimensions all of whose ranks have the part that this rank has.
+        absent: Whether this rank has no part of it.
+    """
+
+    split: frozenset[int] = frozenset()
+    cuts: Mapping[int, int] = field(default_factory=dict)
+    declared: frozenset[int] = frozenset()
+    copies: int = 1
+    compared: bool = True
+    flat: bool = False
+    position: tuple[int, ...] = ()
+    copied: frozenset[int] = frozenset()
+    absent: bool = False
+
+    def split_along(self, tensor_dim: int) -> frozenset[int]:
+        """Return the dimensions that cut a dimension of the tensor: its slices are whole then."""
+        return frozenset(n for n, cut in self.cuts.items() if cut == tensor_dim)
+
+
+@dataclass
+class Found:
+    """What a rank knows of a parameter before it has heard of others.
+
+    Args:
+        identity: ``id`` of it.
+        split: As in ``Holding``, like all that is not described here.
+        mesh: The ranks of its mesh, if it is a DTensor.
+        others: Those of them that hold another part of it.
+    """
+
+    identity: int = 0
+    split: frozenset[int] = frozenset()
+    cuts: Mapping[int, int] = field(default_factory=dict)
+    position: tuple[int, ...] = ()
+    mesh: tuple[int, ...] | None = None
+    others: frozenset[int] = frozenset()
+    compared: bool = True
+    flat: bool = False
+    absent: bool = False
+    declared: frozenset[int] = frozenset()
+    copies: int = 1
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What parameters that are held alike have in common."""
+        return self.position, self.split, self.declared, self.copies, self.mesh is None
+
+    def weight(self, sizes: Sequence[int]) -> int:
+        """Return how often reducing over all dimensions counts it."""
+        split = self.split | self.declared
+        return prod((self.copies, *(size for n, size in enumerate(sizes) if n not in split)))
+
+    def holding(
+        self,
+        dimensions: Sequence[Dimension],
+        part: Part | None,
+        outlines: Mapping[int, Outline] | None,
+    ) -> Holding:
+        """Return the holding where dimensions are those of a grid.
+
+        Args:
+            dimensions: In order.
+            part: What this rank holds alike with others, if any.
+            outlines: What other ranks hold, by rank; None where that is not known.
+        """
+        split = self.split | self.declared
+        return Holding(
+            split,
+            self.cuts,
+            self.declared,
+            self.weight([dimension.size for dimension in dimensions]),
+            self._is_compared(outlines),
+            self.flat,
+            self.position,
+            frozenset(
+                n
+                for n, dimension in enumerate(dimensions)
+                if n not in split and self._is_copied(dimension, part, outlines)
+            ),
+            self.absent,
+        )
+
+    def in_one_dimension(
+        self, everyone: Dimension, part: Part | None, copies: int, outlines: Mapping[int, Outline]
+    ) -> Holding:
+        """Return the holding where there is one dimension, of all ranks."""
+        split = frozenset({0}) if self.split or self.declared or self.absent else frozenset()
+        return Holding(
+            split,
+            {},
+            frozenset({0}) if self.declared else frozenset(),
+            copies,
+            self._is_compared(outlines),
+            self.flat,
+            self.position,
+            frozenset({0}) if self._is_copied(everyone, part, outlines) else frozenset(),
+            self.absent,
+        )
+
+    def _is_compared(self, outlines: Mapping[int, Outline] | None) -> bool:
+        elsewhere = any(self.mesh in each.foreign for each in (outlines or {}).values())
+        return self.compared and not (self.absent or elsewhere)
+
+    def _is_copied(
+        self, dimension: Dimension, part: Part | None, outlines: Mapping[int, Outline] | None
+    ) -> bool:
+        """Return whether all ranks of a dimension hold the part that this one holds."""
+        if self.absent or dimension.size == 1:
+            return False
+        if outlines is None or part is None:
+            return self.others.isdisjoint(dimension.ranks)
+        return all(part in outlines[rank].parts for rank in dimension.ranks)
