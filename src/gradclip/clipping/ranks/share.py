@@ -140,7 +140,7 @@ class Presence:
         weights = self._chosen_of(self._share.weights)
         if all(weight == 1 for weight in weights):
             return None
-        return Table(torch.tensor(weights, dtype=torch.float64))
+        return Table.of(weights, torch.float64)
 
     @cached_property
     def _rows_of_copies(self) -> Table | None:
@@ -148,7 +148,7 @@ class Presence:
         pairs = self._chosen_of(list(zip(flags, self._share.rows, strict=True)))
         of_rows = [flag for flag, n in pairs for _ in range(n)]
         rows = [row for row, flag in enumerate(of_rows) if flag]
-        return Table(torch.tensor(rows, dtype=torch.int64)) if rows else None
+        return Table.of(rows) if rows else None
 
     def _chosen_of(self, values: Sequence[_Value]) -> list[_Value]:
         return list(compress(values, self._chosen))

@@ -73,7 +73,7 @@ class Status:
 
 @lru_cache(maxsize=64)
 def _table(numbers: tuple[float, ...]) -> Table:
-    return Table(torch.tensor(numbers, dtype=torch.float64))
+    return Table.of(numbers, torch.float64)
 
 
 class Verdict:
