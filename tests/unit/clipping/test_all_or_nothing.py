@@ -5,6 +5,7 @@ in place, into memory that exists, may some gradients be written already: that i
 """
 
 from contextlib import suppress
+from importlib import import_module
 from math import inf, nan
 from typing import ClassVar, Literal
 
@@ -39,11 +40,16 @@ class FailAt(TorchDispatchMode):
         number: Which; None for none.
     """
 
+    launching = False
+    """Whether Triton's interpreter runs a kernel, in which torch has no part on a GPU."""
+
     def __init__(self, number=None):
         super().__init__()
         self.number, self.count, self.failed = number, 0, None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if FailAt.launching:
+            return func(*args, **(kwargs or {}))
         self.count += 1
         if self.count - 1 == self.number:
             self.failed = func
@@ -115,8 +121,10 @@ LAYOUTS = {
 }
 
 
-def gradients(dtypes, layout, spoiled=False):
-    shapes = [(3, 4), (5, 2), (70, 130), (1, 6)]
+SHAPES = [(3, 4), (5, 2), (70, 130), (1, 6)]
+
+
+def gradients(dtypes, layout, spoiled=False, shapes=SHAPES):
     made = [
         oracle.randn(*shape, seed=i).to(dtype) * 3
         for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
@@ -178,18 +186,46 @@ def many_blocks(monkeypatch):
     monkeypatch.setattr(foreach, "_CONVERTED", 1 << 14)
 
 
-@pairwise(mode=MODES, dtypes=DTYPES, layout=LAYOUTS, backend=["foreach", "reference", "triton"])
+@pairwise(mode=MODES, dtypes=DTYPES, layout=LAYOUTS, backend=["foreach", "reference"])
 def test_an_error_anywhere_leaves_no_gradient_half_clipped(mode, dtypes, layout, backend):
     """294 of 2858 points left some gradients written, and some not."""
     if mode is MODES["units"] and layout is LAYOUTS["sparse"]:
         pytest.skip("a norm for each unit needs a dense gradient")
-    if backend == "triton":
-        pytest.importorskip("triton")
     tried, partial = partial_writes(
         lambda params: mode(params, backend), lambda: gradients(dtypes, layout)
     )
     assert tried > 0
     assert partial == by_device(partial)
+
+
+@pytest.fixture
+def kernels_of_a_gpu(monkeypatch):
+    pytest.importorskip("triton")
+    launcher = import_module("gradclip.clipping.kernels.triton_launch").Launcher
+    launch = launcher.__call__
+
+    def launched(self, *arguments, **constants):
+        FailAt.launching = True
+        try:
+            launch(self, *arguments, **constants)
+        finally:
+            FailAt.launching = False
+
+    monkeypatch.setattr(launcher, "__call__", launched)
+
+
+@pytest.mark.usefixtures("kernels_of_a_gpu")
+@pytest.mark.parametrize(
+    "mode", MODES if ALL_COMBINATIONS else ["norm", "p = 3", "zero", "together"]
+)
+@pytest.mark.parametrize("dtypes", DTYPES if ALL_COMBINATIONS else ["mixed"])
+def test_the_kernels_of_a_gpu_have_all_they_need_before_the_first_is_launched(mode, dtypes):
+    _, partial = partial_writes(
+        lambda params: MODES[mode](params, "triton"),
+        lambda: gradients(DTYPES[dtypes], torch.clone, shapes=[(3, 4), (5, 2), (7, 9), (1, 6)]),
+    )
+    # Value clipping runs on torch's operations here: the interpreter is on the CPU.
+    assert {operation.name() for operation in partial} <= {"aten::clamp_"}
 
 
 @pytest.mark.parametrize("mode", ["norm", "p = 1", "p = 3", "p = inf", "zero", "each tensor"])

@@ -17,6 +17,8 @@ from gradclip.clipping import Policy
 from gradclip.clipping.collect import overlap
 from gradclip.clipping.kernels import blocks, foreach, rows
 from gradclip.clipping.policies import Decision
+from gradclip.clipping.step import nonfinite
+from gradclip.errors import NonFiniteGradientError
 from pairwise import pairwise
 
 SIDE = 512
@@ -112,6 +114,18 @@ def test_neither_where_something_is_not_finite(policy, dtype, nonfinite, odd):
     params = gradients(dtype, torch.clone, odd)
     clipper = GradientClipper(params, policy, nonfinite=nonfinite)
     assert peak(clipper.clip) <= BOUND * params[0].grad.nbytes
+
+
+def test_neither_where_an_error_is_raised(monkeypatch):
+    monkeypatch.setattr(nonfinite, "BLOCK", 1 << 12)
+    params = gradients(F32, LAYOUTS["narrowed"], nan)
+    clipper = GradientClipper(params, 1.0, nonfinite="raise")
+
+    def clip():
+        with pytest.raises(NonFiniteGradientError, match="NaN: 1"):
+            clipper.clip()
+
+    assert peak(clip) <= BOUND * params[0].grad.nbytes
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32, C64])
