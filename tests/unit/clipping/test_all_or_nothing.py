@@ -21,9 +21,10 @@ from gradclip import (
     clip_grad_norm_,
     clip_grads_with_norm_,
 )
-from gradclip.clipping import Policy
+from gradclip.clipping import Policy, flags
 from gradclip.clipping.kernels import blocks, foreach, rows
 from gradclip.clipping.policies import Decision, PolicyState
+from gradclip.clipping.step.nonfinite import SkipCounter
 from pairwise import ALL_COMBINATIONS, pairwise
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -193,6 +194,20 @@ def test_an_error_anywhere_leaves_no_gradient_half_clipped(mode, dtypes, layout,
         pytest.skip("a norm for each unit needs a dense gradient")
     tried, partial = partial_writes(
         lambda params: mode(params, backend), lambda: gradients(dtypes, layout)
+    )
+    assert tried > 0
+    assert partial == by_device(partial)
+
+
+@pytest.mark.parametrize("mode", ["norm", "p = 3", "zero", "each tensor", "units", "history"])
+def test_neither_where_the_host_reads_nothing(mode, monkeypatch):
+    """As on an accelerator. There only clipping by value writes while it measures."""
+    monkeypatch.setattr(foreach, "_on_cpu", lambda batch: False)
+    monkeypatch.setattr(flags, "host_waits_for", lambda device: True)
+    monkeypatch.setattr(SkipCounter, "record", lambda self, *given, expected: False)
+    tried, partial = partial_writes(
+        lambda params: MODES[mode](params, "foreach"),
+        lambda: gradients(DTYPES["mixed"], torch.clone),
     )
     assert tried > 0
     assert partial == by_device(partial)

@@ -26,9 +26,10 @@ class Write:
 
 
 def carry_out(writes: Iterable[Write]) -> None:
-    """Write. What is written in the same way is written by one call.
+    """Write. What is written in the same way is written by one call, in order.
 
-    So one operation of torch scales tensors of all dtypes, and nothing comes in between.
+    So one operation of torch scales tensors of all dtypes, and nothing comes in between. Ways are
+    taken in the order in which they come first: where two change one tensor, either may be first.
     """
     together: dict[Callable[..., Any], tuple[list[Any], ...]] = {}
     for write in writes:
