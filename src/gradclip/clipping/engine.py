@@ -180,7 +180,8 @@ class Engine:
         # Nothing was written so far (but what an accelerator clamped while it measured), and from
         # here on nothing but a device can fail.
         carry_out(writes)
-        self._mark(step)
+        writing = [group for group in step.groups if group.of.writes]
+        self._role.mark([(group.gradients.tensors, group.policy) for group in writing])
         self._settled = True
         self.step += 1
         self.last = last
@@ -223,7 +224,7 @@ class Engine:
             if group.of.element_limit is not None:
                 group.gradients.require_real()
             if group.of.writes:
-                self._role.check(self._marked(group))
+                self._role.check(group.gradients.tensors)
         has_gradients = any(group.gradients.tensors for group in groups)
         if not (self._warned or has_gradients) and self._binding.every():
             self._warned = True
@@ -235,16 +236,6 @@ class Engine:
                 named = pattern.policy.scope == "group" or pattern.parameters.is_named
                 told = pattern.told(device)
                 self._histories.prepare(pattern.name, pattern.policy, told, named=named)
-
-    def _marked(self, group: Group) -> list[Tensor]:
-        """Return gradients to mark: all at the first call, later one that stands for the rest."""
-        tensors = group.gradients.tensors
-        return tensors[:1] if self._settled else tensors
-
-    def _mark(self, step: _Step) -> None:
-        for group in step.groups:
-            if group.of.writes:
-                self._role.mark(self._marked(group), group.policy)
 
     # measure
 
