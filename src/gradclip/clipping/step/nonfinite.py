@@ -1,6 +1,6 @@
 """What happens around a NaN or an infinity: the report of an error, and the count of skips."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradclip.clipping.collect.gradients import Gradients
 from gradclip.clipping.flags import Flag, as_flag
+from gradclip.clipping.kernels.blocks import BLOCK, flat, pieces
 from gradclip.clipping.kernels.device import copy_to_host
 from gradclip.errors import NonFiniteGradientError, TooManySkipsError
 from gradclip.record.ring import Ring
@@ -95,12 +96,17 @@ class Faults:
                 group.names, group.tensors, group.measured(2.0).tensors, strict=True
             ):
                 total += 1
-                nans, infinities = int(values.isnan().sum()), int(values.isinf().sum())
+                nans, infinities = _count(values, torch.isnan), _count(values, torch.isinf)
                 if nans or infinities:
                     dtype = str(tensor.dtype).removeprefix("torch.")
                     what = f"{tuple(tensor.shape)} {dtype}   NaN: {nans}   Inf: {infinities}"
                     described.append((name, what))
         return cls(rank, described, total)
+
+
+def _count(values: Tensor, kind: Callable[[Tensor], Tensor]) -> int:
+    """Count elements of a kind, block by block."""
+    return sum(int(kind(piece).sum()) for piece in pieces(flat(values), BLOCK))
 
 
 def nonfinite_report(
