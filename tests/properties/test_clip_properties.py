@@ -71,6 +71,42 @@ def test_the_norm_afterwards_never_exceeds_the_limit(grads, fraction, p, backend
     assert float(result.norm_post) <= float(result.threshold) * (1 + 1e-7)
 
 
+ANY_DTYPE = [
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128
+]  # fmt: skip
+LAYOUTS = [
+    lambda t: t,
+    lambda t: t.t(),
+    lambda t: t[::2],
+    lambda t: t[:, 1:],
+    lambda t: t.reshape(-1)[::3],
+    lambda t: t.conj(),
+]
+
+
+@st.composite
+def mixed(draw):
+    """Tensors of any dtypes and layouts."""
+    made = []
+    for number in range(draw(st.integers(1, 4))):
+        dtype, layout = draw(st.sampled_from(ANY_DTYPE)), draw(st.sampled_from(LAYOUTS))
+        rows, columns = draw(st.integers(1, 130)), draw(st.integers(1, 90))
+        reach = 3 if dtype is torch.float16 else 15
+        scale = 10.0 ** draw(st.integers(-reach, reach))
+        made.append(layout((oracle.randn(rows, columns, seed=number) * scale).to(dtype)))
+    return made
+
+
+@SAME
+@given(mixed(), orders, backends)
+def test_any_dtypes_and_layouts_together_have_one_norm(grads, p, backend):
+    params = oracle.parameters(*grads)
+    before = oracle.look(params)
+    norm = clip(params, math.inf, p, backend).norm_pre
+    assert oracle.relative(norm, oracle.norm(grads, p)) <= oracle.accuracy(grads)
+    oracle.assert_untouched(params, before)
+
+
 @SAME
 @given(
     larger(st.sampled_from([torch.float16, torch.bfloat16])),

@@ -140,8 +140,8 @@ clipped=True, skipped=False, nonfinite=0)
             What was measured and done. Nothing waits for the device, unless ``nonfinite="raise"``.
 
         Raises:
-            UnsupportedGradientError: GC020, for integer, float8 or meta gradients, and for
-                complex ones that should be clamped.
+            UnsupportedGradientError: GC020, for integer, float8 or meta gradients, for tensors
+                that run operations by themselves, and for complex ones that should be clamped.
             OverlappingGradientsError: GC021, for gradients that share bytes.
             ArgumentValueError: GC010, for gradients on a device that the backend cannot serve, or
                 a policy whose answer does not fit.

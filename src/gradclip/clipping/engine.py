@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor
 from gradclip.clipping import flags
 from gradclip.clipping.apply.clamping import Clamping
 from gradclip.clipping.apply.coefficients import Coefficients
-from gradclip.clipping.apply.scaling import scale as scale_gradients
+from gradclip.clipping.apply.scaling import scaling
 from gradclip.clipping.arguments import Options, check_grad_scale
+from gradclip.clipping.collect.gradients import warn_of_none
 from gradclip.clipping.collect.overlap import DisjointCheck
 from gradclip.clipping.collect.pending import require_reduced
 from gradclip.clipping.collect.sources import ParameterSource
 from gradclip.clipping.flags import Flag, all_of, any_of, as_flag, as_known, negated
-from gradclip.clipping.kernels import SpecsCache, choose
+from gradclip.clipping.kernels import SpecsCache, Write, carry_out, choose
 from gradclip.clipping.kernels.device import is_capturing, result_device_of
 from gradclip.clipping.measure.binding import Binding
 from gradclip.clipping.measure.exchange import exchange_maxima, exchange_sums
@@ -29,16 +31,17 @@ from gradclip.clipping.ranks.peers import Peers
 from gradclip.clipping.result import ClipResult, over_all
 from gradclip.clipping.state import STATE_VERSION, Histories, read_state
 from gradclip.clipping.step.judge import Judge
-from gradclip.clipping.step.loop import LoopWatch
 from gradclip.clipping.step.ownership import Owner, Role
 from gradclip.clipping.step.rows import StepLog
-from gradclip.errors import warn
 
 if TYPE_CHECKING:
     from gradclip.clipping.ranks import Meet
 
 _COARSE = 2.0**-80
 """A coefficient below this may not have a loss scale in float32."""
+
+_SMALL_SCALE = 2.0**-700
+"""Divided by less than this, the norm of float32 gradients may be beyond float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,17 +53,18 @@ class _Step:
         device: That of the results.
         scale: What the gradients are still multiplied by.
         tag: At which step this rank stands, in words that are the same on all ranks.
+        wide: Whether norms may be beyond float64, or coefficients below its normal numbers.
     """
 
     groups: list[Group]
     device: torch.device
     scale: float | Tensor | None
     tag: str
+    wide: bool
 
     def unscaled(self, sums: Sums) -> Tensor:
         """Return norms, (S,), as if gradients were not multiplied by the scale."""
-        norms_S = sums.norms()
-        return norms_S if self.scale is None else norms_S / self.scale
+        return sums.norms(self.scale, wide=self.wide)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,11 +126,10 @@ class Engine:
         self._clamping = Clamping(self._backends, options.nonfinite, together=by_pattern)
         owned = isinstance(role, Owner)
         self._judge = Judge(options, self._binding.total_order, called=called, owned=owned)
-        self._loop = LoopWatch(called or "gradclip", owned=owned)
-        self.step_log = StepLog(self._loop)
+        self.step_log = StepLog(called or "gradclip", owned=owned)
         """The numbers of all steps."""
         self._histories = Histories()
-        self._settled = self._once = once
+        self._settled = once
         self._warned = False
         self._asked: set[str] = set()
         self.step = 0
@@ -134,11 +137,6 @@ class Engine:
         self.last: ClipResult | None = None
         """The result of the last call."""
         self._binding.find(anew=True)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle after the numbers of all steps were read, by every reader."""
-        self.step_log.catch_up()
-        return self.__dict__
 
     def clip(
         self,
@@ -177,26 +175,33 @@ class Engine:
             peers=peers,
             step=self.step,
         )
+
+        writes: list[Write] = []
+        results = []
+        for number in range(len(norms)):
+            result, more = self._apply(
+                step, decided, number, found[number], norms[number], defer=defer_scaling
+            )
+            results.append(result)
+            writes += more
+        last = self._summed_up(step, found, norms, results)
+        if is_capturing(step.device):
+            last.compute()
         if self._binding.asks:
             self._commit(step, decided)
-
-        results = [
-            self._apply(step, decided, number, found[number], norms[number], defer=defer_scaling)
-            for number in range(len(norms))
-        ]
+        # Nothing was written so far (but what an accelerator clamped while it measured), and from
+        # here on nothing but a device can fail.
+        carry_out(writes)
         writing = [group for group in step.groups if group.of.writes]
         self._role.mark([(group.gradients.tensors, group.policy) for group in writing])
         self._settled = True
         self.step += 1
-        self.last = self._summed_up(step, found, norms, results)
+        self.last = last
         if decided.made is not False:
-            self._judge.remember(self.last.measured_S)
-        if is_capturing(step.device):
-            self.last.compute()
-        elif not self._once:
-            self.step_log.push(self.last, self.step - 1, expected=overflow_expected)
-            self._loop.speak(unscaled=grad_scale is not None)
-        return self.last
+            self._judge.remember(last.measured_S)
+        told = grad_scale is not None
+        self.step_log.push(last, self.step - 1, expected=overflow_expected, unscaled=told)
+        return last
 
     # collect
 
@@ -234,11 +239,13 @@ class Engine:
                 tag = self._step_tag(device, scale)
             groups = collected
         assert device is not None
-        return _Step(groups, device, scale, tag)
+        wide = isinstance(scale, float) and scale < _SMALL_SCALE
+        wide |= any(peers.precision(g.gradients)[0] is torch.float64 for g in groups)
+        return _Step(groups, device, scale, tag, wide)
 
     def _check(self, groups: list[Group]) -> None:
         """Refuse gradients that cannot be clipped together, before any is written."""
-        self._check_disjoint([group.gradients for group in groups])
+        self._check_disjoint([group.gradients for group in groups], self._binding.left_alone())
         for group in groups:
             if group.of.element_limit is not None:
                 group.gradients.require_real()
@@ -249,10 +256,7 @@ class Engine:
         require_reduced(self._binding.bounded())
         if not self._warned:
             self._warned = True
-            warn(
-                "every gradient is None, so nothing was clipped: clip after backward() and "
-                "before zero_grad()"
-            )
+            warn_of_none()
 
     def _prepare_histories(self, device: torch.device) -> None:
         for pattern in self._binding.patterns:
@@ -264,13 +268,11 @@ class Engine:
     # measure
 
     def _measure(self, step: _Step, peers: Peers) -> list[Found]:
-        """Read all gradients; clamp them on the way where no host can wait for a verdict."""
+        """Read all gradients; clamp them on the way where the host waits for no verdict."""
         found: list[Found] = []
         with peers.guarding():
             for group in step.groups:
-                clamped = None
-                if self._clamping.goes_first(step.device):
-                    clamped = self._clamping.clamp(group, step.scale, step.device, before=True)
+                clamped = self._clamping.read(group, step.scale, step.device)
                 each = read(group, self._backends, step.device, clamped)
                 if not peers.is_single:
                     each = self._clamping.foresee(group, each, step.scale, step.device)
@@ -386,8 +388,8 @@ class Engine:
         norms_S: Tensor,
         *,
         defer: bool,
-    ) -> ClipResult:
-        """Scale or clamp the gradients of a pattern, and say what was done."""
+    ) -> tuple[ClipResult, list[Write]]:
+        """Say what is done to the gradients of a pattern, and prepare to do it."""
         group, decision = step.groups[number], decided.decisions[number]
         pattern, committed, unwanted = group.of, decided.committed, decided.unwanted
         dtype, guard = self._binding.peers.precision(group.gradients)
@@ -400,20 +402,24 @@ class Engine:
             unwanted if pattern.writes else False,
             guard=guard,
             skipped_coefficient=0.0 if zeroes and pattern.writes else 1.0,
+            reduced=partial(found.norm.reduced, step.scale) if step.wide else None,
         )
         thresholds, clamped, left_S = decision.thresholds, None, None
+        writes: list[Write] = []
         if pattern.element_limit is not None:
             thresholds = pattern.element_limit
-            clamped, left_S = self._clamping.finish(
+            finish = self._clamping.finish(
                 group, found, norms_S, step.scale, bounded=committed, unwanted=unwanted
             )
+            clamped, left_S, writes = finish.changed, finish.left_S, finish.writes
         deferred = defer and self._can_defer(pattern, coefficients, dtype)
         if pattern.writes and not deferred:
-            scale_gradients(self._backends, group.gradients, coefficients, group.rows)
+            writes += scaling(self._backends, group.gradients, coefficients, group.rows)
+            left_S = coefficients.left_S if left_S is None else left_S
         withheld: Flag = False
         if pattern.writes:
             withheld = negated(decided.made) if self._skips else unwanted
-        return ClipResult(
+        result = ClipResult(
             measured_S=norms_S,
             thresholds=thresholds,
             coefficients=coefficients,
@@ -428,6 +434,7 @@ class Engine:
             deferred=deferred,
             by_policy=all_of([committed, unwanted]),
         )
+        return result, writes
 
     def _can_defer(self, pattern: Pattern, coefficients: Coefficients, dtype: torch.dtype) -> bool:
         """Return whether an optimizer's scale, in float32, can have the one coefficient in it."""

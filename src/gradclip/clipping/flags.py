@@ -9,7 +9,7 @@ from torch import Tensor
 Flag: TypeAlias = bool | Tensor
 """A bool on the CPU, where reading is free; a 0-d bool tensor on an accelerator."""
 
-_FALSE_AND_TRUE = torch.tensor(False), torch.tensor(True)
+_FALSE_AND_TRUE = torch.tensor(False, device="cpu"), torch.tensor(True, device="cpu")
 
 
 def host_waits_for(device: torch.device) -> bool:

@@ -1,6 +1,7 @@
 """Drop-ins for ``torch.nn.utils``: same names, same arguments in the same order."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING, cast
 
@@ -8,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.apply.coefficients import Coefficients
-from gradclip.clipping.apply.scaling import scale
+from gradclip.clipping.apply.scaling import scaling
 from gradclip.clipping.arguments import Nonfinite, Options
-from gradclip.clipping.collect.gradients import collect
+from gradclip.clipping.collect.gradients import collect, warn_of_none
 from gradclip.clipping.collect.overlap import DisjointCheck
 from gradclip.clipping.collect.parameters import ParameterGroup, Parameters
 from gradclip.clipping.collect.shards import reduced, whole
@@ -22,8 +23,9 @@ from gradclip.clipping.collect.sources import (
 )
 from gradclip.clipping.engine import Engine
 from gradclip.clipping.flags import as_known
-from gradclip.clipping.kernels import SpecsCache, choose
+from gradclip.clipping.kernels import SpecsCache, carry_out, choose
 from gradclip.clipping.kernels.device import result_device_of, untraced
+from gradclip.clipping.measure.norm import reduced as reduced_norms
 from gradclip.clipping.policies import Decision, NormClip, ObserveClip, Policy, ValueClip
 from gradclip.clipping.result import ClipResult
 from gradclip.clipping.step.ownership import Guest
@@ -205,6 +207,8 @@ def clip_grads_with_norm_(
     group = Parameters(as_source(parameters), None).groups()["*"]
     # What ranks hold summands of may be scaled as well: so is its sum.
     gradients = collect(group, _KNOWN, placed=False)
+    if not gradients.tensors and group.parameters:
+        warn_of_none()
     DisjointCheck()([gradients])
     norm_S = _as_norm(total_norm, result_device_of(gradients.devices))
     backends = choose("auto")
@@ -216,8 +220,9 @@ def clip_grads_with_norm_(
         unwanted=False,
         guard=gradients.guard,
         skipped_coefficient=1.0,
+        reduced=partial(reduced_norms, norm_S) if gradients.dtype is torch.float64 else None,
     )
-    scale(backends, gradients, coefficients)
+    carry_out(scaling(backends, gradients, coefficients))
     _GUEST.mark([(gradients.tensors, NormClip(max_norm=ceiling))])
 
 

@@ -18,6 +18,7 @@ from torch.utils import backend_registration
 
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
 from gradclip.clipping import Policy
+from gradclip.clipping.collect import gradients as collected
 from gradclip.clipping.collect import overlap
 from gradclip.clipping.kernels import device
 from gradclip.clipping.kernels.tables import Table
@@ -106,8 +107,10 @@ def main():
     Table.on = lambda self, device: torch.zeros(
         self._values.shape, dtype=self._values.dtype, device=device
     )
+    # Fake tensors are refused; these stand for those of a device.
+    collected._intercepts = lambda tensor: False
     # Addresses are asked for, and there are none; what is read late, on purpose, is nothing.
-    overlap.DisjointCheck.__call__ = lambda self, gradients: None
+    overlap.DisjointCheck.__call__ = lambda self, *gradients: None
     device.HostCopy = lambda values: None
     # A group whose ranks say nothing, and which is where the gradients are.
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)

@@ -356,13 +356,31 @@ def test_parameters_of_equal_value_are_still_different_parameters():
     assert oracle.norm([other.grad]) <= 0.5
 
 
-def test_gradients_in_the_place_of_parameters_are_noticed():
-    """They have no ``.grad``: a silent 0. transformers PR#46113."""
+@pytest.mark.parametrize(
+    "clip_gradients",
+    [
+        lambda grads: clip_grad_norm_(grads, 1.0),
+        lambda grads: clip_grad_value_(grads, 1.0),
+        lambda grads: clip_grads_with_norm_(grads, 1.0, 5.0),
+        lambda grads: GradientClipper(grads, 1.0).clip(),
+    ],
+)
+def test_gradients_in_the_place_of_parameters_are_noticed(clip_gradients):
+    """They have no ``.grad``: a silent 0, and nothing was clipped. transformers PR#46113."""
+    grads = [torch.tensor([3.0, 4.0])]
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        clip_grad_norm_([torch.tensor([3.0, 4.0])], 1.0)
+        clip_gradients(grads)
     assert len(heard) == 1
-    assert "grad" in str(heard[0].message)
+    assert "pass the parameters, not their gradients" in str(heard[0].message)
+    assert heard[0].filename == __file__
+    assert grads[0].tolist() == [3.0, 4.0]
+
+
+def test_a_known_norm_and_no_parameters_at_all():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clip_grads_with_norm_([], 1.0, 5.0)
 
 
 def test_an_optimizer_that_steps_in_backward_is_noticed():
@@ -374,6 +392,32 @@ def test_an_optimizer_that_steps_in_backward_is_noticed():
     model(torch.ones(3)).sum().backward()
     with pytest.warns(UserWarning, match="grad"):
         assert float(clipper.clip().norm_pre) == 0.0
+
+
+def test_lbfgs_clips_in_its_closure():
+    """Its line search magnifies small errors: by torch's function it ended 0.011 off."""
+
+    def run(clip):
+        weight = torch.nn.Parameter(torch.linspace(-2, 3, 6, dtype=torch.float64))
+        optimizer = torch.optim.LBFGS([weight], lr=0.1, max_iter=4)
+        curvature = torch.tensor([1.0, 2, 5, 3, 0.5, 4], dtype=torch.float64)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (curvature * (weight - 1) ** 2).sum()
+            loss.backward()
+            clip(weight)
+            return loss
+
+        for _ in range(5):
+            optimizer.step(closure)
+        return weight.detach()
+
+    def exactly(weight):
+        weight.grad *= min(1.0, 1.0 / float(torch.linalg.vector_norm(weight.grad)))
+
+    ours = run(lambda weight: clip_grad_norm_([weight], 1.0))
+    assert float((ours - run(exactly)).abs().max()) <= 1e-9
 
 
 def test_norms_before_and_after_are_both_there():

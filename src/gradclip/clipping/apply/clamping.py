@@ -1,17 +1,16 @@
-"""Clipping by value: whether elements are clamped before the verdict or after it, and the rest."""
+"""Clipping by value: when elements are clamped, and what that leaves."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
 from torch import Tensor
 
 from gradclip.clipping import flags
+from gradclip.clipping.apply.scaling import adopted
 from gradclip.clipping.arguments import Nonfinite
-from gradclip.clipping.flags import Flag, as_known
-from gradclip.clipping.kernels import Backends, Batch, Clamped
-from gradclip.clipping.kernels.blocks import representable, rows_of
+from gradclip.clipping.flags import Flag, as_flag, as_known
+from gradclip.clipping.kernels import Backends, Clamped, Write
 from gradclip.clipping.measure.group import Found, Group
 from gradclip.clipping.measure.norm import Sums, by_scope, in_order, read, read_again
 from gradclip.clipping.measure.scopes import OneScope
@@ -21,8 +20,27 @@ _ROUNDED = 1 + 2.0**-20
 """More than what a norm can be too small by."""
 
 
+@dataclass(frozen=True, eq=False)
+class Finish:
+    """How clamping a pattern ends.
+
+    Args:
+        changed: Whether it changes anything.
+        left_S: The norms of what is left, (S,).
+        writes: What clamps, unless that was done.
+    """
+
+    changed: Flag
+    left_S: Tensor
+    writes: list[Write]
+
+
 class Clamping:
     """Clamps the patterns whose policy limits each element.
+
+    On the CPU gradients are measured first. What clamping leaves is found where the norm says that
+    an element may exceed the limit, and written at the end. An accelerator reads gradients once,
+    and sums what is there and what is left together.
 
     Args:
         backends: The choice of backend.
@@ -36,42 +54,37 @@ class Clamping:
         self._raises = nonfinite == "raise"
         self._together = together and nonfinite == "propagate"
 
-    def goes_first(self, device: torch.device) -> bool:
-        """Return whether patterns are clamped and measured in one pass, before the verdict.
+    def _goes_first(self, device: torch.device) -> bool:
+        """Return whether patterns are clamped as they are measured, before the verdict.
 
         So it is where the host would have to wait for a verdict; what is skipped is zeroed then.
         """
         return flags.host_waits_for(device) and not self._raises and not self._together
 
-    def clamp(
-        self,
-        group: Group,
-        scale: float | Tensor | None,
-        device: torch.device,
-        *,
-        only_if: Flag | None = None,
-        before: bool = False,
+    def read(
+        self, group: Group, scale: float | Tensor | None, device: torch.device
     ) -> Clamped | None:
-        """Clamp a pattern whose policy limits elements; None for any other.
+        """Read gradients for their norm and for what clamping leaves, where one pass does both.
 
         Args:
             group: The pattern.
             scale: What its gradients are still multiplied by.
             device: That of the results.
-            only_if: A verdict on which it depends, where that is a tensor.
-            before: Whether to sum squares of what was there.
         """
-        limit = _limit(group, scale)
-        if limit is None or not group.gradients.tensors:
+        limit, gradients = _limit(group, scale), group.gradients
+        if limit is None or not any(map(flags.host_waits_for, gradients.devices)):
             return None
-        if isinstance(only_if, Tensor):
-            unlimited = torch.full((), inf, dtype=torch.float64, device=device)
-            limit = torch.where(only_if, limit, unlimited)
-        batch = group.gradients.measured(_EUCLIDEAN)
-        clamped = _clamp_everywhere(self._backends, batch, limit, device, before=before)
-        if group.gradients.has_sparse and int(clamped.changed):
-            group.gradients.adopt_coalesced()
-        return clamped
+        at_once = self._goes_first(device)
+        found: list[Clamped] = []
+        for part, _ in gradients.written.parts:
+            there = limit.to(part.device) if isinstance(limit, Tensor) else limit
+            found.append(self._backends.on(part.device).clamp_(part, there, at_once))
+        changed = torch.stack([clamped.changed.to(device) for clamped in found]).sum()
+        if at_once and gradients.has_sparse and int(changed):
+            gradients.adopt_coalesced()
+        before_RA = in_order([clamped.before_RA for clamped in found], gradients.written, device)
+        after_RA = in_order([clamped.after_RA for clamped in found], gradients.written, device)
+        return Clamped(before_RA, after_RA, changed)
 
     def foresee(
         self, group: Group, found: Found, scale: float | Tensor | None, device: torch.device
@@ -86,20 +99,12 @@ class Clamping:
         limit = _limit(group, scale)
         if limit is None:
             return found
-        order = found.norm.order
-        batch = group.gradients.measured(order)
-        known: Tensor | None
-        if found.clamped is not None:
-            known = found.clamped.after_RA if order == _EUCLIDEAN else None
-            changed = found.clamped.changed.to(torch.float64)
-        elif not flags.host_waits_for(device) and _is_within(
-            float(limit), self._norm_here(group, found)
-        ):
-            known, changed = found.norm.rows_RA, torch.zeros((), dtype=torch.float64, device=device)
-        else:
-            known, changed = _sums_if_clamped(self._backends, batch, limit, order, device)
-        left = read(self._backends, batch, device, order, group.rows, known)
-        return replace(found, left=left, changed=changed)
+        within = not (found.clamped or flags.host_waits_for(device)) and _is_within(
+            float(limit), by_scope(group.of.order, found.norm.rows_RA, OneScope()).norms()
+        )
+        left, moved, writes = self._left(group, found, limit, device, within=within)
+        changed = as_flag(moved, device).to(torch.float64)
+        return replace(found, left=left, changed=changed, writes=writes)
 
     def finish(
         self,
@@ -110,8 +115,8 @@ class Clamping:
         *,
         bounded: Flag,
         unwanted: Flag,
-    ) -> tuple[Flag, Tensor]:
-        """Clamp a pattern unless that was done.
+    ) -> Finish:
+        """Prepare to clamp a pattern unless that was done.
 
         Args:
             group: The pattern.
@@ -120,55 +125,81 @@ class Clamping:
             scale: What its gradients are still multiplied by.
             bounded: Whether nothing forbids the step.
             unwanted: Whether a policy asks to skip it.
-
-        Returns:
-            Whether anything changed, and the norms of what is left, (S,).
         """
-        device = norms_S.device
-        clamped = found.clamped
+        limit, device, clamped = _limit(group, scale), norms_S.device, found.clamped
         refused = bounded is False and (self._skips or self._together)
-        if (refused or unwanted is True) and clamped is None:
-            return False, norms_S
-        if clamped is None and not self._leaves_alone(group, norms_S, device):
-            only_if = bounded if self._together else None
-            clamped = self.clamp(group, scale, device, only_if=only_if)
-        if found.changed is not None and found.left is not None:
-            changed, left_S = as_known(found.changed > 0), _norms(found.left, scale)
-            if self._together and isinstance(bounded, Tensor):
-                return changed & bounded, torch.where(bounded, left_S, norms_S)
-            return changed, left_S
-        if clamped is None:
-            return False, norms_S
-        changed = as_known(clamped.changed > 0)
-        if changed is False:
-            return changed, norms_S
-        return changed, self._left(group, found, clamped, scale, device)
+        done = clamped is not None and self._goes_first(device)
+        if limit is None or ((refused or unwanted is True) and not done):
+            return Finish(False, norms_S, [])
+        if found.left is not None and found.changed is not None:
+            left, changed, writes = found.left, as_known(found.changed > 0), found.writes
+        elif clamped is None and self._leaves_alone(group, norms_S):
+            return Finish(False, norms_S, [])
+        else:
+            left, changed, writes = self._left(group, found, limit, device, within=False)
+        left_S = left.norms(scale)
+        if self._together and isinstance(bounded, Tensor):
+            unlimited = torch.full((), inf, dtype=torch.float64, device=device)
+            limit = torch.where(bounded, limit, unlimited)
+            changed, left_S = changed & bounded, torch.where(bounded, left_S, norms_S)
+        if clamped is not None and not done:
+            idle = group.gradients.has_sparse and not int(clamped.changed)
+            writes = [] if idle else self._writes(group, limit)
+        return Finish(changed, norms_S if changed is False else left_S, list(writes))
 
     def _left(
         self,
         group: Group,
         found: Found,
-        clamped: Clamped,
-        scale: float | Tensor | None,
+        limit: float | Tensor,
         device: torch.device,
-    ) -> Tensor:
-        """Return the norms of what clamping left, (S,)."""
-        order = found.norm.order
-        batch = group.gradients.measured(order)
-        sums_RA = clamped.after_RA if order == _EUCLIDEAN else None
-        left = read(self._backends, batch, device, order, group.rows, sums_RA)
+        *,
+        within: bool,
+    ) -> tuple[Sums, Flag, list[Write]]:
+        """Find out what clamping leaves.
+
+        Args:
+            group: The pattern.
+            found: What was found in it.
+            limit: That of its elements as they are.
+            device: That of the results.
+            within: Whether it is known that no element exceeds it.
+
+        Returns:
+            The norm of what is left, whether an element changes, and what clamps on the CPU.
+        """
+        order, clamped = found.norm.order, found.clamped
+        writes: list[Write] = []
+        known: Tensor | None
+        changed: Flag
+        if clamped is not None:
+            known = clamped.after_RA if order == _EUCLIDEAN else None
+            changed = as_known(clamped.changed > 0)
+        else:
+            writes = [] if within else self._writes(group, limit)
+            known = None if writes else found.norm.rows_RA
+            changed = bool(writes)
+        batch = group.gradients.measured(order).limited(limit)
+        left = read(self._backends, batch, device, order, group.rows, known)
         left, _ = read_again(self._backends, batch, left, group.rows)
-        return _norms(left, scale)
+        return left, changed, writes
+
+    def _writes(self, group: Group, limit: float | Tensor) -> list[Write]:
+        """Prepare to clamp a pattern wherever it is."""
+        writes = []
+        for part, _ in group.gradients.written.parts:
+            there = limit.to(part.device) if isinstance(limit, Tensor) else limit
+            writes += self._backends.on(part.device).clamping(part, there)
+        return adopted(group.gradients, writes)
 
     @staticmethod
-    def _norm_here(group: Group, found: Found) -> Tensor:
-        """Return the norm of the gradients that are on this rank, (1,): p is 1 or 2 on ranks."""
-        return by_scope(group.of.order, found.norm.rows_RA, OneScope()).norms()
-
-    @staticmethod
-    def _leaves_alone(group: Group, norms_S: Tensor, device: torch.device) -> bool:
+    def _leaves_alone(group: Group, norms_S: Tensor) -> bool:
+        """Return whether it is plain to see that no element exceeds the limit."""
+        if not group.gradients.tensors:
+            return True
         limit = group.of.element_limit
-        return limit is not None and not flags.host_waits_for(device) and _is_within(limit, norms_S)
+        known = limit is not None and not flags.host_waits_for(norms_S.device)
+        return known and limit is not None and _is_within(limit, norms_S)
 
 
 def _limit(group: Group, scale: float | Tensor | None) -> float | Tensor | None:
@@ -179,91 +210,6 @@ def _limit(group: Group, scale: float | Tensor | None) -> float | Tensor | None:
     return limit if scale is None else limit * scale
 
 
-def _norms(sums: Sums, scale: float | Tensor | None) -> Tensor:
-    norms_S = sums.norms()
-    return norms_S if scale is None else norms_S / scale
-
-
 def _is_within(limit: float, norms_S: Tensor) -> bool:
     """Return whether norms show that no element exceeds a limit: none is larger than a norm."""
     return all(norm * _ROUNDED <= limit for norm in norms_S.tolist())
-
-
-def _clamp_everywhere(
-    backends: Backends, batch: Batch, limit: float | Tensor, device: torch.device, *, before: bool
-) -> Clamped:
-    """Clamp every element to [-limit, limit], wherever it is.
-
-    Args:
-        backends: The choice of backend.
-        batch: Real tensors, of any devices, dtypes and shapes.
-        limit: A number, or 0-d float64.
-        device: That of the results.
-        before: Whether the squares of what was there are summed on the way.
-    """
-    found: list[Clamped] = []
-    for part, _ in batch.parts:
-        there = limit.to(part.device) if isinstance(limit, Tensor) else limit
-        found.append(backends.on(part.device).clamp_(part, there, before))
-    changed = [clamped.changed.to(device) for clamped in found]
-    return Clamped(
-        in_order([clamped.before_RA for clamped in found], batch, device),
-        in_order([clamped.after_RA for clamped in found], batch, device),
-        changed[0] if len(changed) == 1 else torch.stack(changed).sum(),
-    )
-
-
-def _sums_if_clamped(
-    backends: Backends, batch: Batch, limit: float | Tensor, p: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return what clamping would leave, and how many elements it would change; writes nothing.
-
-    Args:
-        backends: The choice of backend.
-        batch: Real tensors, of any devices, dtypes and shapes.
-        limit: A number, or 0-d float64.
-        p: 1 or 2.
-        device: That of the results.
-
-    Returns:
-        The sums of powers of each row, (R, A), and a count: 0-d float64. Copies are made of at most
-        2^21 elements at a time, or of one row.
-    """
-    found: list[Tensor] = []
-    changed = torch.zeros((), dtype=torch.float64, device=device)
-    for part, _ in batch.parts:
-        top = representable(limit, part.dtype)
-        if isinstance(top, Tensor):
-            top = top.to(part.device)
-        rows = [
-            row
-            for tensor, n in zip(part.tensors, part.specs.rows, strict=True)
-            for row in rows_of(tensor, n)
-        ]
-        sums: list[Tensor] = []
-        for some in _in_turns(rows):
-            clamped = [row.clamp(-top, top) for row in some]  # type: ignore[arg-type]
-            differ = [(row.abs() > top).sum() for row in some]
-            changed = changed + torch.stack(differ).sum().to(device)
-            sums.append(backends.on(part.device).power_sums(Batch.of(clamped), p))
-        found.append(torch.cat(sums))
-    table = in_order(found, batch, device, p)
-    return torch.zeros(
-        0, 1, dtype=torch.float64, device=device
-    ) if table is None else table, changed
-
-
-_COPIED = 1 << 21
-
-
-def _in_turns(rows: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    turn: list[Tensor] = []
-    size = 0
-    for row in rows:
-        if turn and size + row.numel() > _COPIED:
-            yield turn
-            turn, size = [], 0
-        turn.append(row)
-        size += row.numel()
-    if turn:
-        yield turn

@@ -4,17 +4,17 @@ from torch import Tensor
 
 from gradclip.clipping.apply.coefficients import Coefficients
 from gradclip.clipping.collect.gradients import Gradients
-from gradclip.clipping.kernels import Backends
+from gradclip.clipping.kernels import Backends, Write
 from gradclip.clipping.measure.scopes import RowMap
 
 
-def scale(
+def scaling(
     backends: Backends,
     gradients: Gradients,
     coefficients: Coefficients,
     rows: RowMap | None = None,
-) -> None:
-    """Multiply gradients in place.
+) -> list[Write]:
+    """Prepare to multiply gradients in place.
 
     Args:
         backends: The choice of backend.
@@ -23,17 +23,29 @@ def scale(
         rows: Which scope each row has; None where all rows are one scope.
     """
     if not gradients.tensors:
-        return
+        return []
+    writes: list[Write] = []
     for factor in coefficients.factors():
-        if gradients.has_sparse:
-            gradients.adopt_coalesced()
         if rows is not None and isinstance(factor, Tensor):
             factor = rows.spread(factor)  # noqa: PLW2901
         for part, numbers in gradients.written.parts:
             kernels = backends.on(part.device)
             if not isinstance(factor, Tensor):
-                kernels.scale_(part, factor)
+                writes += kernels.scaling(part, factor)
             elif numbers is None or len(factor) == 1:
-                kernels.scale_(part, factor.to(part.device))
+                writes += kernels.scaling(part, factor.to(part.device))
             else:
-                kernels.scale_(part, factor[numbers.on(factor.device)].to(part.device))
+                writes += kernels.scaling(part, factor[numbers.on(factor.device)].to(part.device))
+    return adopted(gradients, writes)
+
+
+def adopted(gradients: Gradients, writes: list[Write]) -> list[Write]:
+    """Let parameters adopt their coalesced gradients first, if those are what is written."""
+    if not (writes and gradients.has_sparse):
+        return writes
+    return [Write(_adopt, ([gradients],)), *writes]
+
+
+def _adopt(every: list[Gradients]) -> None:
+    for gradients in every:
+        gradients.adopt_coalesced()

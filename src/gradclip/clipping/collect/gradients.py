@@ -12,7 +12,7 @@ from torch import Tensor
 from gradclip.clipping.collect.parameters import ParameterGroup
 from gradclip.clipping.collect.shards import local_part
 from gradclip.clipping.kernels.tensor_specs import Batch, SpecsCache, TensorSpecs
-from gradclip.errors import UnsupportedGradientError
+from gradclip.errors import UnsupportedGradientError, warn
 
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 COMPLEX = frozenset({torch.complex64, torch.complex128})
@@ -59,23 +59,30 @@ class Gradients:
         return self._kinds.devices
 
     @property
-    def written(self) -> Batch:
-        """Real views that share the gradients' memory: scaling them scales the gradients."""
+    def stored(self) -> Batch:
+        """Real views of the memory that the gradients have now."""
         if self._plain is not None:
             return self._plain
         return self._batch([_parts(_values(tensor)) for tensor in self.tensors])
 
+    @property
+    def written(self) -> Batch:
+        """Real views of what the parameters have after ``adopt_coalesced``.
+
+        Scaling them scales the gradients, and their 2-norm is that of the gradients.
+        """
+        return self._by_parts if self._plain is None else self._plain
+
     def measured(self, norm_type: float) -> Batch:
-        """Real tensors that have the gradients' p-norm.
+        """Tensors that have the gradients' p-norm.
 
         Args:
-            norm_type: Complex numbers count by modulus, which for p = 2 needs no new tensor.
+            norm_type: For p = 2 complex numbers count as pairs of reals. For any other they stay
+                complex, since they count by modulus.
         """
-        if self._plain is not None:
-            return self._plain
-        if norm_type == 2:  # noqa: PLR2004 - the Euclidean norm
-            return self._measured_by_parts
-        return self._batch([_modulus(_values(tensor)) for tensor in self._coalesced])
+        if self._plain is not None or norm_type == 2:  # noqa: PLR2004 - the Euclidean norm
+            return self.written
+        return self._batch([_resolved(_values(tensor)) for tensor in self._coalesced])
 
     @property
     def has_complex(self) -> bool:
@@ -103,7 +110,7 @@ class Gradients:
         return self._plain is None and any(tensor.is_sparse for tensor in self.tensors)
 
     def adopt_coalesced(self) -> None:
-        """Give the parameters their coalesced gradients, whose values ``measured`` shares.
+        """Give the parameters their coalesced gradients, whose values ``written`` has.
 
         Entries of one place are rounded together then, and not each at its own size.
         """
@@ -119,7 +126,7 @@ class Gradients:
         return [t.coalesce() if t.layout is torch.sparse_coo else t for t in self.tensors]
 
     @cached_property
-    def _measured_by_parts(self) -> Batch:
+    def _by_parts(self) -> Batch:
         return self._batch([_parts(_values(tensor)) for tensor in self._coalesced])
 
     def _batch(self, tensors: list[Tensor]) -> Batch:
@@ -216,13 +223,50 @@ def wait_for(tensor: Tensor) -> Tensor:
     return done
 
 
+def left_alone(group: ParameterGroup, known: SpecsCache) -> Gradients:
+    """Return the gradients of parameters that no policy bounds, as far as they have memory.
+
+    Args:
+        group: The parameters.
+        known: Recognises tensors like those of earlier calls.
+    """
+    found = group.source.gradients(group.parameters)
+    local = [None if each is None else wait_for(local_part(each)) for each in found]
+    there = [each is not None and _has_memory(each) for each in local]
+    tensors = [
+        each for each, chosen in zip(local, there, strict=True) if each is not None and chosen
+    ]
+    return Gradients(group, there, tensors, known, None, known.batch(tensors).specs)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    plain = tensor.layout is torch.strided and not tensor.is_meta
+    return plain and not _intercepts(tensor)
+
+
+def _intercepts(tensor: Tensor) -> bool:
+    """Return whether the type of a tensor runs operations by itself, as wrappers and fakes do."""
+    return type(tensor) is not Tensor and (
+        type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    )
+
+
+def warn_of_none() -> None:
+    """Warn that there is nothing to clip, though there are parameters."""
+    warn(
+        "every gradient is None, so nothing was clipped: clip after backward() and before "
+        "zero_grad(), and pass the parameters, not their gradients"
+    )
+
+
 def _check_supported(name: str, gradient: Tensor, *, by_unit: bool) -> None:
     """Refuse a gradient that has no norm, or whose norm is not on this process.
 
     Raises:
         UnsupportedGradientError: GC020, naming it.
     """
-    if gradient.dtype in _SUPPORTED and type(gradient) is Tensor and gradient.layout in _LAYOUTS:
+    plain = not _intercepts(gradient) and gradient.layout in _LAYOUTS
+    if gradient.dtype in _SUPPORTED and plain:
         if gradient.is_meta:
             reason = "device meta: it has no values"
         elif gradient.is_inference() and not torch.is_inference_mode_enabled():
@@ -235,6 +279,9 @@ def _check_supported(name: str, gradient: Tensor, *, by_unit: bool) -> None:
         reason = f"dtype {gradient.dtype}: its norm is not defined, or does not survive scaling"
     elif hasattr(gradient, "_local_tensor"):
         reason = "a DTensor, of a parameter that is none"
+    elif _intercepts(gradient):
+        kind = type(gradient).__name__
+        reason = f"a {kind}: its memory, if it has any, is not that of a dense gradient"
     elif gradient.layout not in _LAYOUTS:
         reason = f"layout {gradient.layout}: expected strided or sparse"
     else:
@@ -257,11 +304,14 @@ def _values(gradient: Tensor) -> Tensor:
 
 def _parts(values: Tensor) -> Tensor:
     """View complex numbers as pairs of reals, without pending signs: no limit depends on them."""
-    if values.is_complex():
-        values = torch.view_as_real(values.conj() if values.is_conj() else values)
+    values = _resolved(values)
+    return _unsigned(torch.view_as_real(values)) if values.is_complex() else values
+
+
+def _resolved(values: Tensor) -> Tensor:
+    """View numbers without a pending conjugation or sign: no modulus depends on them."""
+    return _unsigned(values.conj() if values.is_conj() else values)
+
+
+def _unsigned(values: Tensor) -> Tensor:
     return torch._neg_view(values) if values.is_neg() else values  # noqa: SLF001 - the only way to undo it in place
-
-
-def _modulus(values: Tensor) -> Tensor:
-    """Take moduli in float64: finite parts of complex64 can have one beyond float32."""
-    return values.to(torch.complex128).abs() if values.is_complex() else values

@@ -1,7 +1,8 @@
 """Gradients that share bytes: found before anything is written, and refused."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, compress
 from operator import add, le
 
@@ -27,18 +28,26 @@ class DisjointCheck:
         """Copy and pickle as one that has seen nothing: copies of gradients lie elsewhere."""
         return DisjointCheck, ()
 
-    def __call__(self, gradients: Sequence[Gradients]) -> None:
+    def __call__(
+        self, gradients: Sequence[Gradients], left_alone: Sequence[Gradients] = ()
+    ) -> None:
         """Look at the gradients of all groups together.
+
+        Args:
+            gradients: Those that a policy bounds.
+            left_alone: Those that none does: scaling another one must not scale them. What they
+                share among themselves does not matter.
 
         Raises:
             OverlappingGradientsError: GC021, naming the first two.
         """
-        batches = [group.written for group in gradients]
+        batches = [group.stored for group in (*gradients, *left_alone)]
         seen = [(batch.specs, batch.addresses) for batch in batches]
         if seen == self._passed:  # the same specs, and equal addresses
             return
         if not _lie_apart(batches):
-            _check_extents(batches, _names(gradients))
+            count = sum(len(group.tensors) for group in gradients)
+            _check_extents(batches, _names((*gradients, *left_alone)), count)
         self._passed = seen
 
 
@@ -73,21 +82,58 @@ class _Bytes:
             shape.numel() * dtype.itemsize
             for shape, dtype in zip(specs.shapes, specs.dtypes, strict=True)
         ]
-        self.taken = torch.tensor([length for length in self.lengths if length], dtype=torch.int64)
+        self.taken = torch.tensor(
+            [length for length in self.lengths if length], dtype=torch.int64, device="cpu"
+        )
 
 
-def _check_extents(batches: Sequence[Batch], names: list[str]) -> None:
-    """Look at the very bytes wherever two extents overlap."""
+@dataclass(frozen=True)
+class _Extent:
+    """Where a tensor lies: from its first byte to behind its last."""
+
+    start: int
+    end: int
+    number: int
+    tensor: Tensor
+
+
+def _check_extents(batches: Sequence[Batch], names: list[str], bounded: int) -> None:
+    """Look at the very bytes wherever two extents overlap.
+
+    Args:
+        batches: All gradients.
+        names: Of each.
+        bounded: How many, from the first on, a policy bounds.
+    """
     tensors = [tensor for batch in batches for tensor in batch.tensors]
-    for name, tensor in zip(names, tensors, strict=True):
+    for name, tensor in zip(names, tensors[:bounded], strict=False):
         if not tensor.is_contiguous() and _overlaps_itself(tensor):
-            raise _overlap(name, "itself (an expanded tensor, or such strides)")
-    extents = sorted((t.data_ptr(), _span(t), i) for i, t in enumerate(tensors) if t.numel())
-    _check_interleaved(extents, names, tensors)
+            raise _overlap(
+                f"the gradient of {name} shares memory with itself (an expanded tensor, or such "
+                "strides), so scaling it once would scale some elements twice"
+            )
+    extents = sorted(
+        (_extent(number, tensor) for number, tensor in enumerate(tensors) if tensor.numel()),
+        key=lambda extent: (extent.start, extent.end),
+    )
+    run: list[_Extent] = []
+    end = 0
+    for extent in extents:
+        if extent.start >= end:
+            _check_run(run, names, bounded)
+            run = []
+        run.append(extent)
+        end = max(end, extent.end)
+    _check_run(run, names, bounded)
 
 
 def _names(gradients: Sequence[Gradients]) -> list[str]:
     return [name for group in gradients for name in group.names]
+
+
+def _extent(number: int, tensor: Tensor) -> _Extent:
+    start = tensor.data_ptr()
+    return _Extent(start, start + _span(tensor), number, tensor)
 
 
 def _span(tensor: Tensor) -> int:
@@ -98,31 +144,86 @@ def _span(tensor: Tensor) -> int:
     return elements * tensor.element_size()
 
 
-def _check_interleaved(
-    extents: list[tuple[int, int, int]], names: list[str], tensors: list[Tensor]
-) -> None:
-    """Look at the very bytes of each run of gradients whose extents overlap."""
-    run: list[tuple[int, int, int]] = []
-    for extent in [*extents, (1 << 63, 0, -1)]:
-        if run and extent[0] >= max(start + length for start, length, _ in run):
-            if len(run) > 1:
-                _check_bytes(run, names, tensors)
-            run = []
-        run.append(extent)
+_WINDOW = 1 << 18
+"""Bytes that are looked at at a time: a number of 32 bits is kept for each."""
 
 
-def _check_bytes(run: list[tuple[int, int, int]], names: list[str], tensors: list[Tensor]) -> None:
-    base, end = run[0][0], max(start + length for start, length, _ in run)
-    owner = torch.full((end - base,), -1, dtype=torch.int32)
-    for start, _, index in run:
-        tensor = tensors[index]
+def _check_run(run: list[_Extent], names: list[str], bounded: int) -> None:
+    """Look at the very bytes of gradients whose extents overlap, window by window."""
+    if len(run) < 2 or all(extent.number >= bounded for extent in run):  # noqa: PLR2004 - a pair
+        return
+    # Those that are left alone come last, and leave no trace for each other.
+    slices = [
+        _Slices(extent.number, part)
+        for extent in sorted(run, key=lambda extent: extent.number >= bounded)
+        for part in _in_small_slices(extent.tensor)
+    ]
+    reach = max(each.length for each in slices)
+    owner = torch.empty(_WINDOW + 2 * reach, dtype=torch.int32, device="cpu")
+    for start in range(run[0].start, max(extent.end for extent in run), _WINDOW):
+        owner.fill_(-1)
+        for each in slices:
+            place = each.place_in(owner, start, start + _WINDOW, reach)
+            if place is None:
+                continue
+            taken = int(place.max())
+            if taken >= 0:
+                raise _overlap(
+                    f"the gradient of {names[each.number]} shares memory with {names[taken]}, so "
+                    "what scales one of them scales the other too"
+                )
+            if each.number < bounded:
+                place.fill_(each.number)
+
+
+def _in_small_slices(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield views of a tensor whose first dimension has the largest stride, and small slices."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0:  # the same bytes again
+            tensor = tensor.narrow(dim, 0, 1)
+    strides = tensor.stride()
+    ordered = tensor.permute(sorted(range(tensor.dim()), key=lambda d: -strides[d]))
+    if ordered.dim() and _span(ordered[0]) > _WINDOW:
+        for part in ordered.unbind():
+            yield from _in_small_slices(part)
+    else:
+        yield ordered
+
+
+class _Slices:
+    """The slices of a tensor in its first dimension.
+
+    Args:
+        number: Which gradient it is of.
+        tensor: At least one element.
+    """
+
+    def __init__(self, number: int, tensor: Tensor) -> None:
+        if not tensor.dim():
+            tensor = tensor.unsqueeze(0)
+        self.number = number
+        self.length = _span(tensor[0])
+        self._count, self._start = tensor.shape[0], tensor.data_ptr()
         size = tensor.element_size()
-        strides = [stride * size for stride in tensor.stride()]
-        place = owner.as_strided((*tensor.shape, size), (*strides, 1), start - base)
-        taken = int(place.max())
-        if taken >= 0:
-            raise _overlap(names[index], names[taken])
-        place.fill_(index)
+        self._step = max(tensor.stride(0) * size, 1)
+        self._sizes = (*tensor.shape[1:], size)
+        self._strides = (*(stride * size for stride in tensor.stride()), 1)
+
+    def place_in(self, owner: Tensor, start: int, end: int, reach: int) -> Tensor | None:
+        """Return the numbers of the bytes of those slices that have one in a window.
+
+        Args:
+            owner: A number for each byte from ``start - reach`` on.
+            start: The first byte of the window.
+            end: Behind its last.
+            reach: Bytes of the longest slice.
+        """
+        first = max(0, (start - self.length - self._start) // self._step + 1)
+        last = min(self._count, (end - 1 - self._start) // self._step + 1)
+        if first >= last:
+            return None
+        offset = self._start + first * self._step - start + reach
+        return owner.as_strided((last - first, *self._sizes), self._strides, offset)
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
@@ -137,13 +238,10 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 
 def _has_shared_bytes(tensor: Tensor) -> bool:
-    taken = torch.zeros(_span(tensor) // tensor.element_size(), dtype=torch.bool)
+    taken = torch.zeros(_span(tensor) // tensor.element_size(), dtype=torch.bool, device="cpu")
     taken.as_strided(tensor.shape, tensor.stride()).fill_(True)
     return int(taken.sum()) < tensor.numel()
 
 
-def _overlap(name: str, other: str) -> OverlappingGradientsError:
-    return OverlappingGradientsError(
-        f"the gradient of {name} shares memory with {other}, so scaling each gradient once would "
-        "scale some elements twice. Clone one of them. No gradient was changed."
-    )
+def _overlap(fact: str) -> OverlappingGradientsError:
+    return OverlappingGradientsError(f"{fact}. Clone one of them. No gradient was changed.")

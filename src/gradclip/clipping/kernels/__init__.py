@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol, TypeAlias, cast
@@ -19,9 +19,20 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.kernels.tensor_specs import Batch, SpecsCache, TensorSpecs
+from gradclip.clipping.kernels.writes import Write, carry_out, run_each
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, GradClipError
 
-__all__ = ["Backends", "Batch", "Clamped", "Kernels", "SpecsCache", "TensorSpecs", "choose"]
+__all__ = [
+    "Backends",
+    "Batch",
+    "Clamped",
+    "Kernels",
+    "SpecsCache",
+    "TensorSpecs",
+    "Write",
+    "carry_out",
+    "choose",
+]
 
 Scalar: TypeAlias = float | Tensor
 
@@ -31,18 +42,22 @@ class Clamped:
     """What clamping found.
 
     Args:
-        before_RA: ``power_sums`` for p = 2 of what was there; None if that was not asked for.
-        after_RA: The same of what is left; None if nothing changed, and before was not asked for.
-        changed: How many elements were changed: 0-d int64.
+        before_RA: ``power_sums`` for p = 2 of what was there.
+        after_RA: The same of what is left.
+        changed: Above 0 just where an element is changed: 0-d int64.
     """
 
-    before_RA: Tensor | None
-    after_RA: Tensor | None
+    before_RA: Tensor
+    after_RA: Tensor
     changed: Tensor
 
 
 class Kernels(Protocol):
-    """One backend: a module with these functions."""
+    """One backend: a module with these functions.
+
+    The first three count elements as if they were clamped to the limit of the batch, if it has one.
+    Complex numbers count by modulus. No temporary is as large as a tensor.
+    """
 
     power_sums: Callable[[Batch, float], Tensor]
     """``(batch, p)`` for p = 1, 2: the sums of ``|x|**p`` of each row, float64 (R, A).
@@ -53,23 +68,31 @@ class Kernels(Protocol):
     """
 
     abs_max: Callable[[Batch], Tensor]
-    """``(batch)``: the largest modulus of each row, float64 (R, 1); NaN if there is one."""
+    """``(batch)``: the largest modulus of each row, float64 (R, A); NaN if there is one.
+
+    A is 1, or for complex128 2: the largest float64 stands for a modulus beyond it, and the second
+    number is the modulus times 2^-600.
+    """
 
     scaled_power_sums: Callable[[Batch, float, Tensor], Tensor]
     """``(batch, p, scale_R)`` for any p: the sums of ``|x / scale|**p``, float64 (R, 1)."""
 
-    scale_: Callable[[Batch, Scalar], None]
-    """``(batch, coefficients)``: multiply in place by float64 coefficients of shape (R,).
+    scaling: Callable[[Batch, Scalar], list[Write]]
+    """``(batch, coefficients)``: prepare to multiply by float64 coefficients of shape (R,).
 
     A shape of (1,), or a number, is one coefficient for all. A coefficient of 1 leaves bits as
     they are, and nothing is written where it is seen in time; 0 sets zeros, whatever was there.
     """
 
-    clamp_: Callable[[Batch, Scalar, bool], Clamped]
-    """``(batch, limit, before)``: clamp in place to [-limit, limit]; a NaN stays.
+    clamping: Callable[[Batch, Scalar], list[Write]]
+    """``(batch, limit)``: prepare to clamp to [-limit, limit]; a NaN stays.
 
-    ``before`` asks for the sums of what was there; where the host waits for nothing, it is
-    cheaper without.
+    On the CPU nothing is prepared where no element exceeds the limit.
+    """
+
+    clamp_: Callable[[Batch, Scalar, bool], Clamped]
+    """``(batch, limit, write)``: find out what clamping changes and leaves; clamp in the same pass,
+    or write nothing.
     """
 
     coefficients: Callable[[Tensor, Scalar, Scalar, Tensor, float, float], Tensor]
@@ -173,6 +196,30 @@ class _WithFallback:
         self._active = first
         for name in Kernels.__annotations__:
             setattr(self, name, self._guarded(name, second))
+        for name in ("scaling", "clamping"):
+            setattr(self, name, self._prepared(name, second))
+
+    def _prepared(self, name: str, second: Kernels) -> Callable[..., list[Write]]:
+        prepare: Callable[..., list[Write]] = getattr(self, name)
+
+        def run(writes: list[Write], *arguments: Any) -> None:
+            try:
+                carry_out(writes)
+            except _FATAL:
+                raise
+            except Exception as error:
+                if self._active is second:
+                    raise
+                self._active = second
+                _warn(error)
+                carry_out(getattr(second, name)(*arguments))
+
+        @wraps(prepare)
+        def prepared(*arguments: Any) -> list[Write]:
+            writes = prepare(*arguments)
+            return [Write(run_each, ([partial(run, writes, *arguments)],))] if writes else []
+
+        return prepared
 
     def _guarded(self, name: str, second: Kernels) -> Callable[..., Any]:
         @wraps(getattr(second, name))

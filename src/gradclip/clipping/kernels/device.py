@@ -41,7 +41,7 @@ class HostCopy:
     """
 
     def __init__(self, values: Tensor) -> None:
-        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
         self._host.copy_(values, non_blocking=True)
         self._copied = torch.Event(values.device.type)
         # On the stream of the values' device: the current device may be another one.

@@ -7,17 +7,18 @@ float64. On an accelerator torch's multi-tensor norm accumulates in float64, and
 reads the host.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from math import inf, isfinite
+from collections.abc import Callable, Iterator, Sequence
+from math import inf, isfinite, isnan
 from operator import itemgetter
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from gradclip.clipping.kernels import Batch, Clamped, TensorSpecs, blocks
+from gradclip.clipping.kernels import Batch, Clamped, TensorSpecs, Write, blocks, carry_out
 from gradclip.clipping.kernels.device import result_device_of
+from gradclip.clipping.kernels.rows import in_blocks, shaped
+from gradclip.clipping.kernels.writes import clamp_each
 
 _SMALL = 8192
 """Rows up to this many elements are gathered and converted to float64 together."""
@@ -34,8 +35,11 @@ _GATHERED_IN_LANES = 1 << 18
 _ALIKE = 4
 """Rows of one shape that are worth a gathering of their own, which is cheaper for each."""
 
-_CONVERTED = 1 << 21
-"""Elements of a large tensor converted at a time, so that no temporary grows with the model."""
+_CONVERTED = 1 << 23
+"""Bytes of a large tensor converted at a time, so that no temporary grows with the model."""
+
+_SUMMED = 1 << 27
+"""Elements of a large tensor summed at a time: one sum of 128 elements each is kept."""
 
 _LANES = 128
 """Elements that are summed in the tensor's own precision before float64 takes over."""
@@ -54,58 +58,79 @@ coefficients = blocks.coefficients
 
 def power_sums(batch: Batch, p: float) -> Tensor:
     """Sum ``|x|**p`` over each row for p = 1, 2: (R, A); see ``Kernels.power_sums``."""
-    if _on_cpu(batch):
-        sums_R = _by_rows(batch, p, lambda row: _large_sum(row, p))
+    top = batch.top
+    if batch.dtype.is_complex or not _on_cpu(batch):
+        sums_R = _on_device(batch, p, lambda row: blocks.power_sum(row, p, 0, top))
     else:
-        sums_R = _norms_on_device(batch, p, lambda row: blocks.power_sum(row, p)).pow(p)
-    if batch.dtype is torch.float64:
+        sums_R = _by_rows(batch, p, lambda row: _large_sum(row, p, top))
+    if batch.dtype in {torch.float64, torch.complex128}:
         return _with_range(sums_R, batch, p)
     return sums_R.unsqueeze(1)
 
 
 def abs_max(batch: Batch) -> Tensor:
-    """Find the largest modulus of each row: (R, 1)."""
+    """Find the largest modulus of each row: (R, A)."""
+    if batch.dtype.is_complex:
+        maxima_RA = _by_blocks(batch, blocks.modulus_max)
+        return maxima_RA if len(maxima_RA) else maxima_RA.unsqueeze(1)
     if _on_cpu(batch):
-        return _by_rows(batch, inf, lambda row: float(blocks.abs_max(row))).unsqueeze(1)
-    return _norms_on_device(batch, inf, blocks.abs_max).unsqueeze(1)
+        maxima_R = _by_rows(batch, inf, lambda row: float(blocks.abs_max(row)))
+    else:
+        maxima_R = _on_device(batch, inf, blocks.abs_max)
+    return (maxima_R if batch.top is None else maxima_R.clamp(max=batch.top)).unsqueeze(1)
 
 
 def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
     """Sum ``|x / scale|**p`` over each row: (R, 1)."""
-    if not batch.specs.row_sizes:
-        return torch.zeros(0, 1, dtype=torch.float64, device=scale_R.device)
-    pairs = zip(_rows(batch), scale_R, strict=True)
-    return torch.stack([blocks.scaled_power_sum(row, p, scale) for row, scale in pairs])[:, None]
+    scales, top = iter(scale_R), batch.top
+    return _by_blocks(
+        batch, lambda row: blocks.scaled_power_sum(row, p, next(scales), top)
+    ).unsqueeze(1)
 
 
-def scale_(batch: Batch, coefficients: float | Tensor) -> None:
-    """Multiply each row by its coefficient, or all by the one that there is."""
+def scaling(batch: Batch, coefficients: float | Tensor) -> list[Write]:
+    """Prepare to multiply each row by its coefficient, or all by the one that there is."""
     if not _on_cpu(batch):
-        _scale_on_device(batch, torch.as_tensor(coefficients).reshape(-1))
-    elif not isinstance(coefficients, Tensor) or coefficients.numel() == 1:
-        _scale_together(list(batch.tensors), float(coefficients))
-    else:
-        per_tensor = coefficients.split(batch.specs.rows)
-        for tensor, factors in zip(batch.tensors, per_tensor, strict=True):
-            if len(factors) == 1:
-                _scale_together([tensor], float(factors))
-            elif bool((factors != 1).any()):
-                _scale_rows(tensor, factors)
+        return _scaling_on_device(batch, coefficients)
+    if not isinstance(coefficients, Tensor) or coefficients.numel() == 1:
+        return _scaling_together(list(batch.tensors), float(coefficients))
+    if batch.specs.one_row_each:
+        pairs = zip(batch.tensors, coefficients.tolist(), strict=True)
+        return [write for tensor, c in pairs for write in _scaling_together([tensor], c)]
+    per_tensor = coefficients.split(batch.specs.rows)
+    chosen = [
+        (tensor, factors)
+        for tensor, factors in zip(batch.tensors, per_tensor, strict=True)
+        if bool((factors != 1).any())
+    ]
+    if batch.dtype not in {torch.float32, torch.float64}:
+        return in_blocks(chosen, torch.float64)  # torch would convert the whole tensor
+    return [write for pair in chosen for write in _scaling_rows(*pair)]
 
 
-def clamp_(batch: Batch, limit: float | Tensor, before: bool = True) -> Clamped:
-    """Clamp to [-limit, limit]; on the CPU only the tensors that exceed it are written."""
-    before_RA = power_sums(batch, _EUCLIDEAN) if before else None
+def clamping(batch: Batch, limit: float | Tensor) -> list[Write]:
+    """Prepare to clamp to [-limit, limit]; on the CPU only the tensors that exceed it."""
     top = blocks.representable(limit, batch.dtype)
-    exceeding: Iterable[Tensor] = batch.tensors
+    wide = list(batch.tensors)
     if _on_cpu(batch):
-        one_row_each = Batch.of(batch.tensors)
-        largest = abs_max(one_row_each)[:, 0].tolist()
-        exceeding = [t for t, m in zip(batch.tensors, largest, strict=True) if not m <= top]
-    changed = [_clamp_one(tensor, top) for tensor in exceeding]
-    if not changed:
-        return Clamped(before_RA, before_RA, torch.zeros((), dtype=torch.int64))
-    return Clamped(before_RA, power_sums(batch, _EUCLIDEAN), torch.stack(changed).sum())
+        wide = _exceeding(batch, float(top))
+    return [Write(clamp_each, (wide, [-top] * len(wide), [top] * len(wide)))] if wide else []
+
+
+def clamp_(batch: Batch, limit: float | Tensor, write: bool) -> Clamped:
+    """Clamp to [-limit, limit], or find out what that would do."""
+    before_RA, writes = power_sums(batch, _EUCLIDEAN), clamping(batch, limit)
+    changed = torch.full((), len(writes), dtype=torch.int64, device=before_RA.device)
+    if not _on_cpu(batch):
+        top = blocks.representable(limit, batch.dtype)
+        counts = [blocks.count_beyond(row, top) for row in _rows(batch)]
+        changed = torch.stack(counts).sum().to(before_RA.device) if counts else changed * 0
+    if not writes:
+        return Clamped(before_RA, before_RA, changed)
+    if not write:
+        return Clamped(before_RA, power_sums(batch.limited(limit), _EUCLIDEAN), changed)
+    carry_out(writes)
+    return Clamped(before_RA, power_sums(batch, _EUCLIDEAN), changed)
 
 
 def _on_cpu(batch: Batch) -> bool:
@@ -113,19 +138,17 @@ def _on_cpu(batch: Batch) -> bool:
 
 
 def _rows(batch: Batch) -> list[Tensor]:
-    """Return every row of a batch, 1-d."""
+    """Return a view of every row of a batch."""
     pairs = zip(batch.tensors, batch.specs.rows, strict=True)
     return [row for tensor, n in pairs for row in blocks.rows_of(tensor, n)]
 
 
-def _flat(row: Tensor) -> Tensor:
-    return row.view(-1) if row.is_contiguous() else blocks.rows_of(row, 1)[0]
-
-
-def _clamp_one(tensor: Tensor, top: Any) -> Tensor:
-    changed: Tensor = (tensor.abs() > top).sum()
-    tensor.clamp_(-top, top)
-    return changed
+def _by_blocks(batch: Batch, of_row: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return what float64 blocks say of each row: (R, ...)."""
+    found = list(map(of_row, _rows(batch)))
+    if not found:
+        return torch.zeros(0, dtype=torch.float64, device=result_device_of((batch.device,)))
+    return torch.stack(found)
 
 
 # --- the CPU, where the host reads for nothing -------------------------------------------------
@@ -160,17 +183,17 @@ class _Gathering:
             else:
                 rest += indices
         segments = _cut(rest, sizes, _GATHERED)
-        self.matrices = [
-            (_taker(indices), len(indices), in_lanes) for indices, in_lanes in matrices
-        ]
+        self.matrices = [(_taker(indices), in_lanes) for indices, in_lanes in matrices]
+        self.in_lanes = any(in_lanes for _, in_lanes in matrices)
         self.segments = [
-            (_taker(indices), torch.tensor([sizes[index] for index in indices]))
+            (_taker(indices), torch.tensor([sizes[index] for index in indices], device="cpu"))
             for indices in segments
         ]
         gathered = [indices for indices, _ in matrices]
         order = [index for indices in (*gathered, *segments, self.large) for index in indices]
         # Where each row is found among the results of all of them.
-        self.places = torch.tensor(order).argsort() if order != sorted(order) else None
+        placed = order == sorted(order)
+        self.places = None if placed else torch.tensor(order, device="cpu").argsort()
 
 
 def _taker(indices: list[int]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
@@ -195,50 +218,63 @@ def _cut(indices: list[int], sizes: list[int], limit: int) -> list[list[int]]:
 
 def _by_rows(batch: Batch, p: float, large: Callable[[Tensor], float]) -> Tensor:
     """Reduce each row to its sum for p = 1, 2, or its maximum for p = inf: float64 (R,)."""
-    gathering = batch.specs.plan(_Gathering)
-    rows = batch.tensors if batch.specs.one_row_each else _rows(batch)
-    results = []
+    gathering, top = batch.specs.plan(_Gathering), batch.top if p != inf else None
+    one_each = batch.specs.one_row_each
+    rows = batch.tensors if one_each else _rows(batch)
+    # Rows of a tensor with gaps are no vectors, and become some only when they are gathered.
+    gapped = not (one_each or all(batch.specs.flat))
     buffer = None
-    for take, count, in_lanes in gathering.matrices:
-        if in_lanes and p == _EUCLIDEAN:
-            if buffer is None:  # one for all, since its pages are slower to get than to fill
-                buffer = torch.empty(_GATHERED_IN_LANES, dtype=batch.dtype)
-            sums = _lane_sums(take(rows), buffer)
-            if sums is not None:
-                results.append(sums)
-                continue
-        together = torch.cat(take(rows))
-        # Maxima are exact in any dtype; torch's norm of order inf takes ten times as long.
-        dtype = batch.dtype if p == inf else torch.float64
-        matrix = together.to(dtype, memory_format=torch.contiguous_format).view(count, -1)
-        if matrix.numel() == 0:
-            results.append(torch.zeros(count, dtype=torch.float64))
-        elif p == inf:
-            results.append(matrix.abs_().amax(1).to(torch.float64))
-        else:
-            norms = torch.linalg.vector_norm(matrix, p, dim=1)
-            results.append(norms.square_() if p == _EUCLIDEAN else norms)
+    if gathering.in_lanes and p == _EUCLIDEAN:  # one, whose pages are slower to get than to fill
+        buffer = torch.empty(_GATHERED_IN_LANES, dtype=batch.dtype, device="cpu")
+    results = []
+    for take, in_lanes in gathering.matrices:
+        taken = [row.reshape(-1) for row in take(rows)] if gapped else take(rows)
+        results.append(_of_matrix(taken, p, top, buffer if in_lanes else None))
     for take, lengths in gathering.segments:
         values = _flatten_dense_tensors(take(rows)).to(torch.float64, copy=True)
+        if top is not None:
+            blocks.clamp_to_(values, top)
         powers = values.square_() if p == _EUCLIDEAN else values.abs_()
         kind = "max" if p == inf else "sum"
         results.append(
             torch.segment_reduce(powers, kind, lengths=lengths, unsafe=True, initial=0.0)
         )
     if gathering.large:
-        found = [large(_flat(rows[i])) for i in gathering.large]
-        results.append(torch.tensor(found, dtype=torch.float64))
+        found = [large(blocks.flat(rows[i])) for i in gathering.large]
+        results.append(torch.tensor(found, dtype=torch.float64, device="cpu"))
     if not results:
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
     together = results[0] if len(results) == 1 else torch.cat(results)
     return together if gathering.places is None else together[gathering.places]
 
 
-def _lane_sums(rows: tuple[Tensor, ...], buffer: Tensor) -> Tensor | None:
+def _of_matrix(
+    rows: Sequence[Tensor], p: float, top: float | Tensor | None, buffer: Tensor | None
+) -> Tensor:
+    """Reduce rows of one shape: (R,); in lanes where there is a buffer, and that is right."""
+    if buffer is not None and (sums := _lane_sums(rows, buffer, top)) is not None:
+        return sums
+    together = torch.cat(list(rows))
+    if top is not None:
+        blocks.clamp_to_(together, top)
+    # Maxima are exact in any dtype; torch's norm of order inf takes ten times as long.
+    dtype = together.dtype if p == inf else torch.float64
+    matrix = together.to(dtype, memory_format=torch.contiguous_format).view(len(rows), -1)
+    if matrix.numel() == 0:
+        return torch.zeros(len(rows), dtype=torch.float64, device="cpu")
+    if p == inf:
+        return matrix.abs_().amax(1).to(torch.float64)
+    norms: Tensor = torch.linalg.vector_norm(matrix, p, dim=1)
+    return norms.square_() if p == _EUCLIDEAN else norms
+
+
+def _lane_sums(rows: Sequence[Tensor], buffer: Tensor, top: float | Tensor | None) -> Tensor | None:
     """Sum squares by rows of 128 and those in float64: (R,); None where that is not right."""
     count, shape, size = len(rows), rows[0].shape, rows[0].numel()
     flat = buffer[: count * size]
-    torch.cat(rows, out=flat.view(count * shape[0], *shape[1:]))
+    torch.cat(list(rows), out=flat.view(count * shape[0], *shape[1:]))
+    if top is not None:
+        blocks.clamp_to_(flat, top)
     in_lanes = torch.linalg.vector_norm(flat.to(torch.float32).view(count, -1, _LANES), dim=2)
     sums = torch.linalg.vector_norm(in_lanes, dim=1, dtype=torch.float64).square_()
     low = size * _LOST_FLOAT32_SQUARE
@@ -246,28 +282,41 @@ def _lane_sums(rows: tuple[Tensor, ...], buffer: Tensor) -> Tensor | None:
     return sums if bool(((sums >= low) & (sums < inf)).all()) else None
 
 
-def _large_sum(row: Tensor, p: float) -> float:
-    total = sum(_lane_sum(block, p) for block in _native_blocks(row, p))
+def _large_sum(row: Tensor, p: float, top: float | Tensor | None) -> float:
+    total = sum(_lane_sum(block, p) for block in _native_blocks(row, p, top))
     lost = _LOST_SQUARE.get(row.dtype, _LOST_FLOAT32_SQUARE) if p == _EUCLIDEAN else 0.0
     if isfinite(total) and total >= row.numel() * lost:
         return total
     largest = float(blocks.abs_max(row))
-    return float(blocks.power_sum(row, p)) if largest != 0 else 0.0
+    return float(blocks.power_sum(row, p, 0, top)) if largest != 0 else 0.0
 
 
-def _native_blocks(row: Tensor, p: float) -> Iterable[Tensor]:
-    """Yield a row in float32 or float64: itself where it is that already and p is 2."""
+def _native_blocks(row: Tensor, p: float, top: float | Tensor | None) -> Iterator[Tensor]:
+    """Yield a row in float32 or float64, 1-d: itself where it is that already and p is 2.
+
+    For p = 1 these are moduli. Blocks share their memory.
+    """
     native = row.dtype in {torch.float32, torch.float64}
-    if native and p == _EUCLIDEAN:
-        yield row
+    if native and p == _EUCLIDEAN and top is None and row.dim() == 1:
+        yield from blocks.pieces(row, _SUMMED)
         return
-    buffer = torch.empty(min(_CONVERTED, row.numel()), dtype=row.dtype if native else torch.float32)
-    for piece in row.split(_CONVERTED):
-        block = buffer[: len(piece)]
-        if native:
-            yield torch.abs(piece, out=block)
+    dtype = row.dtype if native else torch.float32
+    size = min(_CONVERTED // dtype.itemsize, row.numel())
+    buffer = torch.empty(size, dtype=dtype, device="cpu")
+    for piece in blocks.pieces(row, size):
+        block = buffer[: piece.numel()]
+        there = block if piece.dim() == 1 else block.view(piece.shape)
+        if native and top is not None:
+            torch.clamp(piece, -top, top, out=there)  # type: ignore[arg-type]
+        elif native and p != _EUCLIDEAN:
+            torch.abs(piece, out=there)
         else:
-            yield block.copy_(piece) if p == _EUCLIDEAN else block.copy_(piece).abs_()
+            there.copy_(piece)
+        if top is not None and not native:
+            blocks.clamp_to_(block, top)
+        if p != _EUCLIDEAN and not (native and top is None):
+            block.abs_()
+        yield block
 
 
 def _lane_sum(values: Tensor, p: float) -> float:
@@ -292,7 +341,7 @@ def _with_range(sums_R: Tensor, batch: Batch, p: float) -> Tensor:
     for index, row in enumerate(_rows(batch)):
         if row.numel() and _may_leave_range(sums_R[index], row):
             for column, exponent in ((1, -blocks.SCALE_EXPONENT), (2, blocks.SCALE_EXPONENT)):
-                wide_RA[index, column] = blocks.power_sum(row, p, exponent)
+                wide_RA[index, column] = blocks.power_sum(row, p, exponent, batch.top)
     return wide_RA
 
 
@@ -303,42 +352,66 @@ def _may_leave_range(total: Tensor, row: Tensor) -> bool:
     return not (isfinite(value) and value >= row.numel() * _LOST_SQUARE[torch.float64])
 
 
-def _scale_together(tensors: list[Tensor], coefficient: float) -> None:
-    """Multiply tensors of one dtype by one coefficient.
+def _exceeding(batch: Batch, top: float) -> list[Tensor]:
+    """Return the tensors that have an element with a modulus above a number."""
+    maxima = iter(abs_max(batch)[:, 0].tolist())
+    chosen = []
+    for tensor, n in zip(batch.tensors, batch.specs.rows, strict=True):
+        largest = [next(maxima) for _ in range(n)]
+        exceeds = any(m > top for m in largest)
+        if not exceeds and any(map(isnan, largest)):  # a NaN hides what else there is
+            exceeds = int(blocks.count_beyond(blocks.flat(tensor), top)) > 0
+        if exceeds:
+            chosen.append(tensor)
+    return chosen
+
+
+def _scaling_together(tensors: list[Tensor], coefficient: float) -> list[Write]:
+    """Prepare to multiply tensors of one dtype by one coefficient.
 
     It is a tensor, since a number is rounded to bfloat16 first, and of their own dtype where that
     is precise, since torch converts another for each of them.
     """
     if coefficient == 1 or not tensors:
-        return
+        return []
     if coefficient == 0:
-        torch._foreach_zero_(tensors)
-        return
-    if coefficient < _COARSE_COEFFICIENT:
-        _scale_together(tensors, _COARSE_COEFFICIENT)
-        coefficient /= _COARSE_COEFFICIENT
+        return [Write(torch._foreach_zero_, (tensors,))]
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    torch._foreach_mul_(tensors, torch.tensor(coefficient, dtype=dtype))
+    steps = [coefficient]
+    if coefficient < _COARSE_COEFFICIENT:
+        steps = [_COARSE_COEFFICIENT, coefficient / _COARSE_COEFFICIENT]
+    factors = [torch.tensor(step, dtype=dtype, device="cpu") for step in steps]
+    return [Write(torch._foreach_mul_, (tensors, [f] * len(tensors))) for f in factors]
 
 
-def _scale_rows(tensor: Tensor, factors: Tensor) -> None:
-    """Multiply the rows of one tensor; where a factor is 0, what was there does not matter."""
-    if not len(factors):
-        return
-    per_row = factors.reshape(-1, *(1,) * (tensor.dim() - 1)) if len(factors) > 1 else factors[0]
-    tensor.mul_(per_row).masked_fill_(per_row == 0, 0.0)
+def _scaling_rows(tensor: Tensor, factors: Tensor) -> list[Write]:
+    """Prepare to multiply the rows of a tensor; a factor of 0 sets zeros, whatever was there."""
+    steps = [factors]
+    is_coarse = factors < _COARSE_COEFFICIENT
+    if tensor.dtype is torch.float32 and bool(is_coarse.any()):
+        first = torch.ones_like(factors).masked_fill_(is_coarse, _COARSE_COEFFICIENT)
+        steps = [first, factors / first]
+    shapes = [shaped(step.to(tensor.dtype), tensor) for step in steps]
+    writes = [Write(torch._foreach_mul_, ([tensor], [factor])) for factor in shapes]
+    is_zero = shaped(factors == 0, tensor)
+    if bool(is_zero.any()):
+        writes.append(Write(_fill_zeros, ([tensor], [is_zero])))
+    return writes
+
+
+def _fill_zeros(tensors: list[Tensor], zeros: list[Tensor]) -> None:
+    for tensor, is_zero in zip(tensors, zeros, strict=True):
+        tensor.masked_fill_(is_zero, 0.0)
 
 
 # --- accelerators, where the host is never read ------------------------------------------------
 
 
-def _norms_on_device(batch: Batch, p: float, by_blocks: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return each row's p-norm, float64 (R,), for p = 1, 2, inf."""
-    if not batch.specs.one_row_each or result_device_of((batch.device,)) != batch.device:
-        if not batch.specs.row_sizes:
-            return torch.zeros(0, dtype=torch.float64, device=result_device_of((batch.device,)))
-        sums = torch.stack([by_blocks(row) for row in _rows(batch)])
-        return sums if p == inf else sums.pow(1 / p)
+def _on_device(batch: Batch, p: float, of_row: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return each row's sum of powers for p = 1, 2, or its maximum for p = inf: float64 (R,)."""
+    in_one_pass = batch.specs.one_row_each and batch.limit is None and not batch.dtype.is_complex
+    if not in_one_pass or result_device_of((batch.device,)) != batch.device:
+        return _by_blocks(batch, of_row)
     filled = [index for index, size in enumerate(batch.specs.row_sizes) if size]
     norms = [torch.zeros((), dtype=torch.float64, device=batch.device)] * len(batch.tensors)
     if filled:
@@ -346,15 +419,29 @@ def _norms_on_device(batch: Batch, p: float, by_blocks: Callable[[Tensor], Tenso
         found = torch._foreach_norm(tensors, p, dtype=torch.float64)  # noqa: SLF001
         for index, norm in zip(filled, found, strict=True):
             norms[index] = norm
-    return torch.stack(norms)
+    norms_R = torch.stack(norms)
+    return norms_R.square() if p == _EUCLIDEAN else norms_R
 
 
-def _scale_on_device(batch: Batch, coefficients: Tensor) -> None:
+def _scaling_on_device(batch: Batch, coefficients: float | Tensor) -> list[Write]:
     """Multiply in the precision of float32 at least: a bfloat16 coefficient would be coarse."""
-    precise = coefficients.to(torch.promote_types(batch.dtype, torch.float32))
-    if len(precise) == 1:
-        for tensor in batch.tensors:
-            tensor.mul_(precise[0]).masked_fill_(precise[0] == 0, 0.0)
-        return
-    for tensor, factors in zip(batch.tensors, precise.split(batch.specs.rows), strict=True):
-        _scale_rows(tensor, factors)
+    precise, device = torch.promote_types(batch.dtype, torch.float32), batch.device
+    if isinstance(coefficients, Tensor):
+        factors = coefficients.reshape(-1).to(device=device, dtype=precise)
+    else:
+        factors = torch.full((1,), coefficients, dtype=precise, device=device)
+    zeros = factors == 0
+    if len(factors) == 1:
+        columns = [[each[0]] * len(batch.tensors) for each in (factors, zeros)]
+    else:
+        rows = batch.specs.rows
+        columns = [
+            [shaped(of_one, t) for t, of_one in zip(batch.tensors, each.split(rows), strict=True)]
+            for each in (factors, zeros)
+        ]
+    return [Write(_multiply_or_zero, (list(batch.tensors), *columns))]
+
+
+def _multiply_or_zero(tensors: list[Tensor], factors: list[Tensor], zeros: list[Tensor]) -> None:
+    for tensor, factor, is_zero in zip(tensors, factors, zeros, strict=True):
+        tensor.mul_(factor).masked_fill_(is_zero, 0.0)

@@ -29,6 +29,13 @@ class Table:
         self._values = values
         self._copies: dict[tuple[torch.device, int], Tensor] = {}
 
+    @classmethod
+    def of(
+        cls, values: Sequence[float] | Sequence[Sequence[float]], dtype: torch.dtype = torch.int64
+    ) -> "Table":
+        """Make a table of Python's numbers."""
+        return cls(torch.tensor(values, dtype=dtype, device="cpu"))
+
     def __len__(self) -> int:
         return len(self._values)
 
@@ -108,4 +115,4 @@ class Addresses:
 
     def _pinned(self) -> Tensor:
         pinned = self._device.type == "cuda"
-        return torch.empty(self._count, dtype=torch.int64, pin_memory=pinned)
+        return torch.empty(self._count, dtype=torch.int64, device="cpu", pin_memory=pinned)

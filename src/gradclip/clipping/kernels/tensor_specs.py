@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gradclip.clipping.kernels.blocks import representable
 from gradclip.clipping.kernels.tables import Table
 
 _Guards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # noqa: SLF001
@@ -99,7 +100,7 @@ class TensorSpecs:
             Part(
                 self._part(chosen),
                 chosen,
-                Table(torch.tensor(self._rows_of(chosen), dtype=torch.int64)),
+                Table.of(self._rows_of(chosen)),
             )
             for chosen in kinds.values()
         ]
@@ -108,7 +109,7 @@ class TensorSpecs:
     def row_order(self) -> Table:
         """Where each row is, (R,), among the rows of all parts one after the other."""
         rows = [row for part in self.parts for row in self._rows_of(part.indices or [])]
-        return Table(torch.tensor(rows, dtype=torch.int64).argsort())
+        return Table(torch.tensor(rows, dtype=torch.int64, device="cpu").argsort())
 
     def _rows_of(self, indices: list[int]) -> list[int]:
         ends = list(accumulate(self.rows))
@@ -143,15 +144,34 @@ class Part:
 
 @dataclass(eq=False)
 class Batch:
-    """Tensors at one step, with their specs."""
+    """Tensors at one step, with their specs.
+
+    Args:
+        tensors: The tensors.
+        specs: Theirs.
+        limit: Elements count as if they were clamped to [-limit, limit]; None for as they are.
+    """
 
     tensors: Sequence[Tensor]
     specs: TensorSpecs
+    limit: float | Tensor | None = None
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], rows: Sequence[int] | None = None) -> "Batch":
         """Describe tensors that will not come again."""
         return cls(tensors, TensorSpecs.of(tensors, rows))
+
+    def limited(self, limit: float | Tensor) -> "Batch":
+        """Return the same tensors, whose elements count as if they were clamped."""
+        return Batch(self.tensors, self.specs, limit)
+
+    @cached_property
+    def top(self) -> float | Tensor | None:
+        """The limit as the dtype has it, for a batch that a kernel gets."""
+        if self.limit is None:
+            return None
+        limit = self.limit.to(self.device) if isinstance(self.limit, Tensor) else self.limit
+        return representable(limit, self.dtype)
 
     @cached_property
     def addresses(self) -> list[int]:
@@ -174,7 +194,10 @@ class Batch:
         return [
             (self, None)
             if part.indices is None
-            else (Batch([self.tensors[index] for index in part.indices], part.specs), part.rows)
+            else (
+                Batch([self.tensors[index] for index in part.indices], part.specs, self.limit),
+                part.rows,
+            )
             for part in self.specs.parts
         ]
 

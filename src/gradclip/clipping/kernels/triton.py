@@ -19,11 +19,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from gradclip.clipping.kernels import Batch, Clamped, TensorSpecs, foreach
+from gradclip.clipping.kernels import Batch, Clamped, TensorSpecs, Write, foreach
 from gradclip.clipping.kernels import triton_programs as programs
 from gradclip.clipping.kernels.blocks import representable
 from gradclip.clipping.kernels.tables import Addresses, Table
 from gradclip.clipping.kernels.triton_launch import Launcher, current
+from gradclip.clipping.kernels.writes import run_each
 
 CHUNK = 1 << 14
 """Elements of one program."""
@@ -56,21 +57,21 @@ _LAUNCHERS: defaultdict[torch.device, Launcher] = defaultdict(Launcher)
 
 def power_sums(batch: Batch, p: float) -> Tensor:
     """Sum ``|x|**p`` over each row for p = 1, 2: (R, A); see ``Kernels.power_sums``."""
-    if not batch.specs.flat[0]:
+    if not _is_served(batch):
         return foreach.power_sums(batch, p)
     return _reduced(batch, int(p))
 
 
 def abs_max(batch: Batch) -> Tensor:
     """Find the largest modulus of each row: (R, 1)."""
-    if not batch.specs.flat[0]:
+    if not _is_served(batch):
         return foreach.abs_max(batch)
     return _reduced(batch, programs.MAXIMUM.value)
 
 
 def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
     """Sum ``|x / scale|**p`` over each row, in float64: (R, 1)."""
-    if not batch.specs.flat[0]:
+    if not _is_served(batch):
         return foreach.scaled_power_sums(batch, p, scale_R)
     plan = batch.specs.plan(_Plan)
     sums_C = _empty(batch, plan.chunks)
@@ -89,60 +90,102 @@ def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
         return _folded(batch, plan, sums_C, columns=1, largest=False)
 
 
-def scale_(batch: Batch, coefficients: float | Tensor) -> None:
-    """Multiply each row by its coefficient, or all by the one that there is."""
-    if not batch.specs.flat[0]:
-        foreach.scale_(batch, coefficients)
-        return
-    plan = batch.specs.plan(_Plan)
-    increment_version(batch.tensors)  # autograd sees no write of its own
+def scaling(batch: Batch, coefficients: float | Tensor) -> list[Write]:
+    """Prepare to multiply each row by its coefficient, or all by the one that there is."""
+    if not _is_served(batch):
+        return foreach.scaling(batch, coefficients)
+    plan, device = batch.specs.plan(_Plan), batch.device
     if not isinstance(coefficients, Tensor):
-        coefficients = torch.full((1,), coefficients, dtype=torch.float64, device=batch.device)
-    with current(batch.device):
-        plan.launch(
-            programs.scale,
-            (min(plan.chunks, _PROGRAMS),),
-            plan.addresses_of(batch),
-            plan.table.on(batch.device),
-            coefficients.contiguous(),
-            plan.chunks,
-            PER_ROW=coefficients.numel() > 1,
-            DTYPE=_TYPES[batch.dtype],
-            BLOCK=BLOCK,
-        )
+        coefficients = torch.full((1,), coefficients, dtype=torch.float64, device=device)
+    addresses, table = plan.addresses_of(batch), plan.table.on(device)
+    factors = coefficients.contiguous()
+
+    def launch() -> None:
+        increment_version(batch.tensors)  # autograd sees no write of its own
+        with current(device):
+            plan.launch(
+                programs.scale,
+                (min(plan.chunks, _PROGRAMS),),
+                addresses,
+                table,
+                factors,
+                plan.chunks,
+                PER_ROW=factors.numel() > 1,
+                DTYPE=_TYPES[batch.dtype],
+                BLOCK=BLOCK,
+            )
+
+    return [Write(run_each, ([launch],))]
 
 
-def clamp_(batch: Batch, limit: float | Tensor, before: bool = True) -> Clamped:
-    """Clamp each element to [-limit, limit], in the pass that sums squares before and after."""
-    if not batch.specs.flat[0]:
-        return foreach.clamp_(batch, limit, before)
-    plan = batch.specs.plan(_Plan)
-    increment_version(batch.tensors)
-    columns = _columns(batch)
-    before_CA, after_CA = _empty(batch, plan.chunks, columns), _empty(batch, plan.chunks, columns)
-    changed_C = torch.empty(plan.chunks, dtype=torch.int64, device=batch.device)
-    top = representable(limit, batch.dtype)
-    if not isinstance(top, Tensor):
-        top = torch.full((1,), top, dtype=torch.float64, device=batch.device)
+def clamping(batch: Batch, limit: float | Tensor) -> list[Write]:
+    """Prepare to clamp to [-limit, limit]."""
+    # In the interpreter, which runs on the CPU, nothing is prepared where nothing exceeds it.
+    if not _is_served(batch) or batch.device.type == "cpu":
+        return foreach.clamping(batch, limit)
+    return [Write(run_each, ([_Clamp(batch, limit, write=True)],))]
+
+
+def clamp_(batch: Batch, limit: float | Tensor, write: bool) -> Clamped:
+    """Sum squares before and after clamping to [-limit, limit]; write in the same pass, or not."""
+    if not _is_served(batch):
+        return foreach.clamp_(batch, limit, write)
+    clamp = _Clamp(batch, limit, write=write)
+    clamp()
     with current(batch.device):
-        plan.launch(
-            programs.clamp,
-            (plan.chunks,),
-            plan.addresses_of(batch),
-            plan.table.on(batch.device),
-            top.to(torch.float64),
-            before_CA,
-            after_CA,
-            changed_C,
-            DTYPE=_TYPES[batch.dtype],
-            KIND=_wide(batch.dtype),
-            BLOCK=min(BLOCK, _CLAMPED),
-        )
-        return Clamped(
-            _folded(batch, plan, before_CA, columns=columns, largest=False),
-            _folded(batch, plan, after_CA, columns=columns, largest=False),
-            changed_C.sum(),
-        )
+        return Clamped(clamp.folded(clamp.before_CA), clamp.folded(clamp.after_CA), clamp.moved())
+
+
+class _Clamp:
+    """One launch that clamps, for which everything is there.
+
+    Args:
+        batch: What is clamped.
+        limit: To [-limit, limit].
+        write: Whether to write, or only to find out.
+    """
+
+    def __init__(self, batch: Batch, limit: float | Tensor, *, write: bool) -> None:
+        self._batch, self._write = batch, write
+        self._plan = plan = batch.specs.plan(_Plan)
+        self._columns = _columns(batch)
+        top = representable(limit, batch.dtype)
+        if not isinstance(top, Tensor):
+            top = torch.full((1,), top, dtype=torch.float64, device=batch.device)
+        self._addresses, self._table = plan.addresses_of(batch), plan.table.on(batch.device)
+        self._top = top.to(torch.float64)
+        self.before_CA = _empty(batch, plan.chunks, self._columns)
+        self.after_CA = _empty(batch, plan.chunks, self._columns)
+        self._changed_C = torch.empty(plan.chunks, dtype=torch.int64, device=batch.device)
+
+    def __call__(self) -> None:
+        """Launch it."""
+        batch = self._batch
+        if self._write:
+            increment_version(batch.tensors)
+        with current(batch.device):
+            self._plan.launch(
+                programs.clamp,
+                (self._plan.chunks,),
+                self._addresses,
+                self._table,
+                self._top,
+                self.before_CA,
+                self.after_CA,
+                self._changed_C,
+                DTYPE=_TYPES[batch.dtype],
+                KIND=_wide(batch.dtype),
+                WRITE=self._write,
+                BLOCK=min(BLOCK, _CLAMPED),
+            )
+
+    def folded(self, found_CA: Tensor) -> Tensor:
+        """Bring sums of chunks together by rows: (R, A)."""
+        return _folded(self._batch, self._plan, found_CA, columns=self._columns, largest=False)
+
+    def moved(self) -> Tensor:
+        """Return how many elements change: 0-d int64."""
+        return self._changed_C.sum()
 
 
 def coefficients(
@@ -183,6 +226,11 @@ def coefficients(
             BLOCK=_FOLD,
         )
     return found_S
+
+
+def _is_served(batch: Batch) -> bool:
+    """Return whether the programs can read a batch: real rows without gaps, as they are."""
+    return batch.specs.flat[0] and batch.limit is None and not batch.dtype.is_complex
 
 
 def _reduced(batch: Batch, power: int) -> Tensor:
@@ -238,6 +286,10 @@ def _wide(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype is torch.float64 else tl.float32
 
 
+def _numbers(count: int) -> Tensor:
+    return torch.arange(count, device="cpu")
+
+
 def _bits(number: float) -> int:
     """Return the bits of a float64: Triton would round a number to float32."""
     bits: int = struct.unpack("q", struct.pack("d", number))[0]
@@ -248,15 +300,15 @@ class _Plan:
     """The chunks of a specs, and where its tensors were found last."""
 
     def __init__(self, specs: TensorSpecs) -> None:
-        sizes_R = torch.tensor(specs.row_sizes, dtype=torch.int64)
-        rows_T = torch.tensor(specs.rows, dtype=torch.int64)
-        tensor_R = torch.arange(len(specs)).repeat_interleave(rows_T)
+        sizes_R = torch.tensor(specs.row_sizes, dtype=torch.int64, device="cpu")
+        rows_T = torch.tensor(specs.rows, dtype=torch.int64, device="cpu")
+        tensor_R = _numbers(len(specs)).repeat_interleave(rows_T)
         first_row_T = rows_T.cumsum(0) - rows_T
-        start_R = (torch.arange(len(sizes_R)) - first_row_T[tensor_R]) * sizes_R
+        start_R = (_numbers(len(sizes_R)) - first_row_T[tensor_R]) * sizes_R
         chunks_R = (sizes_R + CHUNK - 1) // CHUNK
-        row_C = torch.arange(len(sizes_R)).repeat_interleave(chunks_R)
+        row_C = _numbers(len(sizes_R)).repeat_interleave(chunks_R)
         last_R = chunks_R.cumsum(0)
-        offset_C = (torch.arange(len(row_C)) - (last_R - chunks_R)[row_C]) * CHUNK
+        offset_C = (_numbers(len(row_C)) - (last_R - chunks_R)[row_C]) * CHUNK
         count_C = (sizes_R[row_C] - offset_C).clamp(max=CHUNK)
         self.rows = len(sizes_R)
         self.chunks = len(row_C)

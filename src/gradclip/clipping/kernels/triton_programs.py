@@ -191,17 +191,18 @@ def clamp(
     changed,
     DTYPE: tl.constexpr,
     KIND: tl.constexpr,
+    WRITE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Clamp each chunk, sum squares before and after, and count what changed."""
+    """Clamp each chunk, sum squares before and after, and count what changes; write it, or not."""
     chunk = tl.program_id(0).to(tl.int64)
     address, count, _ = look_up(addresses, table, chunk, DTYPE)
     pointer = address.to(tl.pointer_type(DTYPE))
     top = tl.load(limit).to(KIND)
     if address % 16 == 0:
-        lanes = limit_to(aligned(address, DTYPE), count, top, KIND, BLOCK)
+        lanes = limit_to(aligned(address, DTYPE), count, top, KIND, WRITE, BLOCK)
     else:
-        lanes = limit_to(pointer, count, top, KIND, BLOCK)
+        lanes = limit_to(pointer, count, top, KIND, WRITE, BLOCK)
     tl.store(changed + chunk, tl.sum(lanes[0].to(tl.int64)))
     if KIND == tl.float64:
         for column in tl.static_range(3):
@@ -305,8 +306,8 @@ def product(values, coefficient):
 
 
 @triton.jit
-def limit_to(pointer, count, top, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """Clamp a chunk; return what changed and the squares before and after, lane by lane."""
+def limit_to(pointer, count, top, KIND: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr):
+    """Clamp a chunk; return what changes and the squares before and after, lane by lane."""
     lanes = tl.arange(0, BLOCK)
     moved = tl.zeros([BLOCK], tl.int32)
     before = tl.zeros([BLOCK], tl.float64)
@@ -323,11 +324,12 @@ def limit_to(pointer, count, top, KIND: tl.constexpr, BLOCK: tl.constexpr):
         wide = values.to(KIND)
         over = (wide > top) | (wide < -top)
         limited = tl.where(wide > top, top, tl.where(wide < -top, -top, wide))
-        if tl.max(over.to(tl.int32)) > 0:
-            if block < whole:
-                tl.store(places, limited.to(values.dtype))
-            else:
-                tl.store(places, limited.to(values.dtype), mask=there)
+        if WRITE:
+            if tl.max(over.to(tl.int32)) > 0:
+                if block < whole:
+                    tl.store(places, limited.to(values.dtype))
+                else:
+                    tl.store(places, limited.to(values.dtype), mask=there)
         moved += over.to(tl.int32)
         before += square(wide, 1.0)
         after += square(limited, 1.0)

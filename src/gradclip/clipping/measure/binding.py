@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from gradclip.clipping.arguments import Options
+from gradclip.clipping.collect.gradients import Gradients, left_alone
 from gradclip.clipping.collect.parameters import ParameterGroup, Parameters
 from gradclip.clipping.collect.sources import ParameterSource
 from gradclip.clipping.kernels import SpecsCache
@@ -64,6 +65,7 @@ class Binding:
         self.peers: Peers = SingleProcess()
         """The processes that hold the parameters."""
         self._groups: dict[str, ParameterGroup] | None = None
+        self._unbounded = SpecsCache()
         self._by_unit = False
 
     def find(self, *, anew: bool) -> Peers:
@@ -96,6 +98,15 @@ class Binding:
     def bounded(self) -> list[Tensor]:
         """Return the parameters that have a policy, in the order that all ranks have."""
         return [tensor for pattern in self.patterns for tensor in pattern.parameters.parameters]
+
+    def left_alone(self) -> list[Gradients]:
+        """Return the gradients that no policy bounds, and that should not change."""
+        groups = self._parameters.groups()
+        return [
+            left_alone(groups[name], self._unbounded)
+            for name, policy in self._policies.items()
+            if policy is None
+        ]
 
     def every(self) -> list[Tensor]:
         """Return the first parameter of each pattern, those without a policy too."""

@@ -71,7 +71,10 @@ def _local(group: Group, found: Found) -> LocalSums:
 def _global(found: Found, total: GlobalSums) -> Found:
     sums = {
         name: replace(
-            each, sums_SA=total.sums[name], maxima_S=total.maxima.get(name, each.maxima_S)
+            each,
+            sums_SA=total.sums[name],
+            maxima_S=total.maxima.get(name, each.maxima_S),
+            down_S=None,
         )
         for name, each in found.sums.items()
     }

@@ -1,6 +1,6 @@
 """The gradients of one name pattern at one call, and what was found in them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isnan
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 from gradclip.clipping import flags
 from gradclip.clipping.collect.gradients import Gradients
 from gradclip.clipping.flags import Flag, as_known
-from gradclip.clipping.kernels import Backends, Clamped
+from gradclip.clipping.kernels import Backends, Clamped, Write
 from gradclip.clipping.measure.norm import Sums, by_scope, per_tensor, spread_over
 from gradclip.clipping.measure.norm import read as read_sums
 from gradclip.clipping.measure.norm import read_again as read_sums_again
@@ -81,8 +81,9 @@ class Found:
         pattern_norm: The norm of the whole pattern, where ranks add it up.
         weights: The norm of the weights, where the policy asks for it.
         left: The norm of what clamping leaves, where ranks have to know before they write.
-        clamped: What clamping found, where it was done already.
-        changed: How many elements clamping changes, where ranks have to know: 0-d float64.
+        clamped: What clamping finds, where that was read on the way.
+        changed: Above 0 if clamping changes an element, where ranks have to know: 0-d float64.
+        writes: What clamps, where ``left`` was found with it.
         nonfinite: How many tensors are not finite on all ranks: 0-d float64; None on one process.
         unbounded: How many tensors the policy cannot bound on all ranks, where this one does not
             see all scopes: 0-d float64.
@@ -96,6 +97,7 @@ class Found:
     left: Sums | None = None
     clamped: Clamped | None = None
     changed: Tensor | None = None
+    writes: Sequence[Write] = ()
     nonfinite: Tensor | None = None
     unbounded: Tensor | None = None
 
@@ -140,7 +142,7 @@ def read(
         group: The pattern.
         backends: The choice of backend.
         device: That of the results.
-        clamped: What clamping found, which spares the read for p = 2.
+        clamped: What clamping finds, which spares the read for p = 2.
     """
     order, gradients, rows = group.of.order, group.gradients, group.rows
     sums_RA = None if clamped is None or order != _EUCLIDEAN else clamped.before_RA

@@ -14,8 +14,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from gradclip.clipping import flags
 from gradclip.clipping.kernels import Backends, Batch, Kernels, TensorSpecs
-from gradclip.clipping.kernels.blocks import SCALE_EXPONENT, widened
+from gradclip.clipping.kernels.blocks import LARGEST, SCALE_EXPONENT, widened
 from gradclip.clipping.kernels.tables import Table
 from gradclip.clipping.measure.scopes import RowMap
 
@@ -24,7 +25,12 @@ _EUCLIDEAN = 2.0
 _LOST_ROOT = 2.0**-450
 """The norm of a vector with squares that float64 may have lost is below this."""
 
-_LARGEST = torch.finfo(torch.float64).max
+REDUCED = 1100
+"""A norm times 2^-1100 is in range, however large gradients are and however small a scale is."""
+
+_HALF_DOWN, _HALF_UP = 2.0 ** -(REDUCED // 2), 2.0 ** (REDUCED // 2)
+_STEEP = 0.25
+"""For a smaller p a norm may be beyond float64 though every element is a float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,24 +42,72 @@ class Sums:
         rows_RA: What was found of each row that exists here: (R, A).
         sums_SA: Sums of powers of each scope, (S, A). For p = inf NaN where there is one, else 0.
         maxima_S: The largest modulus in each scope, (S,), where p asks for it.
+        down_S: The same times 2^-600, where moduli may be beyond float64, of this process alone.
     """
 
     order: float
     rows_RA: Tensor
     sums_SA: Tensor
     maxima_S: Tensor | None = None
+    down_S: Tensor | None = None
 
-    def norms(self) -> Tensor:
-        """Return the norm of each scope, float64 (S,), from sums and maxima."""
-        p, sums_SA = self.order, self.sums_SA
+    def norms(self, scale: float | Tensor | None = None, *, wide: bool = False) -> Tensor:
+        """Return the norm of each scope, float64 (S,), from sums and maxima.
+
+        The largest float64 stands for the norm of finite elements that is beyond it.
+
+        Args:
+            scale: What the norms are divided by.
+            wide: Whether a norm may be beyond float64, which sums of float64 gradients show too.
+        """
+        norms_S = self._norms() if scale is None else self._norms() / scale
+        # A maximum is in range by itself.
+        wide = wide and not (scale is None and self.order == inf)
+        if not (wide or self.sums_SA.shape[1] > 1 or self.order < _STEEP):
+            return norms_S
+        if not flags.host_waits_for(norms_S.device) and bool((norms_S < inf).all()):
+            return norms_S
+        reduced_S = self.reduced(scale)
+        limited_S = (reduced_S * _HALF_UP * _HALF_UP).clamp(max=LARGEST)
+        return torch.where(norms_S.isinf() & (reduced_S < inf), limited_S, norms_S)
+
+    def reduced(self, scale: float | Tensor | None = None) -> Tensor:
+        """Return the norms divided by a scale, times 2^-1100: none is beyond float64, (S,).
+
+        Only norms that are large have all their digits.
+        """
+        if scale is None:
+            return self._halfway() * _HALF_DOWN
+        root: float | Tensor = scale**0.5 * _HALF_UP**0.5
+        return self._halfway() / root / root  # each of the two divisions stays in range
+
+    def _norms(self) -> Tensor:
+        """Return norms that are infinite where they are beyond float64, (S,)."""
         if self.maxima_S is None:
-            norms_S = _root(sums_SA, p)
-            if p == _EUCLIDEAN and sums_SA.shape[1] == 1:
-                return norms_S
-            return _saturated(norms_S, sums_SA[:, sums_SA.shape[1] // 2])
-        if p == inf:
-            return torch.where(sums_SA[:, 0].isnan(), nan, self.maxima_S)
-        return _saturated(self.scale_S * sums_SA[:, 0].pow(1 / p), self.maxima_S)
+            return _root(self.sums_SA, self.order)
+        if self.order == inf:
+            return torch.where(self.sums_SA[:, 0].isnan(), nan, self.maxima_S)
+        return self.scale_S * self.sums_SA[:, 0].pow(1 / self.order)
+
+    def _halfway(self) -> Tensor:
+        """Return the norms times 2^-550, (S,)."""
+        if self.maxima_S is None:
+            roots_SA = self.sums_SA.sqrt() if self.order == _EUCLIDEAN else self.sums_SA
+            if roots_SA.shape[1] == 1:
+                return roots_SA[:, 0] * _HALF_DOWN
+            middle_S, down_S, _ = roots_SA.unbind(1)
+            return torch.where(middle_S.isinf(), down_S * (_UP * _HALF_DOWN), middle_S * _HALF_DOWN)
+        if self.order == inf and self.down_S is not None:
+            return self.down_S * (_UP * _HALF_DOWN)
+        if self.order == inf:
+            # Of a modulus beyond float64 other ranks know only that it is at most this.
+            beyond_S = self.maxima_S == LARGEST
+            halfway_S = self.maxima_S * _HALF_DOWN
+            return torch.where(beyond_S, halfway_S * 2**0.5, halfway_S)
+        half_root_S = self.sums_SA[:, 0].pow(0.5 / self.order)
+        product_S = self.scale_S.sqrt() * (half_root_S * _HALF_DOWN**0.5)
+        limited_S = product_S.square().clamp(max=LARGEST)
+        return torch.where(self.maxima_S < inf, limited_S, self.maxima_S)
 
     @property
     def scale_S(self) -> Tensor:
@@ -110,7 +164,9 @@ def by_scope(order: float, rows_RA: Tensor, rows: RowMap) -> Sums:
     if order in {1.0, 2.0}:
         return Sums(order, rows_RA, rows.sums(rows_RA))
     maxima_S = rows.maxima(rows_RA[:, 0])
-    return Sums(order, rows_RA, torch.where(maxima_S.isnan(), maxima_S, 0.0)[:, None], maxima_S)
+    down_S = rows.maxima(rows_RA[:, 1]) if rows_RA.shape[1] > 1 else None
+    nans_S = torch.where(maxima_S.isnan(), maxima_S, 0.0)
+    return Sums(order, rows_RA, nans_S[:, None], maxima_S, down_S)
 
 
 def read_again(
@@ -155,7 +211,7 @@ def per_tensor(row_sums_R: Tensor, specs: TensorSpecs) -> Tensor:
 
 
 def combine(norms_S: Tensor, norm_type: float) -> Tensor:
-    """Return the p-norm of norms, 0-d float64, without leaving float64's range."""
+    """Return the p-norm of norms, 0-d float64; the largest float64 stands for one beyond it."""
     if len(norms_S) == 1:
         return norms_S[0]
     if len(norms_S) == 0:
@@ -163,12 +219,8 @@ def combine(norms_S: Tensor, norm_type: float) -> Tensor:
     largest = norms_S.amax()
     scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
     relative: Tensor = torch.linalg.vector_norm(norms_S / scale, norm_type)
-    return relative * scale
-
-
-def _saturated(norms_S: Tensor, tensor_sums_S: Tensor) -> Tensor:
-    """Keep a norm finite whose elements are, though it is beyond float64."""
-    return torch.where(tensor_sums_S < inf, norms_S.clamp(max=_LARGEST), norms_S)
+    # Finite norms have a finite one, though it may be beyond float64.
+    return torch.minimum(relative * scale, largest.clamp(min=LARGEST))
 
 
 def _root(sums_SA: Tensor, p: float) -> Tensor:
@@ -184,6 +236,11 @@ def _root(sums_SA: Tensor, p: float) -> Tensor:
     middle_S, down_S, up_S = roots_SA.unbind(1)
     in_range_S = torch.where(middle_S < _LOST_ROOT, up_S * _DOWN, middle_S)
     return torch.where(middle_S.isinf(), down_S * _UP, in_range_S)
+
+
+def reduced(norms_S: Tensor) -> Tensor:
+    """Return norms times 2^-1100, which no float64 is."""
+    return norms_S * _HALF_DOWN * _HALF_DOWN
 
 
 _There: TypeAlias = Callable[[Tensor], Tensor]
@@ -202,15 +259,13 @@ def everywhere(
     for part, rows in batch.parts:
         bring = partial(_bring, part.device, rows)
         found.append(operation(backends.on(part.device), part, bring))
-    together = in_order(found, batch, device, p)
-    assert together is not None
-    return together
+    return in_order(found, batch, device, p)
 
 
 def in_order(
-    found: Sequence[Tensor | None], batch: Batch, device: torch.device, p: float = _EUCLIDEAN
-) -> Tensor | None:
-    """Bring what was found of each part to a device, rows in order: (R, A); None if one has none.
+    found: Sequence[Tensor], batch: Batch, device: torch.device, p: float = _EUCLIDEAN
+) -> Tensor:
+    """Bring what was found of each part to a device, rows in order: (R, A).
 
     Args:
         found: (R', A') of each part.
@@ -218,9 +273,7 @@ def in_order(
         device: Where it is brought.
         p: Of the powers that were summed.
     """
-    there = [some.to(device) for some in found if some is not None]
-    if not there or len(there) < len(found):
-        return None
+    there = [some.to(device) for some in found]
     if len(there) == 1:
         return there[0]
     columns = max(some.shape[1] for some in there)

@@ -73,8 +73,8 @@ class Pattern:
     def told(self, device: torch.device) -> Scopes:
         """Return what the policy is told once, with numbers on a device: the same object always."""
         if device not in self._told:
-            sizes = torch.tensor(self._sizes(), dtype=torch.int64)
-            self._told[device] = Scopes(self.scope_names, Table(sizes).on(device), device)
+            sizes_S = Table.of(self._sizes()).on(device)
+            self._told[device] = Scopes(self.scope_names, sizes_S, device)
         return self._told[device]
 
     def gradients(self) -> Gradients:

@@ -127,12 +127,12 @@ class PatternScopes:
             of_rows = [weight for weight, n in compress(weights, chosen) for _ in range(n)]
             if all(weight == 1 for weight in of_rows):
                 return _TOGETHER
-            return OneScope(Table(torch.tensor(of_rows, dtype=torch.float64)))
+            return OneScope(Table.of(of_rows, torch.float64))
         if all(chosen):
             return OneScopeEach(self.count, None)
         spans = compress(zip(accumulate(self.rows), self.rows, strict=True), chosen)
         positions = [row for end, n in spans for row in range(end - n, end)]
-        return OneScopeEach(self.count, Table(torch.tensor(positions, dtype=torch.int64)))
+        return OneScopeEach(self.count, Table.of(positions))
 
 
 _TOGETHER = OneScope()

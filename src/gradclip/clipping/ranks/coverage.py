@@ -90,8 +90,3 @@ def _times_reached(outlines: Mapping[int, Outline]) -> int | None:
 
 
 _DIGIT = 32
-
-
-def copies_of(part: Part, outlines: Mapping[int, Outline]) -> int:
-    """Return how many ranks hold a part."""
-    return sum(part in outline.parts for outline in outlines.values())

@@ -1,6 +1,7 @@
 """How the ranks hold one parameter."""
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from math import prod
 
@@ -77,6 +78,7 @@ class Found:
         dimensions: Sequence[Dimension],
         part: Part | None,
         outlines: Mapping[int, Outline] | None,
+        foreign: AbstractSet[tuple[int, ...]],
     ) -> Holding:
         """Return the holding where dimensions are those of a grid.
 
@@ -84,6 +86,7 @@ class Found:
             dimensions: In order.
             part: What this rank holds alike with others, if any.
             outlines: What other ranks hold, by rank; None where that is not known.
+            foreign: The meshes that some rank is not in.
         """
         split = self.split | self.declared
         return Holding(
@@ -91,7 +94,7 @@ class Found:
             self.cuts,
             self.declared,
             self.weight([dimension.size for dimension in dimensions]),
-            self._is_compared(outlines),
+            self._is_compared(foreign),
             self.flat,
             self.position,
             frozenset(
@@ -103,7 +106,12 @@ class Found:
         )
 
     def in_one_dimension(
-        self, everyone: Dimension, part: Part | None, copies: int, outlines: Mapping[int, Outline]
+        self,
+        everyone: Dimension,
+        part: Part | None,
+        copies: int,
+        outlines: Mapping[int, Outline],
+        foreign: AbstractSet[tuple[int, ...]],
     ) -> Holding:
         """Return the holding where there is one dimension, of all ranks."""
         split = frozenset({0}) if self.split or self.declared or self.absent else frozenset()
@@ -112,16 +120,15 @@ class Found:
             {},
             frozenset({0}) if self.declared else frozenset(),
             copies,
-            self._is_compared(outlines),
+            self._is_compared(foreign),
             self.flat,
             self.position,
             frozenset({0}) if self._is_copied(everyone, part, outlines) else frozenset(),
             self.absent,
         )
 
-    def _is_compared(self, outlines: Mapping[int, Outline] | None) -> bool:
-        elsewhere = any(self.mesh in each.foreign for each in (outlines or {}).values())
-        return self.compared and not (self.absent or elsewhere)
+    def _is_compared(self, foreign: AbstractSet[tuple[int, ...]]) -> bool:
+        return self.compared and not self.absent and self.mesh not in foreign
 
     def _is_copied(
         self, dimension: Dimension, part: Part | None, outlines: Mapping[int, Outline] | None

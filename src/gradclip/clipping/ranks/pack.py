@@ -69,9 +69,7 @@ class Pack:
         ] + [False] * rest
         if not any(local):
             return None
-        return Table(
-            torch.tensor([i for i, flag in enumerate(local) if not flag], dtype=torch.int64)
-        )
+        return Table.of([i for i, flag in enumerate(local) if not flag])
 
     def chosen(self, number: int) -> Table | None:
         """Return which numbers take part in a dimension; None for all."""

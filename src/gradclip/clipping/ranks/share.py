@@ -161,7 +161,7 @@ class Presence:
         weights = self._chosen_of(self._share.weights)
         if all(weight == 1 for weight in weights):
             return None
-        return Table(torch.tensor(weights, dtype=torch.float64))
+        return Table.of(weights, torch.float64)
 
     @cached_property
     def _copied_rows(self) -> Table | None:
@@ -175,7 +175,7 @@ class Presence:
             for holding, rows in held
             for _ in range(rows)
         ]
-        return Table(torch.tensor(flags_RD, dtype=torch.float64))
+        return Table.of(flags_RD, torch.float64)
 
     def _chosen_of(self, values: Sequence[_Value]) -> list[_Value]:
         return list(compress(values, self._chosen))

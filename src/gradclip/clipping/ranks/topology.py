@@ -1,6 +1,7 @@
 """How ranks hold the parameters: over which dimensions each is split, and how often it is held."""
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -15,7 +16,6 @@ from gradclip.clipping.ranks.coverage import (
     Outline,
     Part,
     compact,
-    copies_of,
     each_counts_once,
 )
 from gradclip.clipping.ranks.dimension import Dimension, GroupLike, as_groups
@@ -201,15 +201,19 @@ class Survey:
         parts = {key: part for key, (_, part) in self._parts().items()}
         # A rank that has no part of a parameter may hold others in just that way.
         found = [(each, None if each.absent else parts[each.key]) for each in self._found]
+        # There are thousands of ranks, and of parameters: not for each of them anew.
+        foreign = {mesh for each in (outlines or {}).values() for mesh in each.foreign}
         if outlines is None or each_counts_once(outlines):
             holdings = {
-                each.identity: each.holding(self.dimensions, part, outlines) for each, part in found
+                each.identity: each.holding(self.dimensions, part, outlines, foreign)
+                for each, part in found
             }
             return Topology(self.dimensions, meshes, holdings)
         everyone = Dimension.among(sorted(outlines))
+        copies = Counter(part for outline in outlines.values() for part in outline.parts)
         holdings = {
             each.identity: each.in_one_dimension(
-                everyone, part, 1 if part is None else copies_of(part, outlines), outlines
+                everyone, part, 1 if part is None else copies[part], outlines, foreign
             )
             for each, part in found
         }

@@ -84,7 +84,7 @@ def failure(rank: int, *, failed: bool) -> tuple[float, float]:
 @lru_cache(maxsize=64)
 def table_of(numbers: tuple[float, ...]) -> Table:
     """Return numbers as a table; those of the last steps are on their devices already."""
-    return Table(torch.tensor(numbers, dtype=torch.float64))
+    return Table.of(numbers, torch.float64)
 
 
 class Verdict:

@@ -11,6 +11,7 @@ from torch import Tensor
 from gradclip.clipping.collect.gradients import Gradients
 from gradclip.clipping.collect.parameters import ParameterGroup
 from gradclip.clipping.flags import Flag, as_flag
+from gradclip.clipping.kernels.blocks import BLOCK, flat, pieces
 from gradclip.clipping.kernels.device import copy_to_host
 from gradclip.errors import NonFiniteGradientError, TooManySkipsError, warn
 from gradclip.record.ring import Ring
@@ -120,12 +121,17 @@ class Faults:
                 group.names, group.tensors, group.measured(2.0).tensors, strict=True
             ):
                 total += 1
-                nans, infinities = int(values.isnan().sum()), int(values.isinf().sum())
+                nans, infinities = _count(values, torch.isnan), _count(values, torch.isinf)
                 if nans or infinities:
                     dtype = str(tensor.dtype).removeprefix("torch.")
                     what = f"{tuple(tensor.shape)} {dtype}   NaN: {nans}   Inf: {infinities}"
                     described.append((name, what))
         return cls(rank, described, total)
+
+
+def _count(values: Tensor, kind: Callable[[Tensor], Tensor]) -> int:
+    """Count elements of a kind, block by block."""
+    return sum(int(kind(piece).sum()) for piece in pieces(flat(values), BLOCK))
 
 
 def nonfinite_report(

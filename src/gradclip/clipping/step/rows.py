@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gradclip.clipping import flags
 from gradclip.clipping.flags import Flag
-from gradclip.clipping.kernels.device import HostCopy, copy_to_host
+from gradclip.clipping.kernels.device import HostCopy, copy_to_host, is_capturing
+from gradclip.clipping.step.loop import LoopWatch
 from gradclip.record.ring import Reader, StepNumbers, StepRing
 from gradclip.record.stats import Stats, StepStats, together
 
@@ -162,24 +163,37 @@ class StepLog:
     """All steps of one clipper: what they came to, and whoever else wants to know of each.
 
     Args:
-        readers: Are told of every step too.
+        called: What clips, as its user knows it.
+        owned: Whether it unscales by itself, and keeps the optimizer from a step.
     """
 
-    def __init__(self, *readers: Reader) -> None:
+    def __init__(self, called: str, *, owned: bool) -> None:
         self.counted = StepStats()
         """What the steps came to whose numbers were read; ``catch_up`` reads those of all."""
-        self._ring = StepRing(copy_rows, self.counted, *readers)
+        self._loop = LoopWatch(called, owned=owned)
+        self._ring = StepRing(copy_rows, self.counted, self._loop)
 
-    def push(self, result: "ClipResult", step: int, *, expected: bool) -> None:
-        """Note a step; nothing is computed or read now.
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle after the numbers of all steps were read, by every reader."""
+        self.catch_up()
+        return self.__dict__
+
+    def push(
+        self, result: "ClipResult", step: int, *, expected: bool, unscaled: bool = True
+    ) -> None:
+        """Note a step; nothing is computed or read now. One in a CUDA graph is not counted.
 
         Args:
             result: What was measured and done.
             step: Which call it was.
             expected: A loss scaler answers for an overflow.
+            unscaled: Whether gradients are known to be unscaled.
         """
+        if is_capturing(result.measured_S.device):
+            return
         row = StepRow.of(result, step, expected=expected)
         self._ring.push(row, 2 * row.norms_S.numel())
+        self._loop.speak(unscaled=unscaled)
 
     def follow(self, reader: Reader) -> None:
         """Tell a reader of every step from now on, once its numbers are on the host.

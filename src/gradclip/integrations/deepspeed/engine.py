@@ -191,7 +191,7 @@ class EngineWatch:
         self._raises = checked_nonfinite(checked.nonfinite) == "raise"
         self._skips = SkipCounter(checked.max_consecutive_skips)
         self._norms: list[float] = []
-        self.step_log = StepLog()
+        self.step_log = StepLog("DeepSpeed", owned=True)
         """The numbers of all steps."""
         self._seen = engine.global_steps if from_step is None else from_step
         check_engine(engine, self._limit)

@@ -18,6 +18,7 @@ from gradclip import (
     clip_grads_with_norm_,
     get_total_norm,
 )
+from gradclip.clipping.collect import overlap as overlap_check
 from gradclip.errors import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -369,6 +370,46 @@ OVERLAPPING = {
 def test_gradients_that_share_bytes(overlap, taker):
     params = [*three(), *oracle.parameters(*OVERLAPPING[overlap]())]
     refused(TAKERS[taker], params, OverlappingGradientsError, "3")
+
+
+@pytest.mark.parametrize("overlap", ["two windows", "a row and a column", "the same tensor"])
+@pytest.mark.parametrize("first", [True, False])
+def test_gradients_that_are_left_alone_may_not_be_shared_either(overlap, first):
+    """With {"a": None, "b": 0.1} the gradient of a was scaled too, where it was that of b."""
+    params = oracle.parameters(*OVERLAPPING[overlap]())
+    policy = {"a": None, "b": 0.1} if first else {"b": 0.1, "a": None}
+    clipper = GradientClipper(zip("ab", params, strict=True), policy)
+    refused(
+        lambda ps: clipper.clip(), params, OverlappingGradientsError, "of a|with a", "of b|with b"
+    )
+
+
+def test_what_is_left_alone_may_share_its_own_bytes_and_be_of_any_kind():
+    params = oracle.parameters(
+        BASE[:4], BASE[:4], torch.ones(1).expand(3), torch.ones(2, dtype=torch.int64),
+        torch.ones(2, device="meta"), torch.eye(3).to_sparse(), BASE[4:8].clone(),
+    )  # fmt: skip
+    pairs = [(f"w{i}", p) for i, p in enumerate(params)]
+    clipper = GradientClipper(pairs, {"w6": 0.1, "*": None})
+    before = oracle.look(params[:6])
+    for _ in range(2):
+        clipper.clip()
+    oracle.assert_untouched(params[:6], before)
+    assert oracle.norm([params[6].grad]) <= 0.1
+
+
+@pytest.mark.parametrize("columns", [3, 500])
+def test_long_gradients_that_interleave(columns, monkeypatch):
+    """They are looked at window by window, and no byte is missed between two."""
+    monkeypatch.setattr(overlap_check, "_WINDOW", 1 << 8)
+    whole = oracle.randn(400, columns + 2)
+    apart = [whole[::2, :columns], whole[1::2, :-1], whole[::2, columns:], whole[1::2, -1]]
+    params = oracle.parameters(*apart)
+    clip_grad_norm_(params, 0.1)
+    assert oracle.norm([whole]) <= 0.1
+    for shared in (whole[399:, columns + 1 :], whole[200:202, 0], whole[:, 1]):
+        params = oracle.parameters(*apart, shared)
+        refused(TAKERS["clip_grad_norm_"], params, OverlappingGradientsError, "[4]")
 
 
 def test_overlap_that_comes_later_is_seen():

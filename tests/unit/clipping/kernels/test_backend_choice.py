@@ -7,7 +7,8 @@ import torch
 
 from gradclip import GradientClipper
 from gradclip.clipping import kernels
-from gradclip.clipping.kernels import Batch, choose, foreach, reference
+from gradclip.clipping.kernels import Batch, Write, carry_out, choose, foreach, reference
+from gradclip.clipping.kernels.writes import run_each
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, CaptureError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -69,6 +70,10 @@ def test_what_cannot_run_is_said_before_anything_is_changed(monkeypatch):
     assert weight.grad.tolist() == [5.0] * 3
 
 
+def scale_(kernels, batch, coefficients):
+    carry_out(kernels.scaling(batch, coefficients))
+
+
 class Broken:
     """A backend whose kernels do not compile."""
 
@@ -89,9 +94,24 @@ def test_a_kernel_that_does_not_compile_falls_back_with_one_warning():
     batch = Batch.of([torch.tensor([3.0, 4.0])])
     with pytest.warns(RuntimeWarning, match="Failed to find C compiler. Please.*GRADCLIP_BACKEND"):
         assert both.power_sums(batch, 2.0).tolist() == [[25.0]]
-    both.scale_(batch, 0.5)  # no second warning: warnings are errors here
+    scale_(both, batch, 0.5)  # no second warning: warnings are errors here
     assert batch.tensors[0].tolist() == [1.5, 2.0]
     assert broken.calls == 1
+
+
+def test_a_kernel_that_fails_when_it_is_launched_falls_back_too():
+    """It is compiled then, before it writes anything."""
+
+    def launch():
+        raise RuntimeError("ptxas was not found")
+
+    broken = SimpleNamespace(scaling=lambda *given: [Write(run_each, ([launch],))])
+    both = kernels._WithFallback(broken, foreach)
+    batch = Batch.of([torch.tensor([3.0, 4.0])])
+    with pytest.warns(RuntimeWarning, match="ptxas was not found"):
+        scale_(both, batch, 0.5)
+    scale_(both, batch, 0.5)
+    assert batch.tensors[0].tolist() == [0.75, 1.0]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, CaptureError])

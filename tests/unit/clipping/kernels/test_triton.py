@@ -13,7 +13,7 @@ import torch
 
 import oracle
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip, clip_grad_norm_
-from gradclip.clipping.kernels import Batch, choose
+from gradclip.clipping.kernels import Batch, carry_out, choose
 from gradclip.clipping.kernels.tables import Addresses
 from gradclip.clipping.measure import norm
 from pairwise import ALL_COMBINATIONS, pairwise
@@ -49,6 +49,10 @@ def small_chunks(monkeypatch):
 @pytest.fixture
 def kernels():
     return choose("triton").on(DEVICE)
+
+
+def scale_(kernels, batch, coefficients):
+    carry_out(kernels.scaling(batch, coefficients))
 
 
 def random(length, dtype, offset=0, scale=1.0):
@@ -147,7 +151,7 @@ class TestScale:
     def test_it_is_one_rounding_of_the_product(self, kernels, dtype):
         tensors = ragged(dtype)
         expected = [(t.double() * 0.3).to(dtype) for t in tensors]
-        kernels.scale_(Batch.of(tensors), 0.3)
+        scale_(kernels, Batch.of(tensors), 0.3)
         for tensor, wanted in zip(tensors, expected, strict=True):
             eps = torch.finfo(dtype).eps
             torch.testing.assert_close(tensor, wanted, rtol=eps, atol=0)
@@ -157,9 +161,9 @@ class TestScale:
         tensor = torch.tensor(values, dtype=dtype, device=DEVICE)
         bits = tensor.clone().view(torch.uint8)
         one = torch.ones(1, dtype=torch.float64, device=DEVICE)
-        kernels.scale_(Batch.of([tensor]), one)
+        scale_(kernels, Batch.of([tensor]), one)
         assert torch.equal(tensor.view(torch.uint8), bits)
-        kernels.scale_(Batch.of([tensor]), one * 0)
+        scale_(kernels, Batch.of([tensor]), one * 0)
         assert torch.equal(tensor, torch.zeros_like(tensor))
 
     def test_each_row_has_its_own(self, kernels, dtype):
@@ -168,7 +172,7 @@ class TestScale:
         coefficients_R = torch.tensor(
             [0.5, 1.0, 0.0, 0.25, 2.0**-70, 0.5], dtype=torch.float64, device=DEVICE
         )
-        kernels.scale_(Batch.of(tensors, [5, 1]), coefficients_R)
+        scale_(kernels, Batch.of(tensors, [5, 1]), coefficients_R)
         expected[0] = (expected[0].double() * coefficients_R[:5, None]).to(dtype)
         expected[1] = (expected[1].double() * 0.5).to(dtype)
         for tensor, wanted in zip(tensors, expected, strict=True):
@@ -178,7 +182,7 @@ class TestScale:
 @pytest.mark.smoke
 def test_a_coefficient_that_float32_cannot_hold(kernels):
     tensor = torch.full((100,), 3e38, device=DEVICE)
-    kernels.scale_(Batch.of([tensor]), 1.23456e-42)
+    scale_(kernels, Batch.of([tensor]), 1.23456e-42)
     torch.testing.assert_close(tensor.cpu(), torch.full((100,), 3.70368e-4), rtol=1e-6, atol=0)
 
 
@@ -190,7 +194,7 @@ def test_clamping_counts_and_sums_on_the_way(kernels, dtype, limit):
     # The limit as the dtype has it: 0.3 is 0.3008 in bfloat16.
     top = float(torch.tensor(min(limit, torch.finfo(dtype).max), dtype=dtype))
     expected = [t.clamp(-top, top) for t in tensors]
-    clamped = kernels.clamp_(Batch.of(tensors), limit)
+    clamped = kernels.clamp_(Batch.of(tensors), limit, True)
     for tensor, wanted in zip(tensors, expected, strict=True):
         assert torch.equal(tensor, wanted)
     changed = sum(int((a != b).sum()) for a, b in zip(before, expected, strict=True))
@@ -199,9 +203,21 @@ def test_clamping_counts_and_sums_on_the_way(kernels, dtype, limit):
         torch.testing.assert_close(root(sums_RA, 2.0), truth(of, 2.0), rtol=1e-12, atol=0)
 
 
+def test_what_clamping_leaves_is_known_without_a_write(kernels):
+    tensors = ragged(torch.float32)
+    before = [t.clone() for t in tensors]
+    seen = kernels.clamp_(Batch.of(tensors), 0.3, False)
+    assert all(torch.equal(tensor, was) for tensor, was in zip(tensors, before, strict=True))
+    done = kernels.clamp_(Batch.of(tensors), 0.3, True)
+    assert int(seen.changed) == int(done.changed) > 0
+    assert torch.equal(seen.before_RA, done.before_RA)
+    assert torch.equal(seen.after_RA, done.after_RA)
+    assert not torch.equal(tensors[-1], before[-1])
+
+
 def test_a_nan_is_not_clamped_and_shows(kernels):
     tensor = torch.tensor([nan, 5.0, -5.0], device=DEVICE)
-    clamped = kernels.clamp_(Batch.of([tensor]), 1.0)
+    clamped = kernels.clamp_(Batch.of([tensor]), 1.0, True)
     assert tensor[0].isnan()
     assert tensor[1:].tolist() == [1.0, -1.0]
     assert int(clamped.changed) == 2
@@ -228,7 +244,7 @@ def test_what_is_not_one_stretch_of_memory_is_measured_and_scaled_too(kernels):
     for tensor, was in zip((strided, transposed), before, strict=True):
         batch = Batch.of([tensor])
         torch.testing.assert_close(measured(kernels, batch, 2.0), truth([was], 2.0))
-        kernels.scale_(batch, 0.5)
+        scale_(kernels, batch, 0.5)
         assert torch.equal(tensor, was * 0.5)
 
 
@@ -248,7 +264,7 @@ def test_elements_beyond_two_to_the_31(kernels, monkeypatch):
         plan.table = triton.Table(last)
         plan.firsts = triton.Table(torch.tensor([0, 1]))
     assert kernels.power_sums(batch, 2.0).tolist() == [[68.0]]
-    kernels.scale_(batch, 0.5)
+    scale_(kernels, batch, 0.5)
     assert tensor[-20:].tolist() == [0.0] * 3 + [1.0] * 17
 
 

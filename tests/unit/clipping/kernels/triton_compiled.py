@@ -33,7 +33,7 @@ CASES = {
     "clamp float32": (
         programs.clamp,
         {**TABLES, "limit": "*fp64", "before": "*fp64", "after": "*fp64", "changed": "*i64"},
-        {"DTYPE": tl.float32, "KIND": tl.float32},
+        {"DTYPE": tl.float32, "KIND": tl.float32, "WRITE": True},
     ),
 }
 

@@ -89,7 +89,7 @@ def test_clamping_twice_is_not_clamping_again(backend, dtype):
     assert bool(clipper.clip().clipped)
     assert not bool(clipper.clip().clipped)
     kernels = choose(backend).on(torch.device("cpu"))
-    assert int(kernels.clamp_(Batch.of([weight.grad]), 0.3).changed) == 0
+    assert int(kernels.clamp_(Batch.of([weight.grad]), 0.3, True).changed) == 0
 
 
 def test_total_norms_are_numbers_of_any_kind_and_not_negative():

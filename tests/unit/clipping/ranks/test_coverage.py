@@ -6,7 +6,6 @@ from gradclip.clipping.ranks.coverage import (
     Outline,
     compact,
     connected,
-    copies_of,
     each_counts_once,
 )
 
@@ -85,12 +84,6 @@ def test_ranks_are_connected_if_all_that_they_reduce_with_are_known():
     assert connected(outlines)
     del outlines[1]
     assert not connected(outlines)
-
-
-def test_copies_are_counted_over_all_ranks():
-    outlines = grid(2, 3, (True, False))
-    assert copies_of(part(7, 0), outlines) == 3
-    assert copies_of(part(7, 5), outlines) == 0
 
 
 @pytest.mark.parametrize(
