@@ -22,7 +22,15 @@ from gradclip import __version__
 from gradclip.errors import CheckpointError
 from gradclip.pipeline.checkpoint.progress import TrainerProgressState
 
-__all__ = ["Manifest", "find", "read_manifest", "verify", "write"]
+__all__ = [
+    "Manifest",
+    "find",
+    "holds_checkpoints",
+    "last_step",
+    "read_manifest",
+    "verify",
+    "write",
+]
 
 MANIFEST = "manifest.json"
 _SCHEMA = 1
@@ -124,8 +132,19 @@ def find(path: Path) -> tuple[Path, Manifest]:
         except CheckpointError as error:
             _warn_passed_over(error)
     raise CheckpointError(
-        f"there is no complete checkpoint in {path}. Leave resume_from out to start from scratch."
+        f"there is no complete checkpoint in {path}. Leave resume_from out to start from scratch, "
+        "in another folder where there are damaged ones."
     )
+
+
+def holds_checkpoints(root: Path) -> bool:
+    """Whether there is a checkpoint in a folder, be it damaged."""
+    return root.is_dir() and bool(_named(root))
+
+
+def last_step(root: Path) -> int:
+    """Return how many batches the run that got farthest had trained on; -1 if none is complete."""
+    return max((each.progress.global_step_id for _, each in _complete(root)), default=-1)
 
 
 def verify(path: Path) -> Manifest:
