@@ -20,6 +20,7 @@ from torch.utils.data import (
 )
 
 from gradclip.errors import ArgumentValueError, CheckpointError
+from gradclip.pipeline.checkpoint import data_position as data_position_module
 from gradclip.pipeline.checkpoint.data_position import DataPosition
 from gradclip.pipeline.preparation import prepared_dataloader
 
@@ -256,6 +257,20 @@ def finds_every_place_again(tmp_path, kind, seedable):
         left = 3 - done // per_epoch + (state["batches"] == per_epoch)
         rest = [each for _ in range(left) for each in one_epoch(again)]
         assert rest == steps[done:], (kind, done, state["batches"])
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "sequential", "drop last"])
+def test_the_second_epoch_is_found_again_with_accelerate_1_10(tmp_path, monkeypatch, kind):
+    """Until 1.15 a loader that it rebuilds begins with epoch 0, whatever epoch it was in."""
+    skip = data_position_module.skip_first_batches
+
+    def forgetful(loader, number):
+        rest = skip(loader, number)
+        rest.iteration = 0
+        return rest
+
+    monkeypatch.setattr(data_position_module, "skip_first_batches", forgetful)
+    finds_every_place_again(tmp_path, kind, seedable=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
