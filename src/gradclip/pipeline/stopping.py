@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -80,16 +80,17 @@ class StopRequest:
             self.agreed = max((reason for reason, count in found if count), default=0)
         return bool(self.agreed)
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Let a second Ctrl-C wait until the context ends."""
+    def held(self) -> Self:
+        """Return a context in which a second Ctrl-C waits until it ends; it may be nested."""
+        return self
+
+    def __enter__(self) -> None:
         self._holds += 1
-        try:
-            yield
-        finally:
-            self._holds -= 1
-            if self._late and not self._holds:
-                self._end_at_once()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._holds -= 1
+        if self._late and not self._holds:
+            self._end_at_once()
 
     def note(self, number: int) -> bool:
         """Take a signal; return whether it is the first one.
