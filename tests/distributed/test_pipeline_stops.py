@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from test_pipeline import Run, checkpoints, train
+from test_pipeline import Run, checkpoints, trained
 
 from gradclip.errors import ArgumentValueError, CheckpointError
 from gradclip.pipeline.hooks import HookContext, PipelineHooks, RecordHookConfig
@@ -23,55 +23,54 @@ def at(step, function):
     return hooks
 
 
-def asks_to_stop(rank, step):
-    run = Run("DDP", max_epoch=3, hooks=[at(step, lambda arg: arg.request_stop())])
-    run.trainer()
-    return run.trainer.trainer_progress_state
-
-
-@pytest.mark.parametrize(("step", "end"), [(1, 4), (5, 6)])
-def test_a_stop_that_one_process_asks_for_ends_all_at_one_step(step, end):
-    """One optimizer step later, and at once where an epoch ends."""
-    first, second = together(asks_to_stop, 2, step)
-    assert first == second
-    assert (first.global_step_id, first.micro_step_id) == (end, 0)
-
-
-def is_terminated(rank, root):
-    send = at(1, lambda arg: signal.raise_signal(signal.SIGTERM))
-    run = Run(
-        "FSDP2",
-        dropout=0.3,
-        max_epoch=3,
-        hooks=[send, checkpoints(root, save_epoch_freq=9, save_when_loop_end=False)],
-        resume_from="auto",
-    )
-    with pytest.raises(SystemExit) as caught:
+def asks_to_stop(rank):
+    ends = []
+    for step in (1, 5):
+        run = Run("DDP", max_epoch=3, hooks=[at(step, lambda arg: arg.request_stop())])
         run.trainer()
-    return caught.value.code, run.trainer.trainer_progress_state.global_step_id
+        state = run.trainer.trainer_progress_state
+        ends.append((state.global_step_id, state.micro_step_id, state.optimizer_step_id))
+    return ends
 
 
-def test_a_signal_to_one_process_is_a_checkpoint_of_all(tmp_path):
-    whole, said, progress = train("FSDP2", 2, dropout=0.3, max_epoch=3)
-    assert together(is_terminated, 2, str(tmp_path)) == [(143, 4)] * 2
-    hooks = [checkpoints(tmp_path, save_epoch_freq=9)]
-    again = {"hooks": hooks, "resume_from": "auto", "seed": 7}
-    found, rest, reached = train("FSDP2", 2, dropout=0.3, max_epoch=3, **again)
+def test_a_stop_that_one_process_asks_for_ends_all_at_one_step():
+    """One optimizer step later, and at once where an epoch ends, with batch 6."""
+    assert together(asks_to_stop, 2) == [[(4, 0, 2), (6, 0, 3)]] * 2
+
+
+def is_terminated_and_goes_on(rank, root):
+    run = {"dropout": 0.3, "max_epoch": 3}
+    whole, said, progress = trained(rank, "FSDP2", **run)
+    send = at(1, lambda arg: signal.raise_signal(signal.SIGTERM))
+    hooks = [send, checkpoints(root, save_epoch_freq=9, save_when_loop_end=False)]
+    terminated = Run("FSDP2", hooks=hooks, resume_from="auto", **run)
+    with pytest.raises(SystemExit) as caught:
+        terminated.trainer()
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert terminated.trainer.trainer_progress_state.global_step_id == 4
+    hooks = [checkpoints(root, save_epoch_freq=9)]
+    found, rest, reached = trained(rank, "FSDP2", hooks=hooks, resume_from="auto", seed=7, **run)
     assert reached == progress
     assert rest == said[2:]
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
-def is_refused(rank, root, record):
-    hooks = [checkpoints(root)] if record is None else [RecordHookConfig(path=record)]
-    with pytest.raises((ArgumentValueError, CheckpointError), match="earlier run") as caught:
-        Run("DDP", max_epoch=1, hooks=hooks).trainer()
-    return type(caught.value).__name__
+def test_a_signal_to_one_process_is_a_checkpoint_of_all_that_goes_on_bit_for_bit(tmp_path):
+    together(is_terminated_and_goes_on, 2, str(tmp_path))
+
+
+def is_refused(rank, root):
+    saving, recording = checkpoints(root), RecordHookConfig(path=f"{root}/run.jsonl")
+    trained(rank, "DDP", max_epoch=1, hooks=[saving, recording])
+    refused = []
+    for hook in (saving, recording):
+        with pytest.raises((ArgumentValueError, CheckpointError), match="earlier run") as caught:
+            trained(rank, "DDP", max_epoch=1, hooks=[hook])
+        refused.append(type(caught.value))
+    return refused
 
 
 def test_what_would_be_overwritten_is_refused_on_every_process(tmp_path):
-    record = str(tmp_path / "run.jsonl")
-    train("DDP", 2, max_epoch=1, hooks=[checkpoints(tmp_path), RecordHookConfig(path=record)])
-    assert together(is_refused, 2, str(tmp_path), None) == ["CheckpointError"] * 2
-    refused = together(is_refused, 2, str(tmp_path), record)
-    assert refused == ["ArgumentValueError", "CheckpointError"]
+    main, other = together(is_refused, 2, str(tmp_path))
+    assert main == [CheckpointError, ArgumentValueError]
+    assert other == [CheckpointError, CheckpointError]
