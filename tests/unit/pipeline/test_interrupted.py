@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gradclip.clipping.policies import Decision, Policy, PolicyState
 from gradclip.diagnostics.record import read_record
+from gradclip.errors import ArgumentValueError
 from gradclip.pipeline import HookBasedTrainer, SimpleBatchProcessor
 from gradclip.pipeline.hooks import (
     GradientClippingHookConfig,
@@ -248,6 +249,45 @@ def test_an_error_while_a_batch_is_fetched_gives_its_window_back():
     run()
     assert run.model.weight.item() == pytest.approx(-37.0)
     assert run.trainer_progress_state.optimizer_step_id == 1
+
+
+def once(values, failing=()):
+    """An iterator's run, in which some batches fail the first time."""
+    left = set(failing)
+
+    def fail(arg):
+        if arg.global_step_id in left:
+            left.remove(arg.global_step_id)
+            raise OSError("it failed")
+
+    hooks = PipelineHooks()
+    hooks.register_hook("on_step", HookContext.from_callable(after=fail))
+    run = fed_to([hooks])
+    run.dataloader = run._position.dataloader = iter([torch.tensor([[v]]) for v in values])
+    return run
+
+
+def test_an_iterator_goes_on_where_it_is_and_is_named_where_it_would_have_to_go_back():
+    run = once((1.0, 10.0, 100.0), failing=[1])
+    run.max_step = 1
+    run()
+    run.max_step = 3
+    with pytest.raises(OSError, match="it failed"):
+        run()  # after the step of the second batch
+    run()
+    assert run.model.weight.item() == -111
+    run = once((1.0, 10.0, 100.0))
+
+    def fail(arg):
+        raise OSError("it failed")
+
+    handle = run.hooks.register_hook("on_batch", HookContext.from_callable(before=fail))
+    with pytest.raises(OSError, match="it failed"):
+        run()
+    handle.remove()
+    with pytest.raises(ArgumentValueError, match="the last 1 of the batches"):
+        run()
+    assert run.model.weight.item() == 0
 
 
 def test_an_epoch_whose_hooks_failed_after_it_is_not_trained_again():

@@ -25,7 +25,7 @@ from accelerate.data_loader import (
 )
 from torch.utils.data import DataLoader, IterableDataset
 
-from gradclip.errors import CheckpointError
+from gradclip.errors import ArgumentValueError, CheckpointError
 from gradclip.pipeline.checkpoint.moment import Moment
 from gradclip.pipeline.checkpoint.own_state import OwnState, Place, keeps_its_state
 from gradclip.pipeline.checkpoint.rewound import Rewound, pass_over
@@ -58,6 +58,7 @@ class DataPosition:
         self.batches = 0
         """Batches of this epoch that were handed out; 0 between epochs."""
         self._finished = 0
+        self._taken = 0
         self.is_last = False
         """Whether the batch in hand is known to be the last one of the epoch."""
         self._looks_ahead = look_ahead and not hasattr(dataloader, "end_of_dataloader")
@@ -79,6 +80,7 @@ class DataPosition:
         """Yield the batches of this epoch that were not handed out yet.
 
         Raises:
+            ArgumentValueError: GC010, batches of an iterator would have to come again.
             CheckpointError: The dataloader has fewer batches than the checkpoint says.
         """
         asked: RandomState | None = None
@@ -91,7 +93,7 @@ class DataPosition:
         else:
             self._start = Moment.capture(self.dataloader)
             self._place = self._ask()
-            batches = iter(self.dataloader)
+            batches = self._iterate()
         if self._looks_ahead:
             batches = self._one_ahead(batches)
         while True:
@@ -104,9 +106,20 @@ class DataPosition:
             self.batches += 1
             yield batch
             self.finish()
-        self.batches = self._finished = 0
+        self.batches = self._finished = self._taken = 0
         self.is_last = False
         self._start = self._asked = self._earlier = None
+
+    def _iterate(self) -> Iterator[Any]:
+        """Go through the dataloader; of an iterator, count what was taken: it is taken for good."""
+        if not isinstance(self.dataloader, Iterator):
+            return iter(self.dataloader)
+        return self._counted(self.dataloader)
+
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self._taken += 1
+            yield batch
 
     def _one_ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield each batch when the next one is loaded."""
@@ -254,8 +267,14 @@ class DataPosition:
         if _can_skip(self.dataloader):
             yield from self._pass_over(self.dataloader, stopped.random)
             return
-        batches = iter(self.dataloader)
-        pass_over(batches, self.batches)
+        batches = self._iterate()
+        if self._taken > self.batches:
+            raise ArgumentValueError(
+                f"the dataloader is an iterator, and the last {self._taken - self.batches} of the "
+                "batches that were taken from it would have to come again, which it cannot give. "
+                "Give a DataLoader, a list, or another object that can be iterated once per epoch."
+            )
+        pass_over(batches, self.batches - self._taken)
         # The order of the epoch may be drawn with its first batch.
         first = [] if self.batches else list(islice(batches, 1))
         stopped.random.restore()

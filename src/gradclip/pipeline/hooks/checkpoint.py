@@ -28,6 +28,8 @@ from gradclip.pipeline.processes import together
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from gradclip.pipeline.stopping import StopRequest
+
 __all__ = ["SaveCheckpoint", "SaveCheckpointConfig"]
 
 
@@ -51,7 +53,7 @@ class SaveCheckpoint(PipelineHooks):
         self._due = False
         self._saved: TrainerProgressState | None = None
         self._place: Path | None = None
-        self._begun: set[Path] = set()
+        self._run: StopRequest | None = None
         name = "save checkpoint"
         self.register_hook("on_step", HookContext.from_callable(name, after=self._after_step))
         self.register_hook("on_epoch", HookContext.from_callable(name, after=self._after_epoch))
@@ -93,10 +95,11 @@ class SaveCheckpoint(PipelineHooks):
         root = self.root(accelerator)
         check_checkpointable(accelerator)
         with together(accelerator):
-            by_hand = arg.resume_from is None and arg.global_step_id > 0
-            if accelerator.is_main_process and not by_hand and root not in self._begun:
+            # A run goes on after an error, or was resumed by a loop of the user's own.
+            goes_on = arg.stop is self._run or (arg.resume_from is None and arg.global_step_id > 0)
+            if accelerator.is_main_process and not goes_on:
                 refuse_another_run(root, arg.resume_from)
-        self._begun.add(root)
+        self._run = arg.stop  # every run has one of its own
         self._due, self._place = False, None
         # Where a run resumes need not be written again.
         self._saved = TrainerProgressState.of(arg) if arg.global_step_id else None

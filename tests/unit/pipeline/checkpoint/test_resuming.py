@@ -154,6 +154,13 @@ def test_auto_does_not_start_anew_over_what_is_damaged(tmp_path):
         trainer(tmp_path, resume_from="auto")
 
 
+def test_a_hook_of_another_run_is_refused_too(tmp_path):
+    save = SaveCheckpointConfig(save_root=str(tmp_path))()
+    trainer(tmp_path / "a", [save], max_step=2)()
+    with pytest.raises(CheckpointError, match="earlier run"):
+        trainer(tmp_path / "b", [save], max_step=2)()
+
+
 def test_a_trainer_that_goes_on_after_an_error_saves_among_its_own(tmp_path):
     once = iter([True])
 
