@@ -213,6 +213,34 @@ def test_a_batch_whose_step_was_made_is_not_trained_twice(tmp_path):
     assert [each.step for each in read_record(path)] == [0, 1, 2]
 
 
+def test_a_batch_whose_step_was_withheld_is_done_too(tmp_path):
+    """Its NaN comes once, and the scheduler stays where it was."""
+    failing = PipelineHooks()
+    once = iter([True])
+
+    def fail(arg):
+        if arg.global_step_id == 1 and next(once, False):
+            raise OSError("it failed")
+
+    failing.register_hook("on_optimizer_step", HookContext.from_callable(after=fail))
+    path = tmp_path / "run.jsonl"
+    run = fed_to(
+        [GradientClippingHookConfig(max_norm=1e9), RecordHookConfig(path=str(path)), failing]
+    )
+    run._position.dataloader[1].fill_(float("nan"))
+    with pytest.raises(OSError, match="it failed"):
+        run()
+    state = run.trainer_progress_state
+    assert (state.global_step_id, state.optimizer_step_id) == (2, 1)
+    run()
+    assert run.model.weight.item() == -101
+    assert [(each.step, each.skipped) for each in read_record(path)] == [
+        (0, False),
+        (1, True),
+        (2, False),
+    ]
+
+
 @pytest.mark.parametrize(("accumulate", "weight"), [(1, -111.0), (3, -37.0)])
 def test_ctrl_c_inside_validation_makes_no_step_twice_and_loses_none(accumulate, weight):
     once = iter([True])
