@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 .DEFAULT_GOAL := help
 ROBO := .venv-robo
 ROBO_PYTEST := OMP_NUM_THREADS=1 $(ROBO)/bin/python -m pytest -o addopts=-q -o filterwarnings=default
-.PHONY: help demo smoke test test-all test-integrations test-robo-orchard test-gpu gpu-check check format ways-in \
+.PHONY: help demo smoke test test-all test-integrations test-optimizers test-robo-orchard test-gpu gpu-check check format ways-in \
 	bench bench-gpu clean
 
 help:  ## say what there is
@@ -19,7 +19,7 @@ demo: $(VENV)/.demo  ## train a small model without and with clipping, under a m
 # One thread each: two processes with threads of their own on two cores wait for each other.
 test: $(VENV)/.dev  ## run the tests; where arguments are independent, on every pair of their values
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not framework" \
-		--ignore tests/integrations --ignore tests/robo_orchard
+		--ignore tests/integrations --ignore tests/robo_orchard --ignore tests/optimizers
 
 test-all:  ## run the same tests on every combination of values
 	ALL_COMBINATIONS=1 $(MAKE) test
@@ -29,8 +29,12 @@ smoke: $(VENV)/.dev  ## run one test of each kind, while you work: half a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m smoke tests/contract tests/distributed tests/unit
 
 test-integrations: $(VENV)/.integrations  ## run the tests of the frameworks that gradclip meets
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations tests/contract/test_ways_in.py \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/integrations tests/contract/test_ways_in.py \
 		tests/unit/clipping/test_arguments.py
+
+test-optimizers: $(VENV)/.optimizers  ## run the optimizers of other libraries, and write docs/optimizers.md
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/optimizers $(BIN)/python -m pytest -n 2 tests/optimizers
+	PYTHONPATH=$(VENV)/optimizers $(BIN)/python tests/optimizers/table.py
 
 test-robo-orchard: $(ROBO)/.installed  ## run gradclip inside the pipeline of RoboOrchardLab 0.4.0
 	$(ROBO_PYTEST) tests/robo_orchard
@@ -104,6 +108,13 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.integrations: $(VENV)/.dev
 	$(PIP) setuptools wheel
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-build-isolation deepspeed transformers trl lightning
+	@touch $@
+
+# In a folder of their own, so that no other test meets them. They need less than they ask for.
+$(VENV)/.optimizers: $(VENV)/.dev
+	$(PIP) --no-deps --upgrade --target $(VENV)/optimizers dadaptation heavyball lion-pytorch muon-optimizer \
+		opacus opt_einsum prodigyopt pytorch_optimizer pytorch_ranger schedulefree scipy timm torch-optimi \
+		torch-optimizer torchao
 	@touch $@
 
 # It pins older releases of what the other tests use, so it has an environment of its own. It asks

@@ -18,7 +18,7 @@
     |-- RankError (RuntimeError)                 GC210  another rank could not clip
     |-- ReplicaError (RuntimeError)              GC211  copies of a gradient differ by rank
     |-- CollectiveError (RuntimeError)           GC212  a collective failed: a rank died, or is late
-    |-- CheckpointError (RuntimeError)           GC301  a checkpoint that is incomplete or damaged
+    |-- CheckpointError (RuntimeError)           GC301  a checkpoint: damaged, or not to be written
     `-- MissingDependencyError (ImportError)     GC401  an extra that is not installed
 
 A code never changes its meaning; ``docs/errors.md`` has a paragraph for each.
@@ -158,7 +158,7 @@ class CollectiveError(GradClipError, RuntimeError):
 
 
 class CheckpointError(GradClipError, RuntimeError):
-    """A checkpoint is missing, incomplete or damaged."""
+    """A checkpoint is missing, incomplete or damaged, or cannot be written."""
 
     code = "GC301"
 

@@ -476,14 +476,14 @@ class FailsOnOne(PipelineHooks):
 def fails_to_save(rank, root):
     hooks = [FailsOnOne(), checkpoints(root, save_step_freq=2)]
     run = Run("FSDP2", max_step=4, hooks=hooks)
-    with pytest.raises((OSError, CheckpointError), match="no space left") as caught:
+    with pytest.raises(CheckpointError, match="no space left") as caught:
         run.trainer()
-    return type(caught.value).__name__
+    return "cannot be written" in str(caught.value), "process 0 failed" in str(caught.value)
 
 
 def test_a_process_that_cannot_save_fails_all(tmp_path):
-    assert together(fails_to_save, 2, str(tmp_path)) == ["OSError", "CheckpointError"]
-    assert not list(tmp_path.glob("epoch*"))
+    assert together(fails_to_save, 2, str(tmp_path)) == [(True, False), (True, True)]
+    assert not list(tmp_path.iterdir())
 
 
 def nothing_to_resume(rank, root):

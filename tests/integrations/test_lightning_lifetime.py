@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -254,6 +255,8 @@ def test_an_override_that_was_set_on_the_module_is_found():
 class Hookless(torch.optim.Optimizer):
     def __init__(self, optimizer):
         self.optimizer = optimizer
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
         self.param_groups, self.state = optimizer.param_groups, optimizer.state
         self.defaults = optimizer.defaults
 
@@ -261,12 +264,21 @@ class Hookless(torch.optim.Optimizer):
         return self.optimizer.step(closure)
 
 
-def test_an_optimizer_without_hooks_is_refused_and_let_go():
-    model = Net(lambda parameters: Hookless(momentum(parameters)))
-    made = trainer(GradientClippingCallback(LIMIT))
-    with pytest.raises(ArgumentTypeError, match="takes no hooks"):
-        made.fit(model, loader())
-    gradclip.GradientClipper(made.optimizers[0], 1.0)
+def test_an_optimizer_without_hooks_is_clipped_and_withheld():
+    """As timm's Lookahead, whose ``__init__`` does not call that of torch."""
+    given = []
+
+    def make(parameters):
+        given.append(Hookless(momentum(parameters)))
+        return given[-1]
+
+    clipping = GradientClippingCallback(LIMIT)
+    keep = Keep(clipping)
+    model = Net(make, {3: torch.nan})
+    fit(model, clipping, keep)
+    assert [bool(each.skipped) for each in keep.results[:5]] == [False, False, False, True, False]
+    assert all(torch.isfinite(each).all() for each in model.parameters())
+    assert "step" not in vars(given[0])
 
 
 def test_all_are_let_go_where_one_that_came_later_is_refused():

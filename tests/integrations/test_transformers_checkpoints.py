@@ -43,15 +43,16 @@ class Recent(Policy):
 
 
 def test_a_history_goes_through_json_and_back():
-    weight = torch.nn.Parameter(torch.zeros(2))
-    weight.grad = torch.tensor([3.0, 4.0])
-    clipper = GradientClipper([("a", weight)], {"head.*": 1.0, "*": Recent()})
+    pairs = [(name, torch.nn.Parameter(torch.zeros(2))) for name in ("head.weight", "a")]
+    for _, weight in pairs:
+        weight.grad = torch.tensor([3.0, 4.0])
+    clipper = GradientClipper(pairs, {"head.*": 1.0, "*": Recent()})
     clipper.clip()
     saved = json.loads(json.dumps(history.exported(clipper), sort_keys=True))
-    other = GradientClipper([("a", weight)], {"head.*": 1.0, "*": Recent()})
+    other = GradientClipper(pairs, {"head.*": 1.0, "*": Recent()})
     history.restore(other, saved, None)
     assert str(other.state_dict()) == str(clipper.state_dict())
-    assert "tensor([5.]" in str(other.state_dict())
+    assert "5." in str(other.state_dict()["states"]["*"]["per_scope"]["total"])
 
 
 @pytest.mark.parametrize("restores", [False, True])

@@ -165,7 +165,8 @@ class Engine:
             self._apply(step, decided, number, found[number], norms[number], defer=defer_scaling)
             for number in range(len(norms))
         ]
-        self._mark(step)
+        writing = [group for group in step.groups if group.of.writes]
+        self._role.mark([(group.gradients.tensors, group.policy) for group in writing])
         self._settled = True
         self.step += 1
         self.last = self._summed_up(step, found, norms, results)
@@ -208,7 +209,7 @@ class Engine:
             if group.of.element_limit is not None:
                 group.gradients.require_real()
             if group.of.writes:
-                self._role.check(self._marked(group))
+                self._role.check(group.gradients.tensors)
         has_gradients = any(group.gradients.tensors for group in groups)
         if not (self._warned or has_gradients) and self._binding.every():
             self._warned = True
@@ -223,16 +224,6 @@ class Engine:
                 named = pattern.policy.scope == "group" or pattern.parameters.is_named
                 told = pattern.told(device)
                 self._histories.prepare(pattern.name, pattern.policy, told, named=named)
-
-    def _marked(self, group: Group) -> list[Tensor]:
-        """Return gradients to mark: all at the first call, later one that stands for the rest."""
-        tensors = group.gradients.tensors
-        return tensors[:1] if self._settled else tensors
-
-    def _mark(self, step: _Step) -> None:
-        for group in step.groups:
-            if group.of.writes:
-                self._role.mark(self._marked(group), group.policy)
 
     # measure
 

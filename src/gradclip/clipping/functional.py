@@ -41,7 +41,7 @@ _MET: "dict[object, tuple[list[object], Ranks]]" = {}
 """The ranks of parameters that these functions have seen, by the placements of those."""
 _KEPT = 16
 
-_GUEST = Guest("gradclip's clip_grad_norm_ or clip_grad_value_")
+_GUEST = Guest("gradclip's clip_grad_norm_, clip_grads_with_norm_ or clip_grad_value_", calls=16)
 
 
 def _clip_once(source: ParameterSource, policy: Policy, nonfinite: Nonfinite) -> ClipResult:
@@ -209,6 +209,7 @@ def clip_grads_with_norm_(
         skipped_coefficient=1.0,
     )
     scale(backends, gradients, coefficients)
+    _GUEST.mark([(gradients.tensors, NormClip(max_norm=ceiling))])
 
 
 def _given(tensors: object) -> GivenGradients:

@@ -236,9 +236,15 @@ def as_class(value: Any, context: Any) -> type:
 
 
 def _with_class_type(config: Config, mode: str, context: Any) -> dict[str, Any]:
-    """Dump a configuration together with the ``class_type`` that leads back to its class."""
+    """Dump a configuration together with the ``class_type`` that leads back to its class.
+
+    Where that would be a configuration too, and so be read as itself, both are written, as
+    RoboOrchardLab writes them.
+    """
     data = config.model_dump(mode=mode, context=context)
     cls = getattr(config, "class_type", None)
+    if isinstance(cls, type) and issubclass(cls, Config):
+        return {CONFIG_TYPE: spell(type(config), mode, context), **data}
     if not isinstance(cls, type) or configuration_of(cls) is not type(config):
         cls = type(config)
     fields = {name: value for name, value in data.items() if name != "class_type"}

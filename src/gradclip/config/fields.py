@@ -9,6 +9,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 __all__ = ["make_numbers_strict", "refuse_unknown_fields"]
 
+_SUGGESTIONS = 10
+
 
 def make_numbers_strict(schema: Any) -> None:
     """Keep pydantic from reading True, "2.5" or "yes" as a number or a boolean, in place.
@@ -45,14 +47,16 @@ def refuse_unknown_fields(cls: type[BaseModel], data: Mapping[Any, Any]) -> None
         for name, field in cls.model_fields.items()
         if field.is_required() and name not in data and field.alias not in data
     ]
+    described, valid = _described(cls), f"valid fields: {', '.join(names)}"
     details = []
-    for key in unknown:
-        shown = ascii(str(key))[1:-1]
+    for number, key in enumerate(unknown):
+        # To look for near names takes long where there are thousands, and nobody reads them.
+        near = get_close_matches(str(key), names, n=1) if number < _SUGGESTIONS else ()
         lines = [
-            f"unknown field `{shown}` in {_described(cls)}",
-            *(f"did you mean `{name}`?" for name in get_close_matches(str(key), names, n=1)),
+            f"unknown field `{ascii(str(key))[1:-1]}` in {described}",
+            *(f"did you mean `{name}`?" for name in near),
             *missing,
-            f"valid fields: {', '.join(names)}",
+            valid,
         ]
         kind = PydanticCustomError("unknown_field", "\n".join(lines))
         details.append(InitErrorDetails(type=kind, loc=(str(key),), input=data[key]))

@@ -1,13 +1,13 @@
 """Configuration files: YAML, TOML and JSON."""
 
 import os
-import secrets
 from collections.abc import Collection
 from pathlib import Path
 
 from gradclip.config.base import Config, read
 from gradclip.config.parse import MAX_BYTES, Format, parse
 from gradclip.config.report import file_error
+from gradclip.whole_file import write_whole
 
 __all__ = ["dump", "load"]
 
@@ -48,16 +48,7 @@ def dump(config: Config, path: str | os.PathLike[str]) -> None:
         MissingDependencyError: GC401, TOML needs ``gradclip[pipeline]``.
     """
     path = Path(path).resolve()  # so that a link stays one
-    text = config.to_str(_format(path))
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, config.to_str(_format(path)))
 
 
 def _format(path: Path) -> Format:

@@ -4,9 +4,9 @@ import json
 import re
 import tomllib
 from collections.abc import Callable
-from math import isfinite
 from typing import Final, Literal, TypeAlias
 
+from gradclip.config.literals import as_number
 from gradclip.config.report import Document, Span, file_error
 from gradclip.config.robo_orchard import with_nulls
 from gradclip.config.yaml_nodes import read_yaml
@@ -17,6 +17,8 @@ Format: TypeAlias = Literal["json", "yaml", "toml"]
 
 MAX_BYTES: Final = 2**20
 """No configuration is larger; parsing something larger may take minutes."""
+MAX_YAML_BYTES: Final = 2**18
+"""Reading YAML takes ten times as long as reading JSON."""
 MAX_DEPTH: Final = 32
 """No configuration nests deeper; a parser may run out of stack on what does."""
 
@@ -49,11 +51,15 @@ def parse(text: str, format: Format, name: str) -> Document:  # noqa: A002, the 
 
     Raises:
         ConfigFileError: GC003, the text is too large, too deep, not in the format, repeats a key,
-            or holds NaN, a YAML tag or a YAML alias.
+            or holds NaN, a number that no float is near, a number that versions of YAML read
+            differently, a YAML tag or a YAML alias.
     """
     size = len(text.encode("utf-8", "surrogatepass"))
-    if size > MAX_BYTES:
-        raise file_error(name, f"{size} bytes are more than the {MAX_BYTES} of a configuration")
+    allowed = MAX_YAML_BYTES if format == "yaml" else MAX_BYTES
+    if size > allowed:
+        larger = f"\nJSON may have {MAX_BYTES}" if format == "yaml" else ""
+        message = f"{size} bytes are more than the {allowed} of a configuration in {format.upper()}"
+        raise file_error(name, message + larger)
     return _PARSERS[format](text, name)
 
 
@@ -65,7 +71,7 @@ def _parse_yaml(text: str, name: str) -> Document:
 def _parse_json(text: str, name: str) -> Document:
     data = None
     try:
-        data = json.loads(text, parse_float=_finite)
+        data = json.loads(text, parse_float=as_number)
     except json.JSONDecodeError as error:
         span = Span(error.lineno, error.colno)
         raise file_error(name, f"not valid JSON: {error.msg}", text, span) from None
@@ -107,7 +113,7 @@ def _parse_toml(text: str, name: str) -> Document:
         if match["deep"] or depth > MAX_DEPTH:
             raise file_error(name, _TOO_DEEP, text, Span.at(text, match.start()))
     try:
-        data = tomllib.loads(text, parse_float=_finite)
+        data = tomllib.loads(text, parse_float=as_number)
     except ValueError as error:
         place = _TOML_PLACE.fullmatch(str(error))
         if place is None:
@@ -124,14 +130,6 @@ def _too_deep(data: object, left: int) -> bool:
         return False
     children = data.values() if isinstance(data, dict) else data
     return left == 0 or any(_too_deep(child, left - 1) for child in children)
-
-
-def _finite(literal: str) -> float:
-    """Read a number; an infinity must be meant, and NaN never is."""
-    value = float(literal)
-    if isfinite(value) or literal.lstrip("+-") == "inf":
-        return value
-    raise ValueError(f"{literal} is not a number that a configuration can hold")
 
 
 _TOO_DEEP: Final = f"nested more than {MAX_DEPTH} deep"

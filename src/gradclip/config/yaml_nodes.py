@@ -1,21 +1,27 @@
-"""YAML without what surprises in it: tags, anchors, aliases, merge keys, dates.
+"""YAML without what surprises in it: tags, anchors, aliases, merge keys, dates, octal, base 60.
 
 Numbers are read as in YAML 1.2 where PyYAML would give text (``1e-3``), every key is text and is
-there once, and every key and value has its place, for errors.
+there once, and every key and value has its place, for errors. PyYAML takes some 20 microseconds for
+a token, so a text may have only so many of them.
 """
 
 import re
-from math import isfinite
-from typing import Any
+from typing import Any, Final
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from gradclip.config.literals import AMBIGUOUS_IN_YAML, as_number, why_ambiguous
 from gradclip.config.report import KEY, Path, Span, file_error
 
 __all__ = ["read_yaml", "write_yaml"]
 
+MAX_TOKENS: Final = 20_000
+"""No configuration has more keys, values and brackets: about a thousand groups of limits."""
+
 _TAG = "tag:yaml.org,2002:"
+_AMBIGUOUS = "ambiguous"
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)\Z")
 _FLOAT = re.compile(
     r"""(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:e[-+]?[0-9]+)?
                  |\.[0-9][0-9_]*(?:e[-+]?[0-9]+)?
@@ -37,13 +43,20 @@ class _RefusedError(Exception):
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {  # noqa: RUF012, PyYAML's own way
         first: [
-            (tag, pattern)
-            for tag, pattern in resolvers
-            if tag in {f"{_TAG}bool", f"{_TAG}int", f"{_TAG}null"}
+            (tag, pattern) for tag, pattern in resolvers if tag in {f"{_TAG}bool", f"{_TAG}null"}
         ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     depth_left = 0
+
+    def fetch_more_tokens(self) -> None:
+        if self.tokens_taken > MAX_TOKENS:
+            raise _RefusedError(
+                f"more than {MAX_TOKENS} keys, values and brackets are too many for a "
+                "configuration in YAML\nJSON has no such limit",
+                self.get_mark(),
+            )
+        super().fetch_more_tokens()
 
     def compose_node(self, parent: Node | None, index: int) -> Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
@@ -76,7 +89,12 @@ class _Dumper(yaml.SafeDumper):
 
 _Dumper.add_representer(str, _Dumper.represent_str)
 for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+.0123456789"))
+    for _tag, _pattern in (
+        (f"{_TAG}int", _INT),
+        (f"{_TAG}float", _FLOAT),
+        (_AMBIGUOUS, AMBIGUOUS_IN_YAML),
+    ):
+        _yaml.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
 
 
 def read_yaml(text: str, name: str, max_depth: int) -> tuple[Any, dict[Path, Span]]:
@@ -121,14 +139,19 @@ def _convert(loader: _Loader, node: Node, path: Path, spans: dict[Path, Span]) -
             data[key] = _convert(loader, value_node, (*path, key), spans)
         return data
     try:
-        value = loader.construct_object(node)
-    except ValueError as error:  # an integer of thousands of digits
+        return _scalar(loader, node)
+    except ValueError as error:  # also an integer of thousands of digits
         raise _RefusedError(str(error), node.start_mark) from None
-    if isinstance(value, float) and not isfinite(value) and "inf" not in node.value.lower():
-        raise _RefusedError(
-            f"{node.value} is not a number that a configuration can hold", node.start_mark
-        )
-    return value
+
+
+def _scalar(loader: _Loader, node: Node) -> Any:
+    if node.tag == _AMBIGUOUS:
+        raise ValueError(why_ambiguous(node.value))
+    if node.tag != f"{_TAG}float":
+        return loader.construct_object(node)
+    literal = node.value.replace("_", "")
+    named = literal.lower().endswith((".inf", ".nan"))
+    return as_number(literal.lower().replace(".", "") if named else literal)
 
 
 def _span(start: Any, end: Any) -> Span:

@@ -5,6 +5,7 @@ Importing this package is light; matplotlib is imported when a figure is made.
 
 from gradclip.diagnostics.figure import clipping_figure as clipping_figure
 from gradclip.diagnostics.figure import save_figure as save_figure
+from gradclip.diagnostics.record import GroupRecord as GroupRecord
 from gradclip.diagnostics.record import RunRecorder as RunRecorder
 from gradclip.diagnostics.record import StepRecord as StepRecord
 from gradclip.diagnostics.record import read_header as read_header
@@ -14,6 +15,7 @@ from gradclip.diagnostics.summary import finding as finding
 from gradclip.diagnostics.summary import summarise as summarise
 
 __all__ = [
+    "GroupRecord",
     "RunRecorder",
     "RunSummary",
     "StepRecord",

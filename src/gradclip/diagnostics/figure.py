@@ -1,7 +1,7 @@
 """The picture of a run: what the gradients did above, what the loss did below."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -26,6 +26,7 @@ __all__ = ["clipping_figure", "save_figure"]
 # Okabe and Ito's colours: told apart with every kind of colour vision.
 _CLIPPED = "#0072B2"
 _UNCLIPPED = "#D55E00"
+_GROUPS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#333333")
 _INK = "#333333"
 _FAINT = "#8a8a8a"
 _STYLE: dict[Any, Any] = {
@@ -46,12 +47,17 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": _FAINT,
     "xtick.labelcolor": _INK,
     "ytick.labelcolor": _INK,
+    "text.usetex": False,  # with it, and without the next, `_literal` would not hold
+    "text.parse_math": True,
     "svg.hashsalt": "gradclip",  # element ids that do not change from one call to the next
 }
+_DASHED: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (5, 3))}
 _RASTER_FROM = 5000
 """From this many steps on, curves are an image inside the SVG, which keeps it small."""
 _SPIKE = 3.0
 """Losses this many times further up than 98 % of them leave the panel by its top."""
+_LARGEST = 1e200
+"""What is larger, or closer to zero than its inverse, is drawn there: an axis needs some room."""
 _LINE_HEIGHT = 0.09
 """The height of a label, in heights of a panel."""
 
@@ -84,7 +90,8 @@ def clipping_figure(
         above, below = figure.subplots(2, sharex=True, height_ratios=(1.2, 1))
         _draw_norms(above, clipped, unclipped)
         _draw_losses(below, clipped, unclipped)
-        figure.suptitle(text[:1].upper() + text[1:], x=0.012, ha="left", wrap=True)
+        title = _literal(text[:1].upper() + text[1:])
+        figure.suptitle(title, x=0.012, ha="left", wrap=True)
         below.set_xlim(clipped[0].step, max(clipped[-1].step, clipped[0].step + 1))
         below.set_xlabel("optimizer step")
     return figure
@@ -115,18 +122,21 @@ def _draw_norms(
     else:
         axes.set_title("gradient norm before clipping (pale: of the unclipped run)")
         _curve(axes, unclipped, "norm_pre", color=_UNCLIPPED, linewidth=0.8, alpha=0.5)
-    _curve(axes, clipped, "norm_pre", color=_CLIPPED, linewidth=0.9)
-    if 0 < summary.threshold < math.inf:
-        _curve(axes, clipped, "threshold", color=_INK, linewidth=0.9, linestyle=(0, (5, 3)))
-        label = f"threshold {decimal(summary.threshold)}"
-        _label(axes, summary.threshold, label, _INK, in_data=True)
+    if summary.thresholds:
+        _draw_groups(axes, clipped, summary.thresholds)
+    else:
+        _curve(axes, clipped, "norm_pre", color=_CLIPPED, linewidth=0.9)
+        if 0 < summary.threshold < math.inf:
+            _curve(axes, clipped, "threshold", color=_INK, **_DASHED)
+            label = f"threshold {decimal(summary.threshold)}"
+            _label(axes, _drawable(summary.threshold), label, _INK, in_data=True)
 
     # The marks have a strip of their own, below every curve; crosses are at the very top.
     if math.isinf(axes.dataLim.minposy):  # nothing but zeros, which a log scale cannot place
         axes.update_datalim([(0, 1)], updatex=False)
     low, high = axes.get_ylim()
     axes.set_yticks(_log_ticks(low, high))
-    axes.set_ylim(low * (low / high) ** 0.12, high)
+    axes.set_ylim(low / (math.sqrt(high) / math.sqrt(low)) ** 0.24, high)
     in_panel_heights: dict[str, Any] = {
         "transform": axes.get_xaxis_transform(),
         "rasterized": len(clipped) >= _RASTER_FROM,
@@ -139,6 +149,25 @@ def _draw_norms(
         heights = [0.96] * len(crosses)
         axes.plot(crosses, heights, "x", color=_INK, markersize=5, **in_panel_heights)
         _label(axes, 0.96, f"non-finite {summary.nonfinite} of {summary.steps}", _INK)
+
+
+def _draw_groups(
+    axes: "Axes", records: Sequence[StepRecord], thresholds: Mapping[str, float]
+) -> None:
+    """Draw the norm of each name pattern, and its threshold in the same colour."""
+    for (pattern, threshold), color in zip(thresholds.items(), _GROUPS, strict=False):
+        run = [
+            StepRecord(step=record.step, norm_pre=group.norm_pre, threshold=group.threshold)
+            for record in records
+            if (group := record.groups.get(pattern)) is not None
+        ]
+        limit = f"threshold {decimal(threshold)}" if math.isfinite(threshold) else "no threshold"
+        label = _literal(f"{limit} of {pattern}")
+        _curve(axes, run, "norm_pre", color=color, linewidth=0.9, label=label)
+        _curve(axes, run, "threshold", color=color, **_DASHED)
+    drawn, known = len(_GROUPS), len(thresholds)
+    title = f"{drawn} of {known} patterns" if known > drawn else None
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title=title)
 
 
 def _draw_losses(
@@ -159,7 +188,7 @@ def _draw_losses(
             continue
         labels.append((f"{name} {end.ending}", color))
         if end.diverged_at is None:
-            heights.append((end.final_loss - low) / (high - low))
+            heights.append((_drawable(end.final_loss) - low) / (high - low))
         else:
             heights.append(1 - _LINE_HEIGHT)
             last = [record for record in run if _finite(record.loss)][-1:]
@@ -172,7 +201,7 @@ def _limit_losses(axes: "Axes", records: Sequence[StepRecord]) -> tuple[float, f
     """Keep a few huge losses from flattening the rest, and say how high they went."""
     points = [(record.loss, record.step) for record in records if _finite(record.loss)]
     if points:
-        losses = sorted(loss for loss, _ in points)
+        losses = sorted(_drawable(loss) for loss, _ in points)
         low, usual = losses[0], losses[math.ceil(0.98 * len(losses)) - 1]
         peak, step = max(points)
         if peak - low > _SPIKE * (usual - low) > 0:
@@ -213,7 +242,7 @@ def _curve(axes: "Axes", records: Sequence[StepRecord], name: str, **style: Any)
     values = [getattr(record, name) for record in records]
     axes.plot(
         [record.step for record in records],
-        [value if _finite(value) else math.nan for value in values],
+        [_drawable(value) if _finite(value) else math.nan for value in values],
         rasterized=len(records) >= _RASTER_FROM,
         **style,
     )
@@ -231,6 +260,20 @@ def _label(axes: "Axes", height: float, text: str, color: str, *, in_data: bool 
         color=color,
         annotation_clip=False,
     )
+
+
+def _literal(text: str) -> str:
+    """Write a text so that matplotlib shows it as it is, and takes no part of it for mathematics.
+
+    Without mathematics at all (``parse_math=False``), it would still measure what it wraps as such.
+    """
+    return text.replace("$", r"\$")
+
+
+def _drawable(value: float) -> float:
+    if value == 0:
+        return value
+    return math.copysign(min(max(abs(value), 1 / _LARGEST), _LARGEST), value)
 
 
 def _finite(value: float | None) -> TypeGuard[float]:

@@ -7,44 +7,45 @@ line it was writing. JSON has no infinity and no NaN: they are ``"inf"``, ``"-in
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
+from reprlib import Repr
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from gradclip import __version__
 from gradclip.errors import ArgumentValueError
+from gradclip.whole_file import write_whole
 
 if TYPE_CHECKING:
     from gradclip.clipping import ClipStats
 
-__all__ = ["RunRecorder", "StepRecord", "read_header", "read_record"]
+__all__ = ["GroupRecord", "RunRecorder", "StepRecord", "read_header", "read_record"]
 
 _SCHEMA = 1
-_NONFINITE = ("inf", "-inf", "nan")
+_TOO_LARGE = 2**63
+_short = Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepRecord:
-    """What one optimizer step did; ``None`` is what was not measured.
+class GroupRecord:
+    """What one optimizer step did to some of the gradients; ``None`` is what was not measured.
 
     Attributes:
-        step: The optimizer step, counted from 0.
-        loss: The loss of the step.
         norm_pre: The gradient norm before clipping.
         norm_post: The gradient norm after clipping.
-        threshold: The norm that was allowed; infinite where nothing was.
-        coefficient: What the gradients were multiplied by.
+        threshold: The norm that was allowed; infinite where nothing was bounded. Where there are
+            several limits (by name pattern, by tensor), the one of what was scaled down most.
+        coefficient: What the gradients were multiplied by; where there are several limits, the
+            smallest one.
         clipped: Whether the gradients were scaled down.
         skipped: Whether the update was left out.
         nonfinite: How many gradient tensors held a NaN or an infinity.
-        lr: The learning rate of the step.
-        elapsed_ms: Time since the previous step ended, or since the run began.
     """
 
-    step: int
-    loss: float | None = None
     norm_pre: float | None = None
     norm_post: float | None = None
     threshold: float | None = None
@@ -52,8 +53,25 @@ class StepRecord:
     clipped: bool = False
     skipped: bool = False
     nonfinite: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord(GroupRecord):
+    """What one optimizer step did to all gradients; ``None`` is what was not measured.
+
+    Attributes:
+        step: The optimizer step, counted from 0.
+        loss: The loss of the step.
+        lr: The learning rate of the step.
+        elapsed_ms: Time since the previous step ended, or since the run began.
+        groups: The same numbers for each name pattern, where limits were given by pattern.
+    """
+
+    step: int
+    loss: float | None = None
     lr: float | None = None
     elapsed_ms: float | None = None
+    groups: Mapping[str, GroupRecord] = field(default_factory=dict, hash=False)
 
     @classmethod
     def from_stats(
@@ -79,19 +97,18 @@ class StepRecord:
         return cls(
             step=step,
             loss=loss,
-            norm_pre=stats.norm_pre,
-            norm_post=stats.norm_post,
-            threshold=stats.threshold,
-            coefficient=stats.coefficient,
-            clipped=stats.clipped,
-            skipped=stats.skipped,
-            nonfinite=stats.nonfinite,
             lr=lr,
             elapsed_ms=elapsed_ms,
+            groups={name: GroupRecord(**_measured(each)) for name, each in stats.groups.items()},
+            **_measured(stats),
         )
 
 
-_FIELDS = frozenset(field.name for field in fields(StepRecord))
+def _measured(stats: "ClipStats") -> dict[str, Any]:
+    return {each.name: getattr(stats, each.name) for each in fields(GroupRecord)}
+
+
+_Record = TypeVar("_Record", bound=GroupRecord)
 
 
 class RunRecorder:
@@ -117,17 +134,13 @@ class RunRecorder:
         if start_step > 0 and self.path.exists():
             header = read_header(self.path)
             kept = [record for record in read_record(self.path) if record.step < start_step]
-        # Written aside and moved into place: a kill here leaves the old record whole.
-        draft = self.path.with_name(self.path.name + ".tmp")
-        draft.write_text(
-            "".join(_line(entry) for entry in (header, *map(asdict, kept))), encoding="utf-8"
-        )
-        draft.replace(self.path)
+        # In one step: a kill here leaves the old record whole.
+        write_whole(self.path, _line(header) + "".join(map(_step_line, kept)))
         self._file = self.path.open("a", encoding="utf-8", newline="\n")
 
     def write(self, record: StepRecord) -> None:
         """Append one step, and flush it."""
-        self._file.write(_line(asdict(record)))
+        self._file.write(_step_line(record))
         self._file.flush()
 
     def close(self) -> None:
@@ -168,47 +181,85 @@ def read_header(path: str | Path) -> dict[str, object]:
     return next(_entries(Path(path)))[1]
 
 
-def _entries(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, object) of the header and of every complete line after it."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
+    # Bytes, for a text would also be split at the line breaks of Unicode, which JSON allows inside.
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")[:-1]
     if not lines:
         raise _not_a_record(path, 1, "the file is empty")
     for number, line in enumerate(lines, start=1):
         try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise _not_a_record(path, number, f"not JSON: {line.strip()[:60]!r}") from error
+            entry = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
+            shown = line[:60].decode(errors="replace").strip()
+            raise _not_a_record(path, number, f"not JSON: {shown!r}") from error
         if not isinstance(entry, dict):
-            raise _not_a_record(path, number, f"not a JSON object: {line.strip()[:60]!r}")
-        if number == 1 and entry.get("schema") != _SCHEMA:
-            found = f"schema {entry['schema']!r}" if "schema" in entry else "no schema"
+            raise _not_a_record(path, number, f"not a JSON object: {_short.repr(entry)}")
+        if number == 1 and (type(entry.get("schema")) is not int or entry["schema"] != _SCHEMA):
+            found = f"schema {_short.repr(entry['schema'])}" if "schema" in entry else "no schema"
             raise _not_a_record(path, 1, f"the header has {found}; this version reads {_SCHEMA}")
         yield number, entry
 
 
-def _step(path: Path, number: int, entry: dict[str, object]) -> StepRecord:
+def _step(path: Path, number: int, entry: Mapping[str, Any]) -> StepRecord:
+    try:
+        return _read(StepRecord, entry)
+    except ValueError as error:
+        raise _not_a_record(path, number, str(error)) from None
+
+
+def _read(kind: type[_Record], entry: Mapping[str, Any]) -> _Record:
+    """Make a record of what a line says; what it leaves out, or calls null, is as by default.
+
+    Raises:
+        ValueError: It says something that the field cannot be.
+    """
     values = {
-        name: float(value) if isinstance(value, str) and value in _NONFINITE else value
-        for name, value in entry.items()
-        if name in _FIELDS
+        each.name: _value(each, entry[each.name])
+        for each in fields(kind)
+        if entry.get(each.name) is not None
     }
-    for name, value in values.items():
-        if not isinstance(value, int | float | None):
-            raise _not_a_record(path, number, f"{name} is {value!r}, not a number")
-    if not isinstance(values.get("step"), int):
-        raise _not_a_record(path, number, "it has no step")
-    return StepRecord(**values)  # type: ignore[arg-type]
+    if kind is StepRecord and "step" not in values:
+        raise ValueError("it has no step")
+    return kind(**values)
+
+
+def _value(of: Field[Any], value: Any) -> Any:
+    if of.type is bool:
+        expected = "true or false"
+        if isinstance(value, bool):
+            return value
+    elif of.type is int:
+        expected = "a whole number of 0 or more"
+        if type(value) is int and 0 <= value < _TOO_LARGE:
+            return value
+    elif of.name == "groups":
+        expected = "numbers by pattern"
+        if isinstance(value, dict) and all(isinstance(each, dict) for each in value.values()):
+            return {pattern: _read(GroupRecord, each) for pattern, each in value.items()}
+    else:
+        expected = "a number that a float can hold"
+        if value in ("inf", "-inf", "nan") or isinstance(value, float):
+            return float(value)
+        if type(value) is int and abs(value) <= sys.float_info.max:
+            return float(value)
+    raise ValueError(f"{of.name} is {_short.repr(value)}, not {expected}")
+
+
+def _step_line(record: StepRecord) -> str:
+    entry = {"step": record.step, "loss": record.loss, **asdict(record)}
+    if not record.groups:
+        del entry["groups"]
+    return _line(entry)
 
 
 def _line(entry: Mapping[str, object]) -> str:
-    return (
-        json.dumps({name: _plain(value) for name, value in entry.items()}, allow_nan=False) + "\n"
-    )
+    return json.dumps(_plain(entry), allow_nan=False) + "\n"
 
 
 def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,14 +1,17 @@
 """A run in a few numbers, and what two runs say about clipping in one line."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import mean
 
-from gradclip.diagnostics.record import StepRecord
+from gradclip.diagnostics.record import GroupRecord, StepRecord
 from gradclip.errors import ArgumentValueError
 
 __all__ = ["FINAL_STEPS", "RunSummary", "compact", "decimal", "finding", "summarise"]
 
+_NAMED_LIMITS = 3
+_LARGE = 1e6
 FINAL_STEPS = 50
 """The final loss is the mean of this many last losses (of all, in a shorter run)."""
 
@@ -21,7 +24,9 @@ class RunSummary:
         steps: How many optimizer steps were recorded.
         clipped: How many of them were clipped.
         nonfinite: How many of them met a NaN or an infinity in the gradients.
-        threshold: The last threshold; infinite where nothing was bounded.
+        threshold: The last threshold; infinite where nothing was bounded. Where there are several
+            limits, the one of what was scaled down most in the last step.
+        thresholds: The last threshold of each name pattern, where limits were given by pattern.
         final_loss: The mean of the last `FINAL_STEPS` losses that are finite; if the run diverged,
             its last loss, which is not; None if no loss was recorded.
         diverged_at: The first step of the non-finite losses that the run ended in, or None.
@@ -37,14 +42,16 @@ class RunSummary:
     diverged_at: int | None
     norm_p99: float
     norm_max: float
+    thresholds: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def ending(self) -> str:
-        """The final loss in words: ``1.67``, or ``NaN from step 3``."""
+        """The final loss in words: ``1.67``, ``3.2e9``, or ``NaN from step 3``."""
         if self.final_loss is None:
             return "not recorded"
         if self.diverged_at is None:
-            return f"{self.final_loss:.2f}"
+            large = abs(self.final_loss) >= _LARGE
+            return compact(self.final_loss) if large else f"{self.final_loss:.2f}"
         value = "NaN" if math.isnan(self.final_loss) else self.final_loss
         return f"{value} from step {self.diverged_at}"
 
@@ -68,13 +75,14 @@ def summarise(records: Sequence[StepRecord]) -> RunSummary:
         for record in records
         if record.norm_pre is not None
     )
-    threshold = records[-1].threshold
+    end = records[-1]
     return RunSummary(
         steps=len(records),
         clipped=sum(record.clipped for record in records),
         nonfinite=sum(record.nonfinite > 0 for record in records),
-        threshold=math.inf if threshold is None else threshold,
-        final_loss=sum(last) / len(last) if last else None,
+        threshold=_limit(end),
+        thresholds={pattern: _limit(group) for pattern, group in end.groups.items()},
+        final_loss=float(mean(last)) if last else None,  # exact: a sum might overflow
         diverged_at=diverged_at,
         norm_p99=norms[math.ceil(0.99 * len(norms)) - 1] if norms else math.nan,
         norm_max=norms[-1] if norms else math.nan,
@@ -90,8 +98,7 @@ def finding(clipped: Sequence[StepRecord], unclipped: Sequence[StepRecord] | Non
     """
     run = summarise(clipped)
     share = f"{100 * run.clipped / run.steps:.0f} % of {run.steps} steps"
-    limit = f" at max_norm {decimal(run.threshold)}" if math.isfinite(run.threshold) else ""
-    line = f"clipping {share}{limit}: loss {run.ending}"
+    line = f"clipping {share}{_limits(run)}: loss {run.ending}"
     if unclipped is None:
         return line
     return f"{line}; without: {summarise(unclipped).ending}"
@@ -105,6 +112,21 @@ def compact(value: float) -> str:
 def decimal(value: float) -> str:
     """Write 1 as ``1.0``, and a float32 0.1 as ``0.1``."""
     return str(float(f"{value:.4g}"))
+
+
+def _limit(record: GroupRecord) -> float:
+    return math.inf if record.threshold is None else record.threshold
+
+
+def _limits(run: RunSummary) -> str:
+    """Say what was allowed, of a few limits each: `` at max_norm 0.5 (head.*), 1.0 (*)``."""
+    bounded = [(name, limit) for name, limit in run.thresholds.items() if math.isfinite(limit)]
+    if not run.thresholds and math.isfinite(run.threshold):
+        return f" at max_norm {decimal(run.threshold)}"
+    if len(bounded) > _NAMED_LIMITS:
+        return f" at {len(bounded)} limits"
+    named = ", ".join(f"{decimal(limit)} ({name})" for name, limit in bounded)
+    return f" at max_norm {named}" if named else ""
 
 
 def _diverged_at(losses: Sequence[tuple[int, float]]) -> int | None:

@@ -1,16 +1,16 @@
 """Clipping in a loop on Accelerate: at the end of an accumulation window, on unscaled gradients."""
 
 from collections.abc import Mapping
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Unpack
 
 from gradclip.clipping import ClipResult, GradientClipper
 from gradclip.clipping.arguments import ClipOptions
 from gradclip.clipping.collect.sources import OptimizerParameters
-from gradclip.clipping.step.ownership import owner_of, unwrapped
+from gradclip.clipping.step.ownership import owner_of
+from gradclip.clipping.step.wrappers import unwrapped
 from gradclip.errors import ArgumentTypeError
 from gradclip.integrations.deepspeed import EngineWatch, engine_of
-from gradclip.integrations.owned_step import OwnedStep
+from gradclip.integrations.owned_step import OwnedStep, Verdict
 
 if TYPE_CHECKING:
     import torch
@@ -37,10 +37,11 @@ class AcceleratorClipper:
                 scheduler.step()
             optimizer.zero_grad()
 
-    It needs no ``if accelerator.sync_gradients``: inside an accumulation window it does nothing. A
-    step whose gradients hold a NaN or an infinity is not made, since they are dropped (``.grad =
-    None``). Under DeepSpeed, which has clipped and stepped by then, it observes; lower the limit
-    before ``accelerator.prepare`` (``gradclip.integrations.deepspeed.lower``).
+    It needs no ``if accelerator.sync_gradients``: inside an accumulation window it does nothing.
+    After a ``clip`` that found a NaN or an infinity the next ``optimizer.step()`` is not made:
+    weights, moments and step counts stay as they are. Under DeepSpeed, which has clipped and
+    stepped by then, it observes; lower the limit before ``accelerator.prepare``
+    (``gradclip.integrations.deepspeed.lower``).
 
     Args:
         accelerator: The one that prepared the optimizer.
@@ -55,7 +56,9 @@ class AcceleratorClipper:
         backend: Likewise.
 
     Raises:
-        ArgumentTypeError: GC011, ``accelerator`` is none.
+        ArgumentTypeError: GC011, ``accelerator`` is none, or ``optimizer`` is none, or computes
+            gradients in its step (LBFGS), or steps in two halves (SAM).
+        ArgumentValueError: GC010, the optimizer steps parameters that it does not show.
         DoubleClippingError: GC101, DeepSpeed clips to something else, or the optimizer is clipped
             by an attachment.
 
@@ -77,6 +80,11 @@ class AcceleratorClipper:
                 f"accelerator is of type {type(accelerator).__qualname__}: expected an "
                 "accelerate.Accelerator"
             )
+        if not hasattr(optimizer, "param_groups"):
+            raise ArgumentTypeError(
+                f"optimizer is of type {type(optimizer).__qualname__}: expected a torch optimizer, "
+                "prepared or not; a model goes into model="
+            )
         self.accelerator = accelerator
         self._optimizer = optimizer
         self._last: ClipResult | None = None
@@ -91,6 +99,9 @@ class AcceleratorClipper:
         source = OptimizerParameters(unwrapped(optimizer), module=model)
         label = type(self).__name__
         self._step = OwnedStep(optimizer, source, policy, options, owner=self, label=label)
+        self._verdict = Verdict(self._step, lasts=True)
+        if engine is None:
+            self._step.hold(self._verdict)
 
     @property
     def clipper(self) -> "GradientClipper":
@@ -119,7 +130,10 @@ class AcceleratorClipper:
         return skipped
 
     def clip(self) -> ClipResult | None:
-        """Clip at the end of an accumulation window; one number is read from the device.
+        """Clip at the end of an accumulation window.
+
+        The host reads one number when ``optimizer.step()`` is called, whether to make it; for a
+        fused optimizer none.
 
         Returns:
             What was done; None inside a window.
@@ -134,11 +148,7 @@ class AcceleratorClipper:
             self._last = self._watch.observe()
             return self._last
         self._last = self._step.clip(self.accelerator.scaler)
-        if bool(self._step.skipped):
-            for parameter in chain.from_iterable(
-                group["params"] for group in self._optimizer.param_groups
-            ):
-                parameter.grad = None
+        self._verdict.is_open = True
         return self._last
 
     def remove(self) -> None:

@@ -1,23 +1,26 @@
 """One optimizer step that is clipped: unscale, clip, withhold, settle; once, for every way in."""
 
 from contextlib import ExitStack
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
-from gradclip.clipping import ClipResult, GradientClipper, withhold
+from gradclip.clipping import ClipResult, GradientClipper
 from gradclip.clipping.arguments import ClipOptions, read_options
 from gradclip.clipping.collect.sources import ParameterSource
 from gradclip.clipping.flags import Flag, negated
 from gradclip.clipping.kernels import choose
 from gradclip.clipping.policies import as_policies
+from gradclip.clipping.step.held import Gate, held
 from gradclip.clipping.step.ownership import Owner, check_unclaimed, claim, release
-from gradclip.clipping.step.withhold import withhold_within
-from gradclip.errors import ArgumentValueError
+from gradclip.clipping.step.wrappers import check_steps_once, unwrapped
+from gradclip.errors import DoubleClippingError
 from gradclip.integrations.loss_scaling import OverflowWatch, Unscaling
 
-__all__ = ["OwnedStep", "checked_options"]
+__all__ = ["OwnedStep", "Verdict", "checked_options"]
 
 
 def checked_options(called: str, policy: Any, options: ClipOptions) -> tuple[Any, ClipOptions]:
@@ -48,6 +51,8 @@ class OwnedStep:
             time, as the hooks of two trainers do, only looks for the claims of others.
 
     Raises:
+        ArgumentTypeError: GC011, its step computes gradients itself, or comes in two halves.
+        ArgumentValueError: GC010, it steps parameters that it does not show.
         DoubleClippingError: GC101, something else clips its gradients already.
     """
 
@@ -62,19 +67,20 @@ class OwnedStep:
         label: str,
         claims: bool = True,
     ) -> None:
+        check_steps_once(unwrapped(optimizer), label)
         self.optimizer = optimizer
-        self.clipper = GradientClipper.with_role(
-            Owner(label), source, policy, options, called=label
-        )
+        self._role = Owner(label)
+        self.clipper = GradientClipper.with_role(self._role, source, policy, options, called=label)
         self.skipped: Flag = False
         """Whether the step after the last ``clip`` should not be made."""
-        self._owner, self._label = owner, label
+        self._owner, self.label = owner, label
         self._claims = claims
         if claims and self.clipper.writes:
             claim(optimizer, owner, label)
         self._overflows, self._unscale = OverflowWatch(), Unscaling()
+        self._clipped: list[tuple[Tensor, TensorWeakRef]] = []
         self._scaled = self._released = False
-        self._taken = ExitStack()
+        self._kept, self._taken = ExitStack(), ExitStack()
 
     def clip(self, scaler: Any = None, *, unscale: bool = True) -> ClipResult:
         """Unscale the gradients, unless the loop did, and clip them.
@@ -89,6 +95,7 @@ class OwnedStep:
         self._scaled = scaler is not None
         result = self.clipper.clip(overflow_expected=self._overflows.expects(scaler))
         self.skipped = result.withheld
+        self._clipped = [] if self.skipped is False else _some_gradients(self.optimizer)
         return result
 
     def clip_scaled(self, grad_scale: Tensor | None, *, overflow_expected: bool) -> ClipResult:
@@ -105,14 +112,19 @@ class OwnedStep:
         self.skipped = result.withheld
         return result
 
-    def withhold(self, *, under_way: bool = False) -> None:
-        """Keep the optimizer from stepping until ``settle``, if the step was skipped.
+    def hold(self, gate: Gate) -> None:
+        """Ask a gate before each step of the optimizer, until ``release``."""
+        self._kept.enter_context(held(self.optimizer, gate))
 
-        Args:
-            under_way: The step has begun already, as in a hook of it.
-        """
-        context = withhold_within if under_way else withhold
-        self._taken.enter_context(context(self.optimizer, self.skipped))
+    def withhold(self) -> None:
+        """Keep the optimizer from stepping until ``settle``, if the step was skipped."""
+        if self.skipped is not False:
+            self._taken.enter_context(held(self.optimizer, Verdict(self)))
+
+    def verdict(self) -> Flag:
+        """Return whether the step should not be made, if its gradients are still those clipped."""
+        known = self._clipped
+        return self.skipped if not known or any(g() is p.grad for p, g in known) else False
 
     def settle(self, made: Flag | None = None) -> None:
         """End the step: give back what withholding it took.
@@ -126,16 +138,49 @@ class OwnedStep:
 
     def release(self) -> None:
         """Let the optimizer go; twice is harmless. The clipper stays, with its history."""
-        self._released = True
+        self._released = self._role.released = True
         self._taken.close()
+        self._kept.close()
         release(self.optimizer, self._owner)
 
     def _begin(self) -> None:
         if self._released:
-            raise ArgumentValueError(
-                f"this {self._label} was removed, or another one took its place, so it clips "
+            raise DoubleClippingError(
+                f"this {self.label} was removed, or another one took its place, so it clips "
                 "nothing any more: make a new one. No gradient was changed."
             )
         self._taken.close()  # the last step may have raised
         if not self._claims and self.clipper.writes:
-            check_unclaimed(self.optimizer, self._owner, self._label)
+            check_unclaimed(self.optimizer, self._owner, self.label)
+
+
+def _some_gradients(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, TensorWeakRef]]:
+    """Return some parameters that have a gradient, with it; it is not kept alive."""
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    found = (p for p in parameters if p.grad is not None)
+    return [(p, TensorWeakRef(p.grad)) for p in islice(found, 4)]
+
+
+class Verdict:
+    """Withholds the one step that follows a ``clip``, where that found that it has to be.
+
+    A loop that was broken off may step on other gradients: the verdict is not of these.
+
+    Args:
+        step: What clips.
+        lasts: Whether it stays for more than one step.
+    """
+
+    def __init__(self, step: OwnedStep, *, lasts: bool = False) -> None:
+        self.label, self.lasts = step.label, lasts
+        self.is_open = True
+        """Whether no step followed yet."""
+        self._step = step
+
+    def before(self, optimizer: Any, kwargs: dict[str, Any]) -> Flag:  # noqa: ARG002
+        """Return whether the step should not be made."""
+        was_open, self.is_open = self.is_open, False
+        return self._step.verdict() if was_open else False
+
+    def after(self, error: BaseException | None) -> None:
+        """Nothing was lent."""

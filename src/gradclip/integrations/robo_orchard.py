@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from weakref import ref
 
 from gradclip.clipping import ClipResult, withhold
-from gradclip.clipping.step.withhold import lend
+from gradclip.clipping.step.held import lend
 from gradclip.config import ClassType
 from gradclip.errors import ArgumentValueError, DoubleClippingError, MissingDependencyError
 from gradclip.integrations.loss_scaling import begin_anew
@@ -127,12 +127,8 @@ class GradientClippingHook(theirs.PipelineHooks):  # type: ignore[misc]
         skipped = bool(result.skipped | (result.nonfinite > 0) if scaled else result.withheld)
         if skipped:
             _hold(arg, "lr_scheduler")
-            if scaled:
-                # The scaler must learn of the overflow, from a step that finds no gradients.
-                with withhold(arg.optimizer, skipped):
-                    pass
-            else:
-                _hold(arg, "optimizer")
+            # A scaler must learn of the overflow: Accelerate's wrapper is asked to step.
+            _hold(arg, "optimizer", asks=scaled)
         self._arg.is_optimizer_step_committed = not skipped
         with self._clipping.begin("on_optimizer_step", self._arg):
             pass
@@ -205,19 +201,29 @@ class _Guard:
 
 
 class _Held:
-    """Stands on an arg for an object whose next ``step`` is not to be made, until that is asked."""
+    """Stands on an arg for an object whose next ``step`` is not to be made, until that is asked.
 
-    def __init__(self, arg: Any, name: str) -> None:
+    Args:
+        arg: Where it stands.
+        name: The attribute.
+        asks: Whether a wrapper is asked to step all the same; the optimizer behind it does not.
+    """
+
+    def __init__(self, arg: Any, name: str, *, asks: bool) -> None:
         self._arg, self._name, self._held = arg, name, getattr(arg, name)
+        self._asks = asks
 
-    def step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002, whatever step takes
+    def step(self, *args: Any, **kwargs: Any) -> None:
         setattr(self._arg, self._name, self._held)
+        if self._asks:
+            with withhold(self._held, skipped=True):
+                self._held.step(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._held, name)
 
 
-def _hold(arg: Any, *names: str) -> None:
+def _hold(arg: Any, *names: str, asks: bool = False) -> None:
     for name in names:
         if getattr(arg, name) is not None:
-            setattr(arg, name, _Held(arg, name))
+            setattr(arg, name, _Held(arg, name, asks=asks))

@@ -1,9 +1,8 @@
 """Clips inside ``optimizer.step()``: one line for any torch optimizer, with a scaler or without."""
 
-import sys
 from contextlib import ExitStack
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, Unpack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 from torch import Tensor
@@ -11,10 +10,11 @@ from torch import Tensor
 from gradclip.clipping import ClipResult, GradientClipper, flags
 from gradclip.clipping.arguments import ClipOptions
 from gradclip.clipping.collect.sources import OptimizerParameters
+from gradclip.clipping.flags import Flag
 from gradclip.clipping.kernels.device import copy_to_host
-from gradclip.clipping.step.ownership import unwrapped
-from gradclip.clipping.step.withhold import lend
-from gradclip.errors import ArgumentTypeError, DoubleClippingError
+from gradclip.clipping.step.held import HeldStep, lend
+from gradclip.clipping.step.wrappers import unwrapped
+from gradclip.errors import ArgumentTypeError, DoubleClippingError, warn
 from gradclip.integrations.loss_scaling import SCALE_FLOOR
 from gradclip.integrations.owned_step import OwnedStep
 from gradclip.record.ring import Ring
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Attachment", "attach"]
 
-_Hook: TypeAlias = Any
 _LABEL = "gradclip.attach"
 
 
@@ -35,17 +34,21 @@ def attach(
 ) -> "Attachment":
     """Clip the gradients of an optimizer before each of its steps, from now on.
 
-    Works for plain, foreach, fused and capturable optimizers, with and without ``GradScaler``, and
-    behind Accelerate's and Fabric's wrappers. Parameter groups that are added later are clipped
-    too. A step whose gradients hold a NaN or an infinity is not made: weights, moments and step
-    counts stay as they are.
+    Works for plain, foreach, fused and capturable optimizers, for those of other libraries, with
+    and without ``GradScaler``, and behind the wrappers of Accelerate, Fabric, Lightning and
+    opacus. Parameter groups that are added later are clipped too. A step whose gradients hold a
+    NaN or an infinity is not made: weights, moments, step counts, and whatever else the optimizer
+    has, stay as they are.
+
+    The optimizer gets a ``step`` of its own, which clips, and then steps or does not. A closure
+    runs once, before clipping.
 
     Under a ``GradScaler`` a fused optimizer still holds scaled gradients: the norm is that of
     unscaled ones, and where all gradients have one coefficient it is folded into the scale that
     the optimizer divides by, so that no second pass is made.
 
     Args:
-        optimizer: A torch optimizer whose step needs no closure, or a wrapper of one.
+        optimizer: A torch optimizer, or a wrapper of one.
         policy: As ``GradientClipper`` takes it. Patterns need names: make the optimizer of
             ``model.named_parameters()``.
         options: The keywords of ``GradientClipper``. Overflows of an active ``GradScaler`` do not
@@ -56,12 +59,16 @@ def attach(
         context manager it is removed where the context ends.
 
     Raises:
-        ArgumentTypeError: GC011, something that is no torch optimizer, or needs a closure.
-        ArgumentValueError: GC010, an optimizer that steps inside the backward pass.
+        ArgumentTypeError: GC011, something that is no torch optimizer, or whose step computes
+            gradients several times (LBFGS), or comes in two halves (SAM).
+        ArgumentValueError: GC010, an optimizer that steps inside the backward pass, or that steps
+            parameters which are not in its ``param_groups``; in ``step``, a call that comes past
+            the attachment, because ``optimizer.step`` was taken before.
         DoubleClippingError: GC101, something clips its gradients already.
 
     Note:
-        ``copy.deepcopy(optimizer)`` copies no hooks, so a copy clips nothing: attach it anew.
+        A copy or a pickle of the optimizer clips nothing, and to make one warns: attach it anew.
+        Step hooks of others run after clipping, and not for a step that is not made.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -83,25 +90,24 @@ class Attachment:
         clipper: What clips; its ``state_dict`` is the history to save.
     """
 
+    label, lasts = _LABEL, True
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         policy: "PoliciesLike | None",
         options: ClipOptions,
     ) -> None:
-        self.optimizer = optimizer
-        source = OptimizerParameters(optimizer)
+        self.optimizer = unwrapped(optimizer)
+        source = OptimizerParameters(self.optimizer)
         self._step = OwnedStep(optimizer, source, policy, options, owner=self, label=_LABEL)
-        self._lent_scale = ExitStack()
-        self._under_way: FrameType | None = None
-        self._given: tuple[Any, Any] = None, None
-        self._lent: Tensor | None = None
+        self._lent = ExitStack()
+        self._scaled = False
         self._at_floor = False
         self._scales: Ring[None] = Ring()
-        self._hooks: list[_Hook] = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        ]
+        self._removed = False
+        _warn_of_hooks(self.optimizer)
+        self._step.hold(self)
 
     @property
     def clipper(self) -> GradientClipper:
@@ -118,10 +124,7 @@ class Attachment:
 
     def remove(self) -> None:
         """Take it off: the optimizer is as it was before; twice is harmless."""
-        self._end()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self._removed = True
         self._step.release()
 
     def __enter__(self) -> Self:
@@ -136,58 +139,31 @@ class Attachment:
         self.remove()
 
     def __repr__(self) -> str:
-        state = "attached to" if self._hooks else "removed from"
+        state = "removed from" if self._removed else "attached to"
         return f"<Attachment {state} {type(self.optimizer).__name__}, last {self.last}>"
 
-    def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        step = sys._getframe(1)  # noqa: SLF001 - nothing else tells one step from another
-        if self._under_way is not None:
-            if _is_within(step, self._under_way):
-                return  # step() calls that of its base class, whose hooks are the same
-            self._end()  # the last step raised
-        _check_call(args, kwargs)
-        scale, found_inf = _attributes(optimizer)
+    # What the held step of the optimizer calls; see ``clipping.step.held.Gate``.
+
+    def before(self, optimizer: Any, kwargs: dict[str, Any]) -> Flag:
+        """Clip, and return whether the step should not be made; its ``step`` calls this."""
+        self._scaled = getattr(optimizer, "found_inf", None) is not None
+        _check_call(optimizer, kwargs)
+        scale = _scale(optimizer)
         self._see_floor(scale)
         # A scaler that found an infinity answers for it.
-        expected = found_inf is not None and not self._at_floor
-        try:
-            result = self._step.clip_scaled(scale, overflow_expected=expected)
-        except BaseException:
-            _forget_scaler(optimizer)
-            raise
-        self._under_way, self._given = step, (scale, found_inf)
-        self._step.withhold(under_way=True)
+        expected = self._scaled and not self._at_floor
+        result = self._step.clip_scaled(scale, overflow_expected=expected)
         if scale is not None and result.deferred:
-            self._lent = _divided(scale, result)
-            self._lent_scale.enter_context(lend(optimizer, "grad_scale", self._lent))
+            self._lent.enter_context(lend(optimizer, "grad_scale", _divided(scale, result)))
+        return self._step.skipped
 
-    def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
-        if sys._getframe(1) is self._under_way:  # noqa: SLF001
-            self._under_way = self._lent = None
-            self._give_back()
-
-    def _give_back(self) -> None:
-        self._lent_scale.close()
+    def after(self, error: BaseException | None) -> None:
+        """Give back what was lent for the step; its ``step`` calls this."""
+        self._lent.close()
         self._step.settle()
-
-    def _end(self) -> None:
-        """End a step that raised: ``GradScaler`` leaves what it gave to the optimizer then."""
-        if self._under_way is None:
-            return
-        self._give_back()
-        (old_scale, old_found), during, optimizer = self._given, self._lent, self.optimizer
-        self._under_way = self._lent = None
-        scale, found_inf = _attributes(optimizer)
-        if old_found is None:
-            return  # there was no scaler
-        if found_inf is old_found:
-            _forget_scaler(optimizer)
-        elif scale is old_scale:
-            optimizer.grad_scale = None  # type: ignore[attr-defined]  # the next was unscaled
-        elif scale is not None:
-            # The next scale was multiplied with what was there.
-            left = old_scale if during is None else during
-            optimizer.grad_scale = scale if left is None else scale / left  # type: ignore[attr-defined]
+        if error is not None and self._scaled:
+            # It would have done so, had nothing been raised: what it leaves counts twice.
+            _forget_scaler(self.optimizer)
 
     def _see_floor(self, scale: Tensor | None) -> None:
         """Note whether the scale can still fall: on an accelerator some steps late."""
@@ -217,7 +193,7 @@ def _checked(optimizer: object) -> Any:
     """Return the torch optimizer whose steps can be hooked.
 
     Raises:
-        ArgumentTypeError: GC011, there is none, or its step needs a closure.
+        ArgumentTypeError: GC011, there is none.
         DoubleClippingError: GC101, it is DeepSpeed's.
     """
     inner = unwrapped(optimizer)
@@ -231,39 +207,42 @@ def _checked(optimizer: object) -> Any:
         raise ArgumentTypeError(
             f"optimizer is of type {type(optimizer).__qualname__}: expected a torch optimizer"
         )
-    if isinstance(inner, torch.optim.LBFGS):
-        raise ArgumentTypeError(
-            "LBFGS computes gradients inside step(closure), after an attachment has clipped: call "
-            "GradientClipper.clip() at the end of the closure instead"
+    return optimizer
+
+
+def _warn_of_hooks(optimizer: Any) -> None:
+    """Warn of step hooks that see clipped gradients from now on."""
+    hooks = [
+        hook
+        for hook in getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
+        if not isinstance(getattr(hook, "__self__", None), HeldStep)
+    ]
+    if hooks:
+        names = ", ".join(getattr(hook, "__qualname__", repr(hook)) for hook in hooks)
+        warn(
+            f"{type(optimizer).__name__} has step hooks ({names}), which run after {_LABEL} has "
+            "clipped: what they change in the gradients is not clipped, and they do not run for a "
+            "step that is not made."
         )
-    return inner
 
 
-def _check_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse what computes gradients, or scales, after the hook; the first argument is itself.
+def _check_call(optimizer: object, kwargs: dict[str, Any]) -> None:
+    """Refuse what unscales gradients after they were clipped.
 
     Raises:
         ArgumentTypeError: GC011.
     """
-    name = type(args[0]).__name__
-    if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:
-        raise ArgumentTypeError(
-            f"{name}.step was given a closure, which computes gradients after an attachment has "
-            "clipped. Call backward() and then step(), or clip at the end of the closure with "
-            "GradientClipper.clip(). Lightning's Trainer gives one itself: use "
-            "gradclip.integrations.lightning.GradientClippingCallback. No gradient was changed."
-        )
     if kwargs.get("grad_scaler") is not None:
         raise ArgumentTypeError(
-            f"{name}.step takes the GradScaler itself (torch's contract before grad_scale), so an "
-            "attachment does not know what its gradients are multiplied by. Call "
-            "scaler.unscale_(optimizer) and GradientClipper.clip() before the step. No gradient "
-            "was changed."
+            f"{type(optimizer).__name__}.step takes the GradScaler itself (torch's contract before "
+            "grad_scale), so an attachment does not know what its gradients are multiplied by. "
+            "Call scaler.unscale_(optimizer) and GradientClipper.clip() before the step. No "
+            "gradient was changed."
         )
 
 
-def _attributes(optimizer: Any) -> tuple[Any, Any]:
-    """Return what a scaler gave to a fused optimizer: its scale, and whether it found infinities.
+def _scale(optimizer: Any) -> Tensor | None:
+    """Return the scale that a scaler gave to a fused optimizer.
 
     Raises:
         ArgumentTypeError: GC011, for a scale that is no tensor.
@@ -273,7 +252,7 @@ def _attributes(optimizer: Any) -> tuple[Any, Any]:
         raise ArgumentTypeError(
             f"optimizer.grad_scale is {scale!r}: expected a float32 tensor, as GradScaler sets it"
         )
-    return scale, getattr(optimizer, "found_inf", None)
+    return scale
 
 
 def _forget_scaler(optimizer: Any) -> None:
@@ -281,12 +260,3 @@ def _forget_scaler(optimizer: Any) -> None:
     for name in ("grad_scale", "found_inf"):
         if hasattr(optimizer, name):
             delattr(optimizer, name)
-
-
-def _is_within(frame: FrameType | None, outer: FrameType) -> bool:
-    """Return whether a frame was called, however deep, from another one that still runs."""
-    while frame is not None:
-        if frame is outer:
-            return True
-        frame = frame.f_back
-    return False

@@ -10,8 +10,7 @@ __all__ = ["behind_accelerate"]
 def behind_accelerate(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Return the optimizer behind Accelerate's wrapper, which is the one that is stepped.
 
-    No other wrapper is looked behind (``clipping.ownership.unwrapped`` does): a Lookahead has an
-    optimizer of its own to step.
+    No other wrapper is looked behind; ``clipping.step.wrappers`` does where it holds a step.
     """
     inner: Any = optimizer
     while type(inner).__module__.startswith("accelerate."):

@@ -1,8 +1,12 @@
 import os
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from gradclip import __version__
 from gradclip.cli import app, main
@@ -53,6 +57,18 @@ def test_version_needs_no_torch():
 
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [f"gradclip {__version__}", "loaded []"]
+
+
+def test_the_typer_that_dies_with_a_new_click_is_not_allowed():
+    """Below 0.16, ``--help`` is a TypeError with click 8.2 and later, which it allows."""
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+    (typer,) = (
+        Requirement(each)
+        for each in project["project"]["optional-dependencies"]["cli"]
+        if each.startswith("typer")
+    )
+    assert "0.15.4" not in typer.specifier
+    assert metadata.version("typer") in typer.specifier
 
 
 def test_the_demo_explains_its_options_without_torch():

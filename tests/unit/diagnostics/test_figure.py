@@ -4,9 +4,10 @@ import sys
 from dataclasses import replace
 from xml.etree import ElementTree as ET
 
+import matplotlib as mpl
 import pytest
 
-from gradclip.diagnostics import StepRecord, clipping_figure, save_figure
+from gradclip.diagnostics import GroupRecord, StepRecord, clipping_figure, save_figure
 from gradclip.errors import ArgumentValueError, MissingDependencyError
 
 CLIPPED = [
@@ -52,6 +53,70 @@ def test_the_curves_are_the_records():
     assert list(unclipped_loss.get_ydata()) == [record.loss for record in UNCLIPPED]
     assert texts(above) == ["threshold 2.0", "clipped 49 of 100"]
     assert texts(below) == ["unclipped 3.51", "clipped 2.51"]
+
+
+TEXTS = [
+    r"$\frac{1}{$",
+    r"a run with $\frac{1}{$ in its name " + "and more " * 20,
+    "a $ b $ c",
+    r"from \$1 to $2",
+    r"\alpha",
+    "50 % of $10_000",
+    "{0} %s",
+]
+
+
+def shown(figure, path):
+    """Return the words of a figure as a reader sees them."""
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        save_figure(figure, path)
+    return " ".join(ET.parse(path).getroot().itertext())
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("rc", [{}, {"text.parse_math": False}, {"text.usetex": True}])
+def test_a_title_is_shown_as_it_is(tmp_path, text, rc):
+    with mpl.rc_context(rc):
+        words = shown(clipping_figure(CLIPPED[:2], title=text), tmp_path / "x.svg")
+    assert " ".join((text[:1].upper() + text[1:]).split()) in " ".join(words.split())
+
+
+@pytest.mark.parametrize("text", TEXTS[:1] + TEXTS[2:])
+def test_a_pattern_is_shown_as_it_is(tmp_path, text):
+    groups = {text: GroupRecord(norm_pre=1.0, threshold=0.5)}
+    records = [StepRecord(step=0, norm_pre=1.0, groups=groups)]
+    words = shown(clipping_figure(records), tmp_path / "x.svg")
+    assert f"threshold 0.5 of {text}" in words
+    assert f"at max_norm 0.5 ({text})" in words
+
+
+def by_group(count):
+    """A run whose group number n has the norm n + 1 and the limit (n + 1) / 2."""
+    groups = {
+        f"_layer{n}.*": GroupRecord(norm_pre=n + 1.0, threshold=(n + 1) / 2) for n in range(count)
+    }
+    return [replace(record, groups=groups) for record in CLIPPED]
+
+
+@pytest.mark.parametrize("count", [1, 2, 6, 9])
+def test_each_group_has_its_norm_and_its_limit_in_a_colour_of_its_own(tmp_path, count):
+    figure = clipping_figure(by_group(count))
+    above, _ = figure.axes
+    drawn = min(count, 6)
+    norms, limits = above.lines[: 2 * drawn : 2], above.lines[1 : 2 * drawn : 2]
+
+    assert [set(line.get_ydata()) for line in norms] == [{n + 1.0} for n in range(drawn)]
+    assert [set(line.get_ydata()) for line in limits] == [{(n + 1) / 2} for n in range(drawn)]
+    colors = [line.get_color() for line in norms]
+    assert colors == [line.get_color() for line in limits]
+    assert len(set(colors)) == drawn
+    legend = above.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [
+        f"threshold {(n + 1) / 2} of _layer{n}.*" for n in range(drawn)
+    ]
+    assert legend.get_title().get_text() == ("6 of 9 patterns" if count == 9 else "")
+    assert not [text for text in texts(above) if text.startswith("threshold")]
+    save_figure(figure, tmp_path / "groups.png")
 
 
 def test_clipped_steps_are_ticks_and_nonfinite_ones_crosses():

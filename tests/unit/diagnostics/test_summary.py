@@ -1,8 +1,9 @@
 import math
+from dataclasses import replace
 
 import pytest
 
-from gradclip.diagnostics import StepRecord, finding, summarise
+from gradclip.diagnostics import GroupRecord, StepRecord, finding, summarise
 from gradclip.diagnostics.summary import compact, decimal
 from gradclip.errors import ArgumentValueError
 
@@ -63,6 +64,35 @@ def test_the_finding_is_one_line():
     assert finding(clipped, unclipped).endswith(": loss 1.50; without: 2.25")
     assert finding(clipped, diverged).endswith(": loss 1.50; without: inf from step 1")
     assert finding(unclipped) == "clipping 0 % of 50 steps: loss 2.25"
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"head.*": 0.5}, " at max_norm 0.5 (head.*):"),
+        ({"head.*": 0.5, "*": 1.0}, " at max_norm 0.5 (head.*), 1.0 (*):"),
+        ({"head.*": math.inf, "*": 1.0}, " at max_norm 1.0 (*):"),
+        ({"head.*": math.inf, "*": None}, " steps:"),
+        (dict.fromkeys("abcd", 1.0), " at 4 limits:"),
+    ],
+)
+def test_every_limit_of_several_is_named(limits, words):
+    """``threshold`` is that of the group which was scaled down most, and another at each step."""
+    groups = {name: GroupRecord(threshold=limit) for name, limit in limits.items()}
+    records = [replace(record, groups=groups) for record in run([1.5] * 5, [2.0] * 5, 0.25)]
+
+    assert words in finding(records)
+    assert summarise(records).thresholds == {
+        name: math.inf if limit is None else limit for name, limit in limits.items()
+    }
+    assert summarise(records).threshold == 0.25
+
+
+def test_the_mean_of_the_largest_losses_does_not_overflow():
+    for loss in (1.7e308, -1.7e308):
+        summary = summarise(run([loss] * 60, [1.0] * 60))
+        assert summary.final_loss == loss
+        assert summary.ending == f"{loss:.1e}".replace("+", "")
 
 
 def test_a_run_without_losses_has_no_final_loss():

@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from gradclip import ObserveClip, attach
+from documented_policies import SpikeSkip
+from gradclip import ObserveClip, attach, withhold
 from gradclip.errors import ArgumentTypeError, DoubleClippingError
 from gradclip.integrations.accelerate import AcceleratorClipper
 
@@ -200,9 +201,65 @@ def test_a_new_one_takes_the_place_of_an_old_one():
     new = AcceleratorClipper(accelerator, optimizer, max_norm=0.5)
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)
-    with pytest.raises(ValueError, match="AcceleratorClipper was removed, or another one took"):
+    with pytest.raises(DoubleClippingError, match="was removed, or another one took"):
         old.clip()
     assert float(new.clip().norm_post) == pytest.approx(0.5)
     new.remove()
     attach(optimizer, 1.0).remove()
     del module
+
+
+@pytest.mark.parametrize("way", ["attach", "AcceleratorClipper", "withhold"])
+@pytest.mark.parametrize("scaler", [False, True])
+def test_a_finite_step_that_a_policy_skips_is_not_made(way, scaler):
+    """The wrapper took ``optimizer.step`` when it was made; under a scaler it steps by that."""
+    accelerator = Accelerator(cpu=True)
+    module = model()
+    optimizer = accelerator.prepare(torch.optim.AdamW(module.parameters(), lr=0.1))
+    if scaler:
+        give_scaler(accelerator, optimizer)
+    before = [p.detach().clone() for p in module.parameters()]
+    stored = {k: v for k, v in vars(optimizer).items() if "_step_method" in k}
+    policy = SpikeSkip(max_norm=1.0, skip_above=1e-6)
+    owner = None
+    if way == "attach":
+        owner = attach(optimizer, policy)
+    elif way == "AcceleratorClipper":
+        owner = AcceleratorClipper(accelerator, optimizer, policy)
+    inputs, targets = batch(0)
+    accelerator.backward(nn.functional.mse_loss(module(inputs), targets))
+    if way == "AcceleratorClipper":
+        owner.clip()
+        assert all(p.grad is not None for p in module.parameters())
+    with withhold(optimizer, skipped=way == "withhold"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), before, strict=True))
+    assert not optimizer.optimizer.state
+    if scaler:
+        assert accelerator.scaler.get_scale() == 64.0  # a finite skip does not lower it
+    if owner is not None:
+        owner.remove()
+    assert {k: v for k, v in vars(optimizer).items() if "_step_method" in k} == stored
+    optimizer.step()
+    assert not torch.equal(module[0].weight, before[0])
+
+
+def test_a_step_after_a_skipped_one_is_made_though_nobody_clipped():
+    accelerator = Accelerator(cpu=True)
+    module = model()
+    optimizer = accelerator.prepare(torch.optim.SGD(module.parameters(), lr=0.1))
+    clipper = AcceleratorClipper(accelerator, optimizer, 1.0)
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    clipper.clip()
+    before = module[0].weight.detach().clone()
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)  # others: the verdict is not of these
+    optimizer.step()
+    assert not torch.equal(module[0].weight, before)
+
+
+def test_a_model_in_the_place_of_the_optimizer_is_named():
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(ArgumentTypeError, match=r"optimizer is of type Sequential.*goes into mod"):
+        AcceleratorClipper(accelerator, model(), 1.0)

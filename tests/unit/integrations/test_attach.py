@@ -3,7 +3,10 @@
 import copy
 import gc
 import math
+import pickle
+import warnings
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from gradclip.errors import (
     NonFiniteGradientError,
     TooManySkipsError,
 )
+from gradclip.integrations.accelerate import AcceleratorClipper
 
 KINDS = {
     "SGD": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
@@ -256,20 +260,73 @@ def test_a_second_clipper_is_named(how):
     GradientClipper(optimizer, ObserveClip())  # to measure is fine
 
 
-def test_a_closure_is_refused_before_anything_changed():
+@pytest.mark.parametrize("how", ["position", "keyword"])
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_closure_runs_once_before_clipping(how, bad):
     weight = nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9)
     handle = attach(optimizer, 1.0)
-    weight.grad = torch.full((2,), 3.0)
-    for call in (lambda: optimizer.step(lambda: None), lambda: optimizer.step(closure=int)):
-        with pytest.raises(ArgumentTypeError, match=r"SGD\.step was given a closure"):
-            call()
-    assert weight.tolist() == [1.0, 1.0]
-    assert handle.last is None
+    calls = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (weight * (math.nan if bad else 3.0)).sum()
+        loss.backward()
+        calls.append(torch.is_grad_enabled())
+        return loss
+
+    with torch.no_grad():
+        loss = optimizer.step(closure) if how == "position" else optimizer.step(closure=closure)
+    assert calls == [True]
+    assert math.isnan(loss.detach()) if bad else loss == 6.0
+    assert bool(handle.last.skipped) == bad
+    expected = 1.0 if bad else 1 - math.sqrt(0.5)
+    assert weight.tolist() == pytest.approx([expected] * 2, rel=1e-5)
+    assert bool(optimizer.state) != bad
     optimizer.step(None)  # as Accelerate calls it
-    assert handle.last is not None
-    with pytest.raises(ArgumentTypeError, match="LBFGS"):
-        attach(torch.optim.LBFGS([weight]), 1.0)
+    assert handle.clipper.step == 2
+
+
+def test_what_computes_gradients_in_its_step_is_refused_by_name():
+    """davda54/sam#64: its step is never called."""
+
+    class Sam(torch.optim.SGD):
+        def first_step(self, zero_grad=False):
+            pass
+
+    weight = nn.Parameter(torch.ones(2))
+    lbfgs, sam = torch.optim.LBFGS([weight]), Sam([weight])
+    accelerator = SimpleNamespace(sync_gradients=True, distributed_type="NO", scaler=None)
+    for make in (attach, lambda *given: AcceleratorClipper(accelerator, *given)):
+        with pytest.raises(ArgumentTypeError, match="LBFGS computes gradients inside"):
+            make(lbfgs, 1.0)
+        with pytest.raises(ArgumentTypeError, match=r"Sam steps in two halves.*base_optimizer"):
+            make(sam, 1.0)
+    for optimizer in (lbfgs, sam):
+        assert not {"step", "__getstate__"} & vars(optimizer).keys()
+
+
+class Pair(torch.optim.Optimizer):
+    """Has a second optimizer for some parameters, as Muon implementations do."""
+
+    def __init__(self, mine, others, named=False):
+        super().__init__(mine, {})
+        others = [("tied", each) for each in others] if named else others
+        self.parts = {"aux": [torch.optim.SGD(others, lr=1.0)]}
+
+    def step(self, closure=None):
+        for each in self.parts["aux"]:
+            each.step()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_parameters_that_an_optimizer_does_not_show_are_named(named):
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    attach(torch.optim.SGD([first]), 1.0)
+    wrong = "tied" if named else r"parameter 0 of group 0, of shape \(3,\)"
+    with pytest.raises(ArgumentValueError, match=rf"Pair\.parts steps parameters.*: {wrong}\. "):
+        attach(Pair([first], [second], named), 1.0)
+    attach(Pair([first, second], [second]), 1.0)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
@@ -295,12 +352,37 @@ def test_an_attachment_that_fails_owns_nothing():
     attach(optimizer, 1.0)
 
 
-def test_a_copy_of_the_optimizer_has_no_hooks():
-    """A trap that cannot be closed: the documentation names it."""
-    optimizer = torch.optim.SGD(model().parameters(), lr=0.1)
-    attach(optimizer, 1.0)
-    assert len(copy.deepcopy(optimizer)._optimizer_step_pre_hooks) == 0
-    assert "deepcopy" in attach.__doc__
+@pytest.mark.parametrize("how", ["copy", "deepcopy", "pickle", "whole"])
+def test_a_copy_of_the_optimizer_steps_plainly_and_warns(how):
+    weight = nn.Parameter(torch.zeros(2))
+    kind = Whole if how == "whole" else torch.optim.SGD
+    optimizer = kind([weight], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    handle = attach(optimizer, 1.0)
+    make = {"copy": copy.copy, "pickle": lambda o: pickle.loads(pickle.dumps(o))}
+    with pytest.warns(UserWarning, match=r"copy is not clipped: use gradclip\.attach on it too"):
+        other = make.get(how, copy.deepcopy)(optimizer)
+    with warnings.catch_warnings(action="error"):
+        make.get(how, copy.deepcopy)(optimizer)  # said once
+    assert not hasattr(other, "_optimizer_step_pre_hooks") or not other._optimizer_step_pre_hooks
+    for each in (other, optimizer):
+        each.param_groups[0]["params"][0].grad = torch.tensor([3.0, 4.0])
+    if how == "copy":
+        other.param_groups = [{**optimizer.param_groups[0], "params": [nn.Parameter(weight + 0)]}]
+        other.param_groups[0]["params"][0].grad = torch.tensor([3.0, 4.0])
+    other.step()
+    assert other.param_groups[0]["params"][0].tolist() == [-3.0, -4.0]
+    assert handle.last is None
+    optimizer.step()
+    assert weight.tolist() == pytest.approx([-0.6, -0.8], rel=1e-5)
+    scheduler.step()
+
+
+class Whole(torch.optim.SGD):
+    """Copies all its attributes."""
+
+    def __getstate__(self):
+        return {k: v for k, v in vars(self).items() if not k.startswith("_optimizer_")}
 
 
 # errors on the way

@@ -2,37 +2,30 @@
 
 An owner, such as an attachment or a callback, clips before every step of an optimizer. It claims
 the optimizer, so that two owners are found before the first step. A guest, such as a
-``GradientClipper`` or a function in the loop, cannot know of it. A guest leaves marks on the
-gradients that it clipped and never refuses; the owner finds the marks before the step.
+``GradientClipper`` or a function in the loop, cannot know of it. Both leave marks on gradients
+that they clipped. An owner looks for the marks of others before the step; a guest never refuses.
 """
 
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef
 
+from gradclip.clipping.step.wrappers import unwrapped
 from gradclip.errors import DoubleClippingError
 
 _CLAIMS: "WeakKeyDictionary[torch.optim.Optimizer, tuple[ref[object], str]]" = WeakKeyDictionary()
 
-# Weak: a gradient that is gone was computed anew.
-_MARKS: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
+_MARKING: "list[_Marking]" = []
+"""What has left marks; it is kept here as long as a gradient that it marked lives."""
 
-
-def wrapped(optimizer: Any) -> Any:
-    """Return what a wrapper such as Accelerate's or Fabric's wraps; None for what is none."""
-    inner = getattr(optimizer, "optimizer", None)
-    return inner if hasattr(inner, "param_groups") else None
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """Return the optimizer behind all wrappers."""
-    while (inner := wrapped(optimizer)) is not None:
-        optimizer = inner
-    return optimizer
+_FEW = 4
+"""How many marks stand for all gradients of a call. To leave one takes about a microsecond."""
 
 
 def claim(optimizer: torch.optim.Optimizer, owner: object, label: str) -> None:
@@ -87,66 +80,106 @@ def check_unclaimed(optimizer: torch.optim.Optimizer, owner: object, label: str)
 class Role(Protocol):
     """What an engine is to others that clip the same gradients."""
 
-    def check(self, gradients: Iterable[Tensor]) -> None:
+    def check(self, gradients: Sequence[Tensor]) -> None:
         """Look at gradients that will be clipped, before anything is changed."""
         ...
 
-    def mark(self, gradients: Iterable[Tensor], policy: object) -> None:
-        """Note that gradients were clipped, by which policy."""
+    def mark(self, clipped: Iterable[tuple[Sequence[Tensor], object]]) -> None:
+        """Note which gradients were clipped at this call, and by which policy."""
         ...
 
 
-class Guest:
-    """Clips in a loop that may have an owner: leaves marks, and never refuses.
+@dataclass(frozen=True, eq=False)
+class _Mark:
+    """A gradient that was clipped, as it was then; it is not kept alive."""
+
+    gradient: TensorWeakRef
+    version: tuple[int, int]
+    policy: object
+
+
+class _Marking:
+    """Leaves marks on gradients that it clipped.
 
     Args:
         label: What an error calls it.
+        calls: Of how many calls the marks are kept.
     """
 
-    def __init__(self, label: str) -> None:
-        self._label = label
+    owners = 0
+    """How many owners were ever made."""
 
-    def check(self, gradients: Iterable[Tensor]) -> None:
-        """Refuse nothing: to clip twice in a loop is its author's choice."""
+    def __init__(self, label: str, *, calls: int = 1) -> None:
+        self.label = label
+        self.released = False
+        """Whether it has given its gradients up, so that its marks mean nothing any more."""
+        self.marks: deque[list[_Mark]] = deque(maxlen=calls)
+        self._seen = -1
 
-    def mark(self, gradients: Iterable[Tensor], policy: object) -> None:
-        """Let an owner find out what was clipped before its step."""
+    def __getstate__(self) -> dict[str, object]:
+        """Copy and pickle without marks: they are of gradients that exist now."""
+        return {**vars(self), "marks": deque[list[_Mark]](maxlen=self.marks.maxlen)}
+
+    def mark(self, clipped: Iterable[tuple[Sequence[Tensor], object]]) -> None:
+        """Mark a few gradients that stand for all; each of them where an owner came since."""
         if torch.is_inference_mode_enabled():
             return  # nothing counts changes there
-        for gradient in gradients:
-            _MARKS[gradient] = (*_version(gradient), self._label, policy)
+        every, self._seen = self._seen != _Marking.owners, _Marking.owners
+        marks: list[_Mark] = []
+        for gradients, policy in clipped:
+            stride = 1 if every else max(1, -(-len(gradients) // _FEW))
+            some = gradients[::stride]
+            marks += [_Mark(TensorWeakRef(each), _version(each), policy) for each in some]
+        self.marks.append(marks)
+        if all(each is not self for each in _MARKING):
+            _MARKING[:] = [each for each in _MARKING if each.is_marked()]
+            _MARKING.append(self)
+
+    def is_marked(self) -> bool:
+        """Return whether a gradient that it marked still lives."""
+        return any(mark.gradient() is not None for marks in self.marks for mark in marks)
 
 
-class Owner:
-    """Clips before every step: refuses gradients that a guest clipped.
+class Guest(_Marking):
+    """Clips in a loop that may have an owner: leaves marks, and never refuses."""
 
-    Args:
-        label: What an error calls it.
-    """
+    def check(self, gradients: Sequence[Tensor]) -> None:
+        """Refuse nothing: to clip twice in a loop is its author's choice."""
+
+
+class Owner(_Marking):
+    """Clips before every step: refuses gradients that a guest or another owner clipped."""
 
     def __init__(self, label: str) -> None:
-        self._label = label
+        super().__init__(label)
+        _Marking.owners += 1
 
-    def check(self, gradients: Iterable[Tensor]) -> None:
-        """Refuse to clip what a guest clipped, and nothing has changed since.
+    def check(self, gradients: Sequence[Tensor]) -> None:
+        """Refuse to clip what another one clipped, where nothing has changed since.
 
         Raises:
             DoubleClippingError: GC101, naming both.
         """
-        if not _MARKS or torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled():
             return
-        for gradient in gradients:
-            *marked, guest, policy = _MARKS.get(gradient, (None, "", None))
-            if tuple(marked) == _version(gradient):
-                raise DoubleClippingError(
-                    f"the gradients of this step were already clipped by {guest} ({policy!r}); "
-                    f"{self._label} would clip them again, and a second limit silently changes "
-                    "what the first one means. Keep one of them; limits by parameter go into one "
-                    f"policy. No gradient was changed by {self._label}, and no step was made."
-                )
+        mine: set[int] | None = None
+        for other in _MARKING:
+            if other is self or other.released:
+                continue
+            mine = {id(gradient) for gradient in gradients} if mine is None else mine
+            for mark in (mark for marks in other.marks for mark in marks):
+                gradient = mark.gradient()
+                if id(gradient) in mine and mark.version == _version(gradient):
+                    self._refuse(other, mark)
 
-    def mark(self, gradients: Iterable[Tensor], policy: object) -> None:
-        """Leave none: no other owner has this optimizer."""
+    def _refuse(self, other: _Marking, mark: _Mark) -> None:
+        raise DoubleClippingError(
+            f"the gradients of this step were already clipped by {other.label} ({mark.policy!r}); "
+            f"{self.label} would clip them again, and a second limit silently changes what the "
+            "first one means. Keep one of them: limits by parameter go into one policy, and where "
+            "two optimizers share a parameter, each needs a backward pass of its own. No gradient "
+            f"was changed by {self.label}, and no step was made."
+        )
 
 
 def _version(gradient: Tensor) -> tuple[int, int]:

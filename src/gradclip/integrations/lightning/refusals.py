@@ -78,7 +78,7 @@ def _override(pl_module: Any) -> str | None:
 
 
 def refuse_kind(optimizer: object) -> None:
-    """Refuse optimizers whose step cannot be withheld.
+    """Refuse what is no torch optimizer; the held step refuses those that it cannot withhold.
 
     Raises:
         ArgumentTypeError: GC011.
@@ -87,15 +87,4 @@ def refuse_kind(optimizer: object) -> None:
         raise ArgumentTypeError(
             f"configure_optimizers returned a {type(optimizer).__qualname__}: expected a torch "
             "optimizer, for no other can be kept from stepping on a NaN"
-        )
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        raise ArgumentTypeError(
-            f"{type(optimizer).__qualname__}.__init__ does not call torch.optim.Optimizer's, so it "
-            "takes no hooks, and cannot be kept from stepping on a NaN: call "
-            "super().__init__(param_groups, defaults)"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ArgumentTypeError(
-            "LBFGS computes gradients several times in one step, and a NaN among them would stay "
-            "in its history: call GradientClipper.clip() in on_after_backward instead"
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping import ClipResult, GradientClipper
-from gradclip.clipping.flags import negated
+from gradclip.clipping.flags import Flag, negated
 from gradclip.errors import ArgumentValueError
 from gradclip.integrations.owned_step import OwnedStep
 
@@ -14,27 +14,24 @@ from gradclip.integrations.owned_step import OwnedStep
 class LightningStep:
     """The steps of one optimizer, at the moments at which Lightning makes them.
 
-    Without a loss scaler Lightning calls ``optimizer.step(closure)``, and clipping happens at the
-    end of the closure: the step is withheld there and then. With one it calls the closure first
-    and then ``scaler.step(optimizer)``, which sets ``found_inf`` anew: there a hook of torch
-    withholds, so that what either found counts. Another hook gives everything back after the step.
+    Lightning clips inside the closure that it gives to ``optimizer.step``, or, with a loss scaler,
+    before it calls ``scaler.step(optimizer)``. Either way the optimizer's own step comes after.
 
     Args:
         step: The steps of a torch optimizer.
     """
 
+    lasts = True
+
     def __init__(self, step: OwnedStep) -> None:
+        self.label = step.label
         self._step = step
         self.optimizer = step.optimizer
         self._in_batch = False
         self._ready = False
-        self._must_withhold = False
         self._count = 0
         self._clipped = self._skipped = torch.zeros((), dtype=torch.int64)
-        self._hooks: list[Any] = [
-            self.optimizer.register_step_pre_hook(self._before),
-            self.optimizer.register_step_post_hook(self._after),
-        ]
+        step.hold(self)
 
     @property
     def clipper(self) -> GradientClipper:
@@ -42,7 +39,7 @@ class LightningStep:
         return self._step.clipper
 
     def clip(self, scaler: Any) -> ClipResult:
-        """Clip now, and withhold the step that follows if it has to be.
+        """Clip now; the step that follows is withheld if it has to be.
 
         Args:
             scaler: The ``GradScaler`` of the precision plugin, if it has one.
@@ -53,9 +50,6 @@ class LightningStep:
         fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
         result = self._step.clip(scaler, unscale=fused)
         self._ready = True
-        self._must_withhold = scaler is not None
-        if scaler is None:
-            self._step.withhold(under_way=True)
         self._count += 1
         self._clipped = result.clipped + self._clipped  # a host's zero goes to any device
         self._skipped = result.skipped + self._skipped
@@ -67,7 +61,7 @@ class LightningStep:
 
     def end_batch(self) -> None:
         """Forget a step that a scaler did not ask for; what steps now does not train."""
-        self._in_batch = self._ready = self._must_withhold = False
+        self._in_batch = self._ready = False
 
     def tally(self) -> tuple[int, Tensor, Tensor]:
         """Return how many steps there were since it was last asked, clipped, and skipped."""
@@ -77,24 +71,24 @@ class LightningStep:
         return counts
 
     def release(self) -> None:
-        """Take the hooks off; twice is harmless. The clipper stays, with its history."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        """Let the optimizer go; twice is harmless. The clipper stays, with its history."""
         self._step.release()
 
-    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None and self._in_batch and not self._ready:
+    # What the held step of the optimizer calls; see ``clipping.step.held.Gate``.
+
+    def before(self, optimizer: Any, kwargs: dict[str, Any]) -> Flag:  # noqa: ARG002
+        """Return whether the step should not be made."""
+        if not self._ready:
+            if not self._in_batch:
+                return False
             raise ArgumentValueError(
                 f"this {type(optimizer).__name__} is about to step on gradients that were not "
                 "clipped: Lightning was not asked to step it. In manual optimisation take it from "
                 "self.optimizers(), and not with use_pl_optimizer=False. No step was made."
             )
-        if self._must_withhold:
-            self._must_withhold = False
-            self._step.withhold(under_way=True)
+        return self._step.skipped
 
-    def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG002
-        self._step.settle(negated(self._step.skipped))
+    def after(self, error: BaseException | None) -> None:
+        """Note that the step is over."""
+        self._step.settle(None if error is not None else negated(self._step.skipped))
         self._ready = False

@@ -10,8 +10,9 @@ from torch import Tensor
 from gradclip.clipping import ClipResult, GradientClipper
 from gradclip.clipping.arguments import ClipOptions
 from gradclip.clipping.collect.sources import OptimizerParameters
-from gradclip.clipping.step.ownership import owner_of, unwrapped
-from gradclip.clipping.step.withhold import lend
+from gradclip.clipping.step.held import lend
+from gradclip.clipping.step.ownership import owner_of
+from gradclip.clipping.step.wrappers import unwrapped
 from gradclip.errors import (
     ArgumentValueError,
     DoubleClippingError,

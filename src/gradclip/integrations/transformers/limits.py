@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from gradclip.clipping.step.ownership import unwrapped
+from gradclip.clipping.step.wrappers import unwrapped
 from gradclip.errors import DoubleClippingError
 from gradclip.integrations.deepspeed import lower
 from gradclip.integrations.deepspeed.limits import KEY, check_equal, checked_nonfinite, limit_of

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainerProgressState"]
 
+_TOO_LARGE = 2**63
+"""No run counts so far, and what works on the counts may hold them in 64 bits."""
+_SHOWN = 200
+
 
 @dataclass
 class TrainerProgressState:
@@ -89,14 +93,14 @@ class TrainerProgressState:
         """Make the progress that ``state_dict`` returned.
 
         Raises:
-            CheckpointError: Counts are missing, or are not whole numbers >= 0.
+            CheckpointError: Counts are missing, or are not whole numbers from 0 to 2**63 - 1.
         """
         counts = {field.name: state.get(field.name) for field in fields(cls)}
         wrong = {
             name: count
             for name, count in counts.items()
-            if not isinstance(count, int) or isinstance(count, bool) or count < 0
+            if type(count) is not int or not 0 <= count < _TOO_LARGE
         }
         if wrong:
-            raise CheckpointError(f"the progress of the run has no valid {wrong}")
+            raise CheckpointError(f"the progress of the run has no valid {repr(wrong)[:_SHOWN]}")
         return cls(**counts)  # type: ignore[arg-type]

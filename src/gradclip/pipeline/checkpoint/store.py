@@ -1,56 +1,34 @@
 """Checkpoints on disk: each is there whole or not at all, and says so itself.
 
 A checkpoint is written in a hidden folder beside its place, flushed to the disk, and renamed into
-place. Its ``manifest.json`` has the size and the SHA-256 of every file. A folder that a killed run
-left half-written never gets a name that a reader looks at, and goes at the next save. One folder of
-checkpoints belongs to one run at a time.
+place. Its manifest knows every file. A folder that a killed run left half-written never gets a name
+that a reader looks at, and goes at the next save. One folder of checkpoints belongs to one run at a
+time.
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from gradclip import __version__
-from gradclip.errors import CheckpointError
+from gradclip.errors import CheckpointError, GradClipError, warn
+from gradclip.pipeline.checkpoint.manifest import (
+    MANIFEST,
+    NAME,
+    Manifest,
+    file_entry,
+    read_manifest,
+    seal,
+    verify,
+)
 from gradclip.pipeline.checkpoint.progress import TrainerProgressState
 
-__all__ = [
-    "Manifest",
-    "find",
-    "holds_checkpoints",
-    "last_step",
-    "read_manifest",
-    "verify",
-    "write",
-]
+__all__ = ["find", "holds_checkpoints", "last_step", "write"]
 
-MANIFEST = "manifest.json"
-_SCHEMA = 1
-_NAME = re.compile(r"epoch-\d+-step-\d+(-\d+)?")
-_DRAFT = re.compile(r"\.epoch-\d+-step-\d+(-\d+)?\.(tmp|old)")
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint says about itself.
-
-    Args:
-        sequence: Counts the checkpoints of a folder in the order of writing.
-        progress: How far the run was.
-        files: Size and SHA-256 of every file, by its path inside the checkpoint.
-    """
-
-    sequence: int
-    progress: TrainerProgressState
-    files: dict[str, dict[str, Any]]
+_DRAFT = re.compile(rf"\.{NAME.pattern}\.(?:tmp|old)")
 
 
 def write(
@@ -78,15 +56,39 @@ def write(
     """
     name = f"epoch-{progress.epoch_id:04d}-step-{progress.global_step_id:08d}"
     draft = root / f".{name}.tmp"
-    with together():
-        if main:
-            root.mkdir(parents=True, exist_ok=True)
-            _remove_drafts(root)
-            draft.mkdir()
-    with together():
-        fill(draft)
-    with together():
-        return _finish(root, draft, name, progress, keep_last) if main else None
+    try:
+        with together(), _to_disk(root / name):
+            if main:
+                root.mkdir(parents=True, exist_ok=True)
+                _remove_drafts(root)
+                draft.mkdir()
+        with together(), _to_disk(root / name):
+            fill(draft)
+        with together(), _to_disk(root / name):
+            return _finish(root, draft, name, progress, keep_last) if main else None
+    except Exception:
+        if main:  # what was written fills a disk that may be full
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _to_disk(place: Path) -> Iterator[None]:
+    """Say of an error of the disk which checkpoint it prevents, and what to do."""
+    try:
+        yield
+    except GradClipError:
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__  # torch reports a full disk as its own
+        if cause is None:
+            raise
+        raise CheckpointError(
+            f"the checkpoint {place} cannot be written: {cause}. Make room there, or set another "
+            "save_root. The checkpoints that were there are as they were: resume from their folder."
+        ) from error
 
 
 def _finish(
@@ -95,14 +97,21 @@ def _finish(
     """Seal what all processes wrote, give it its name, and remove the oldest."""
     complete = list(_complete(root))
     sequence = 1 + max((manifest.sequence for _, manifest in complete), default=0)
-    _seal(draft, Manifest(sequence, progress, _hash_and_flush(draft)))
+    file = draft / MANIFEST
+    file.write_bytes(seal(Manifest(sequence, progress, _hash_and_flush(draft))))
+    _flush(file)
+    for folder in [*(folder for folder in draft.rglob("*") if folder.is_dir()), draft]:
+        _flush_folder(folder)
     place = _free_place(root, name)
     draft.rename(place)
     _flush_folder(root)
     complete.sort(key=lambda entry: entry[1].sequence)
     if keep_last is not None:
         for old, _ in complete[: max(0, len(complete) + 1 - keep_last)]:
-            _remove(old)
+            try:
+                _remove(old)
+            except OSError as error:  # the new one is there
+                warn(f"the checkpoint {old} is one too many, and cannot be removed: {error}")
     return place
 
 
@@ -116,21 +125,27 @@ def find(path: Path) -> tuple[Path, Manifest]:
     Raises:
         CheckpointError: GC301, there is none, or the one that was named is incomplete or damaged.
     """
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint at {path}: no such folder")
-    if (path / MANIFEST).exists() or _NAME.fullmatch(path.name):
+    try:
+        folders = _named(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"there is no checkpoint at {path}: no such folder, or none that can be read "
+            f"({error.strerror})"
+        ) from error
+    # A folder of checkpoints may have the name of one.
+    if not folders and ((path / MANIFEST).exists() or NAME.fullmatch(path.name)):
         return path, verify(path)
     found: list[tuple[int, Path]] = []
-    for folder in _named(path):
+    for folder in folders:
         try:
             found.append((read_manifest(folder).sequence, folder))
         except CheckpointError as error:
-            _warn_passed_over(error)
+            warn(f"passed over: {error}")
     for _, folder in sorted(found, reverse=True):
         try:
             return folder, verify(folder)
         except CheckpointError as error:
-            _warn_passed_over(error)
+            warn(f"passed over: {error}")
     raise CheckpointError(
         f"there is no complete checkpoint in {path}. Leave resume_from out to start from scratch, "
         "in another folder where there are damaged ones."
@@ -147,65 +162,12 @@ def last_step(root: Path) -> int:
     return max((each.progress.global_step_id for _, each in _complete(root)), default=-1)
 
 
-def verify(path: Path) -> Manifest:
-    """Check a checkpoint against its manifest, every byte of it.
-
-    Raises:
-        CheckpointError: GC301, it is incomplete or damaged.
-    """
-    manifest = read_manifest(path)
-    for name, expected in manifest.files.items():
-        file = path / name
-        if not file.is_file():
-            raise _damaged(path, f"{name} is missing")
-        found = _entry(file)
-        if found != expected:
-            raise _damaged(path, f"{name} is {found}, and the manifest says {expected}")
-    return manifest
-
-
-def read_manifest(path: Path) -> Manifest:
-    """Read what a checkpoint says about itself, without checking its files.
-
-    Raises:
-        CheckpointError: GC301, there is no manifest, or none that this version can read.
-    """
-    try:
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise _damaged(path, f"it has no {MANIFEST}: it was never finished") from None
-    except (OSError, ValueError) as error:
-        raise _damaged(path, f"its {MANIFEST} cannot be read: {error}") from error
-    if not isinstance(content, dict) or content.get("schema") != _SCHEMA:
-        raise _damaged(path, f"its {MANIFEST} is not of schema {_SCHEMA}")
-    sequence, progress, files = (content.get(key) for key in ("sequence", "progress", "files"))
-    if not (isinstance(sequence, int) and isinstance(progress, dict) and isinstance(files, dict)):
-        raise _damaged(path, f"its {MANIFEST} is incomplete")
-    return Manifest(sequence, TrainerProgressState.from_state_dict(progress), files)
-
-
 def _hash_and_flush(folder: Path) -> dict[str, dict[str, Any]]:
     files = {}
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         _flush(file)
-        files[file.relative_to(folder).as_posix()] = _entry(file)
+        files[file.relative_to(folder).as_posix()] = file_entry(file)
     return files
-
-
-def _entry(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"size": file.stat().st_size, "sha256": digest}
-
-
-def _seal(draft: Path, manifest: Manifest) -> None:
-    content = {"gradclip": __version__, "schema": _SCHEMA, **asdict(manifest)}
-    file = draft / MANIFEST
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    _flush(file)
-    for folder in [folder for folder in draft.rglob("*") if folder.is_dir()]:
-        _flush_folder(folder)
-    _flush_folder(draft)
 
 
 def _flush(file: Path) -> None:
@@ -241,26 +203,19 @@ def _remove(folder: Path) -> None:
 
 def _remove_drafts(root: Path) -> None:
     for folder in root.iterdir():
-        if _DRAFT.fullmatch(folder.name):
-            shutil.rmtree(folder)
+        if not _DRAFT.fullmatch(folder.name):
+            continue
+        if folder.is_symlink() or not folder.is_dir():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # a removed one that stays is in nobody's way
 
 
 def _named(root: Path) -> list[Path]:
-    return sorted(f for f in root.iterdir() if f.is_dir() and _NAME.fullmatch(f.name))
+    return sorted(f for f in root.iterdir() if f.is_dir() and NAME.fullmatch(f.name))
 
 
 def _complete(root: Path) -> Iterator[tuple[Path, Manifest]]:
     for folder in _named(root):
         with suppress(CheckpointError):
             yield folder, read_manifest(folder)
-
-
-def _damaged(path: Path, found: str) -> CheckpointError:
-    return CheckpointError(
-        f"the checkpoint {path} is incomplete or damaged: {found}. Resume from another one, or "
-        "from the folder that holds them, which takes the last one that is whole."
-    )
-
-
-def _warn_passed_over(error: CheckpointError) -> None:
-    warnings.warn(f"passed over: {error}", stacklevel=4)

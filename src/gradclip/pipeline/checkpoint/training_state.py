@@ -5,6 +5,7 @@ process its random states, its position in the data, and the gradients of an ope
 another number of processes the former come back as they were; the latter as far as they can.
 """
 
+import fnmatch
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradclip.errors import ArgumentValueError, CheckpointError, GradClipError
+from gradclip.pipeline.checkpoint.manifest import Manifest
 from gradclip.pipeline.checkpoint.rng import RandomState
+from gradclip.pipeline.checkpoint.state_file import read_state, write_state
 from gradclip.pipeline.checkpoint.store import find
 from gradclip.pipeline.checkpoint.weights import (
     check_gatherable,
@@ -88,7 +91,7 @@ def save_training_state(
     # From here on a process that fails leaves no other one waiting in a collective.
     write_weights(folder, weights)
     if accelerator.is_main_process:
-        torch.save(_hooks_state(arg.hooks), folder / _HOOKS)
+        write_state(_hooks_state(arg.hooks), folder / _HOOKS)
     own: dict[str, Any] = {"gradients": {}}
     if arg.data_position is None:
         own["random"] = RandomState.capture().state_dict()
@@ -100,7 +103,7 @@ def save_training_state(
             for number, parameter in enumerate(_stepped(arg.optimizer))
             if parameter.grad is not None
         }
-    torch.save(own, folder / _process_file(accelerator.process_index))
+    write_state(own, folder / _process_file(accelerator.process_index))
 
 
 def load_training_state(
@@ -125,9 +128,10 @@ def load_training_state(
     folder, manifest = all_processes.from_main((folder, manifest))
     assert manifest is not None
     try:
+        hooks_state = _read_hooks_state(folder)
         load_weights(folder, accelerator)
-        _load_own(folder, accelerator, optimizer, position, manifest.progress.micro_step_id)
-        _load_hooks_state(hooks, _load(folder / _HOOKS))
+        _load_own(folder, manifest, accelerator, optimizer, position)
+        _load_hooks_state(hooks, hooks_state)
     except GradClipError:
         raise
     except Exception as error:
@@ -141,19 +145,19 @@ def load_training_state(
 
 def _load_own(
     folder: Path,
+    manifest: Manifest,
     accelerator: "Accelerator",
     optimizer: torch.optim.Optimizer,
     position: "DataPosition",
-    micro_step_id: int,
 ) -> None:
     """Restore what each process had of its own, as far as there were as many of them."""
-    before = len(list(folder.glob(_process_file("*"))))
+    before = len(fnmatch.filter(manifest.files, _process_file("*")))
     now = accelerator.num_processes
     # Which batches an epoch has follows from what all processes have alike.
     known = accelerator.process_index < before
-    own = _load(folder / _process_file(accelerator.process_index if known else 0))
+    own = read_state(folder / _process_file(accelerator.process_index if known else 0))
     data = own.get("data", {})
-    if before != now and micro_step_id:
+    if before != now and manifest.progress.micro_step_id:
         raise _of_its_own(folder, "an accumulation window", "gradients", before, now)
     if before != now and data.get("place") and data["start"]:
         raise _of_its_own(folder, "an epoch", "a dataloader that keeps a state", before, now)
@@ -201,10 +205,6 @@ def _stepped(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _load(file: Path) -> Any:
-    return torch.load(file, map_location="cpu", weights_only=True)
-
-
 def _process_file(number: object) -> str:
     return f"process_{number}.pt"
 
@@ -221,6 +221,16 @@ def _named_hooks(hooks: "PipelineHooks | None") -> "Iterator[tuple[str, Pipeline
 def _hooks_state(hooks: "PipelineHooks | None") -> dict[str, dict[str, Any]]:
     states = {name: each.state_dict() for name, each in _named_hooks(hooks)}
     return {name: state for name, state in states.items() if state}
+
+
+def _read_hooks_state(folder: Path) -> dict[str, dict[str, Any]]:
+    states = read_state(folder / _HOOKS)
+    if isinstance(states, dict) and all(isinstance(state, dict) for state in states.values()):
+        return states
+    raise CheckpointError(
+        f"{folder / _HOOKS} is not what SaveCheckpoint writes: it holds no states by the names of "
+        "hooks. Resume from another checkpoint."
+    )
 
 
 def _load_hooks_state(hooks: "PipelineHooks", states: Mapping[str, Mapping[str, Any]]) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from gradclip.errors import ArgumentValueError
 from gradclip.integrations.wrapped import behind_accelerate
 from gradclip.pipeline.checkpoint.parameter_groups import described_groups, restore_groups
+from gradclip.pipeline.checkpoint.state_file import read_state, write_state
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,14 +79,22 @@ def gathered_weights(accelerator: "Accelerator") -> dict[str, Any]:
 
 
 def write_weights(folder: "Path", states: Mapping[str, Any]) -> None:
-    """Write what ``gathered_weights`` returned."""
-    from safetensors.torch import save_file  # noqa: PLC0415 - it comes with Accelerate
+    """Write what ``gathered_weights`` returned.
+
+    Raises:
+        OSError: The disk is full, or cannot be written; perhaps behind an error of torch.
+    """
+    from safetensors import SafetensorError  # noqa: PLC0415 - it comes with Accelerate
+    from safetensors.torch import save_file  # noqa: PLC0415
 
     for name, state in states.items():
-        if name.endswith(".safetensors"):
+        if not name.endswith(".safetensors"):
+            write_state(state, folder / name)
+            continue
+        try:
             save_file(_unshared(state), folder / name, metadata={"format": "pt"})
-        else:
-            torch.save(state, folder / name)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
 def load_weights(folder: "Path", accelerator: "Accelerator") -> None:
@@ -98,16 +107,16 @@ def load_weights(folder: "Path", accelerator: "Accelerator") -> None:
         model.load_state_dict({n: _split_like(whole, likes.get(n)) for n, whole in state.items()})
     for number, wrapped in enumerate(accelerator._optimizers):  # noqa: SLF001
         optimizer = behind_accelerate(wrapped)
-        whole = _load(folder / _file("optimizer", number, "bin"))
+        whole = read_state(folder / _file("optimizer", number, "bin"))
         parameters = folder / _file("parameters", number, "pt")
         if parameters.exists():
-            groups = _load(parameters)
+            groups = read_state(parameters)
             restore_groups(optimizer, _models(accelerator), groups, whole)
         optimizer.load_state_dict(_split_like_parameters(whole, optimizer))
     for number, scheduler in enumerate(accelerator._schedulers):  # noqa: SLF001
-        scheduler.load_state_dict(_load(folder / _file("scheduler", number, "bin")))
+        scheduler.load_state_dict(read_state(folder / _file("scheduler", number, "bin")))
     if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(_load(folder / "scaler.pt"))
+        accelerator.scaler.load_state_dict(read_state(folder / "scaler.pt"))
 
 
 def _models(accelerator: "Accelerator") -> list[nn.Module]:
@@ -118,10 +127,6 @@ def _models(accelerator: "Accelerator") -> list[nn.Module]:
 
 def _file(kind: str, number: int, ending: str) -> str:
     return f"{kind}_{number}.{ending}" if number else f"{kind}.{ending}"
-
-
-def _load(file: "Path") -> Any:
-    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:

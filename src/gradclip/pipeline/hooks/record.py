@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -171,7 +172,7 @@ def _refuse_another_run(path: Path) -> None:
 
 
 def _read(step: _Step) -> StepRecord:
-    loss = sum(float(loss) for loss in step.losses) / len(step.losses) if step.losses else None
+    loss = mean(map(float, step.losses)) if step.losses else None  # exact: a sum might overflow
     record = StepRecord.from_stats(
         step.number,
         None if step.result is None else step.result.to_host(),

@@ -207,18 +207,21 @@ class Ahead(torch.optim.Optimizer):
 @pytest.mark.parametrize("depth", [0, 1, 2])
 @pytest.mark.parametrize("flag", [bool, torch.tensor], ids=["bool", "tensor"])
 def test_what_an_optimizer_counts_by_itself_waits_too(depth, flag):
+    """Nor is one called that steps another: it may have weights of its own to move."""
     params = oracle.parameters(torch.ones(2))
     inner = outer = Counting(params, lr=0.1)
     for _ in range(depth):
         outer = Ahead(outer)
+    params[0].grad = torch.ones(2)
     with withhold(outer, flag(True)):
         outer.step()
+        outer.step()
     assert "k" not in inner.param_groups[0]
-    assert "step" not in vars(inner)
-    params[0].grad = torch.ones(2)
+    assert not {"step", "__getstate__"} & vars(outer).keys()
+    assert params[0].grad.tolist() == [1.0, 1.0]
     outer.step()
     assert inner.param_groups[0]["k"] == 1
-    assert getattr(outer, "calls", 2) == 2
+    assert getattr(outer, "calls", 1) == 1
 
 
 @pytest.mark.filterwarnings("error")
@@ -234,18 +237,6 @@ def test_a_scheduler_finds_nothing_wrong_with_a_withheld_first_step(inside):
             torch.optim.lr_scheduler.StepLR(optimizer, 1)
     if not inside:
         scheduler.step()
-    before = params[0].detach().clone()
-    params[0].grad = torch.ones(2)
-    optimizer.step()
-    assert not torch.equal(params[0].detach(), before)
-
-
-def test_gradients_that_came_since_are_stepped_on():
-    """Where nobody leaves the context, as after an error in a trainer, no step is lost."""
-    params = oracle.parameters(torch.ones(2))
-    optimizer = torch.optim.SGD(params, lr=0.1)
-    context = withhold(optimizer, skipped=True)
-    context.__enter__()
     before = params[0].detach().clone()
     params[0].grad = torch.ones(2)
     optimizer.step()

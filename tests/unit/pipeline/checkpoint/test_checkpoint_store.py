@@ -9,7 +9,9 @@ import pytest
 
 from gradclip.errors import CheckpointError
 from gradclip.pipeline.checkpoint import store
+from gradclip.pipeline.checkpoint.manifest import verify
 from gradclip.pipeline.checkpoint.progress import TrainerProgressState
+from manifests import change_manifest
 
 
 class KilledError(BaseException):
@@ -35,12 +37,12 @@ def test_a_checkpoint_says_what_it_holds(tmp_path):
     place = store.write(tmp_path, progress(12, epoch=3), fill)
     assert place == tmp_path / "epoch-0003-step-00000012"
     manifest = json.loads((place / "manifest.json").read_text())
-    assert manifest["schema"] == 1
+    assert manifest["schema"] == 2
     assert manifest["progress"]["global_step_id"] == 12
     digest = "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
     assert manifest["files"]["model.bin"] == {"size": 7, "sha256": digest}
     assert set(manifest["files"]) == {"model.bin", "sub/state.json"}
-    assert store.find(place) == (place, store.verify(place))
+    assert store.find(place) == (place, verify(place))
     assert store.find(place)[1].progress == progress(12, epoch=3)
 
 
@@ -92,13 +94,16 @@ def damage_manifest(place):
 
 
 def damage_schema(place):
-    (place / "manifest.json").write_text('{"schema": 99}')
+    change_manifest(place, lambda content: content.update(schema=99))
 
 
 def damage_progress(place):
-    manifest = json.loads((place / "manifest.json").read_text())
-    manifest["progress"]["step_id"] = "many"
-    (place / "manifest.json").write_text(json.dumps(manifest))
+    change_manifest(place, lambda content: content["progress"].update(step_id="many"))
+
+
+def damage_signature(place):
+    manifest = place / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"micro_step_id": 0', '"micro_step_id": 1'))
 
 
 @pytest.mark.parametrize(
@@ -111,6 +116,7 @@ def damage_progress(place):
         (damage_manifest, "cannot be read"),
         (damage_schema, "not of schema"),
         (damage_progress, "step_id"),
+        (damage_signature, "its SHA-256 is another"),
     ],
 )
 def test_a_damaged_one_is_passed_over_in_a_folder_and_an_error_by_name(tmp_path, damage, said):
@@ -132,8 +138,11 @@ def test_a_damaged_one_is_passed_over_in_a_folder_and_an_error_by_name(tmp_path,
 def test_a_folder_without_checkpoints_and_none_at_all_are_errors(tmp_path):
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         store.find(tmp_path)
-    with pytest.raises(CheckpointError, match="no such folder"):
-        store.find(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "circle").symlink_to("circle")
+    for name in ("nowhere", "file", "file/below", "circle", "x" * 5000):
+        with pytest.raises(CheckpointError, match="no such folder"):
+            store.find(tmp_path / name)
 
 
 def killing(monkeypatch, at):
@@ -199,7 +208,7 @@ def test_a_removal_that_was_cut_short_leaves_no_damaged_checkpoint(tmp_path, mon
         patch.setattr(shutil, "rmtree", half)
         with pytest.raises(KilledError):
             store.write(tmp_path, progress(3), fill, keep_last=2)
-    assert [store.verify(p).progress.global_step_id for p in sorted(tmp_path.glob("epoch*"))] == [
+    assert [verify(p).progress.global_step_id for p in sorted(tmp_path.glob("epoch*"))] == [
         2,
         3,
     ]

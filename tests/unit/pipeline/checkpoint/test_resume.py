@@ -1,6 +1,6 @@
 """A run that resumes is the run that was not interrupted, bit for bit."""
 
-import json
+import io
 import random
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from gradclip.diagnostics.record import read_record
 from gradclip.errors import CheckpointError, DoubleClippingError
 from gradclip.pipeline import HookBasedTrainer, ResumeCheckpointConfig, SimpleBatchProcessor
-from gradclip.pipeline.checkpoint import store
+from gradclip.pipeline.checkpoint.training_state import load_training_state
 from gradclip.pipeline.hooks import (
     GradientClippingHookConfig,
     HookContext,
@@ -24,6 +24,7 @@ from gradclip.pipeline.hooks import (
     SaveCheckpointConfig,
     ValidationHookConfig,
 )
+from manifests import replace_file
 
 
 class Augmented(Dataset):
@@ -318,9 +319,7 @@ def test_nothing_in_a_checkpoint_is_unpickled(tmp_path):
     for name in files:
         bad = shutil.copytree(good, tmp_path / name)
         torch.save(Bomb(marker), bad / name)
-        manifest = json.loads((bad / "manifest.json").read_text())
-        manifest["files"][name] = store._entry(bad / name)
-        (bad / "manifest.json").write_text(json.dumps(manifest))
+        replace_file(bad, name, (bad / name).read_bytes())
         # Accelerate's file of random states is not used.
         if name.startswith("random_states"):
             Run(tmp_path / "b", resume_from=bad)
@@ -330,6 +329,32 @@ def test_nothing_in_a_checkpoint_is_unpickled(tmp_path):
         assert not marker.exists()
     torch.load(tmp_path / "hooks.pt" / "hooks.pt", weights_only=False).close()
     assert marker.exists()
+
+
+@pytest.mark.parametrize("state", [[], None, 7, {"GradientClippingHook:0": [1]}])
+def test_a_state_of_hooks_that_is_none_is_refused_before_anything_is_loaded(tmp_path, state):
+    Run(tmp_path / "a", max_step=2)()
+    bad = checkpoints(tmp_path / "a")[-1]
+    written = io.BytesIO()
+    torch.save(state, written)
+    replace_file(bad, "hooks.pt", written.getvalue())
+    again = Run(tmp_path / "b")
+    trainer = again.trainer
+    before = [parameter.clone() for parameter in again.model.parameters()]
+    with pytest.raises(CheckpointError, match=r"hooks\.pt is not what SaveCheckpoint writes"):
+        load_training_state(
+            bad, trainer.accelerator, trainer.optimizer, trainer.hooks, trainer._position
+        )
+    assert all(map(torch.equal, before, again.model.parameters()))
+
+
+def test_a_file_of_a_process_that_the_manifest_does_not_name_is_not_counted(tmp_path):
+    whole = Run(tmp_path / "whole", accumulate=3)()
+    Run(tmp_path / "a", accumulate=3, max_step=5)()
+    last = checkpoints(tmp_path / "a")[-1]
+    shutil.copy(last / "process_0.pt", last / "process_1.pt")
+    again = Run(tmp_path / "b", accumulate=3, resume_from=last)()
+    assert again.steps == whole.steps[5:]
 
 
 def test_modules_of_the_batch_processor_come_back(tmp_path):

@@ -43,7 +43,7 @@ class Loop:
             self.hooks.begin("on_step", self.arg) as arg,
             self.hooks.begin("on_batch", arg.copy_with_updates()) as batch_arg,
         ):
-            batch_arg.reduce_loss = arg.reduce_loss = torch.tensor(loss)
+            batch_arg.reduce_loss = arg.reduce_loss = torch.tensor(loss, dtype=torch.float64)
             arg.model.weight.grad = torch.tensor([gradient])
 
 
@@ -65,6 +65,36 @@ def test_every_optimizer_step_is_a_line(path, linear):
     # The rate that the step was made with, not the scheduler's next; a skip does not move it.
     assert (first.lr, skipped.lr, last.lr) == (1.0, 0.5, 0.5)
     assert all(record.elapsed_ms >= 0 for record in (first, skipped, last))
+
+
+def test_limits_by_group_are_recorded_by_group(path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(1, 1))
+    policy = {"0.*": 0.5, "1.weight": 2.0, "*": None}
+    clipping = GradientClippingHookConfig(policy=policy)
+    arg = PipelineHookArgs(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
+    hooks = PipelineHooks.from_hooks([RecordHookConfig(path=str(path)), OptimizerHook(), clipping])
+    with hooks.begin("on_loop", arg.copy_with_updates()), hooks.begin("on_step", arg):
+        model[0].weight.grad = torch.tensor([[3.0, 4.0]])
+        model[1].weight.grad = torch.tensor([[1.0]])
+        model[1].bias.grad = torch.tensor([7.0])
+    (record,) = read_record(path)
+    norms = {name: (group.norm_pre, group.threshold) for name, group in record.groups.items()}
+    assert norms["0.*"] == (5.0, 0.5)
+    assert norms["1.weight"] == (1.0, 2.0)
+    assert [group.clipped for group in record.groups.values()][:2] == [True, False]
+    assert (record.threshold, record.coefficient) == (0.5, pytest.approx(0.1))
+
+
+def test_the_mean_of_huge_losses_does_not_overflow(path, linear):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    loop = Loop(path, linear, accelerator)
+    with loop.hooks.begin("on_loop", loop.arg.copy_with_updates()):
+        for loss in (1e308, 1.5e308, math.inf, 1.0, math.nan, 1.0):
+            with accelerator.accumulate(loop.arg.model):
+                loop.step(loss, 1.0, 1.0)
+    first, second, third = (record.loss for record in read_record(path))
+    assert (first, second) == (1.25e308, math.inf)
+    assert math.isnan(third)
 
 
 def test_without_clipping_there_is_no_norm(path, linear):

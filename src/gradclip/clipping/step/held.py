@@ -1,0 +1,304 @@
+"""The ``step`` of an optimizer, held: it is asked before each call whether to make it.
+
+What is withheld is not called. To drop the gradients, or to zero them, is not enough: optimizers
+make zeros of None, count their steps, average their weights, or step another optimizer. So the
+instance gets a bound method in the place of ``step``, which LR schedulers, ``GradScaler`` and
+profilers take for the one that they know.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from itertools import chain
+from types import MethodType
+from typing import Any, Protocol
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from gradclip.clipping.flags import Flag, any_of
+from gradclip.clipping.step.wrappers import is_replaceable, unwrapped, wrapped
+from gradclip.errors import ArgumentTypeError, ArgumentValueError, warn
+
+_UNSET = object()
+_HELD = "_gradclip_held"
+"""An attribute of the function that holds a step; ``functools.wraps`` hands it on to others."""
+
+
+class Gate(Protocol):
+    """Is asked before each step of an optimizer."""
+
+    label: str
+    """What an error calls it."""
+    lasts: bool
+    """Whether it stays for more than one step."""
+
+    def before(self, optimizer: Any, kwargs: dict[str, Any]) -> Flag:
+        """Return whether this step should not be made.
+
+        Args:
+            optimizer: The one that is about to step.
+            kwargs: What its ``step`` was given by keyword.
+        """
+        ...
+
+    def after(self, error: BaseException | None) -> None:
+        """Hear that the step is over: made, withheld, or ended by an error."""
+        ...
+
+
+class HeldStep:
+    """What stands in the place of the ``step`` of one optimizer, with all its gates.
+
+    Args:
+        optimizer: Anything with ``param_groups`` and ``step``.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.gates: list[Gate] = []
+        self._running = self._warned = False
+        self._optimizer = ref(optimizer)
+        self._had = {name: vars(optimizer).get(name, _UNSET) for name in ("step", "__getstate__")}
+        before = optimizer.step
+        self._before = None if self._had["step"] is _UNSET else before
+        # An optimizer that does not call Optimizer.__init__ has no hooks.
+        self._hook = None
+        if hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            self._hook = optimizer.register_step_pre_hook(self._see)
+        self.bound = _asking(self, optimizer, before)
+        _warning_copy(self, optimizer)
+        optimizer.step = self.bound
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Ask the gates in their order; step, or do not."""
+        if self._running or not self.gates:
+            return self._call(args, kwargs)
+        gates = list(self.gates)
+        entered: list[Gate] = []
+        error: BaseException | None = None
+        self._running = True
+        try:
+            loss, args, kwargs = _evaluated(self._optimizer(), args, kwargs)
+            withheld: Flag = False
+            for gate in gates:
+                entered.append(gate)
+                withheld = any_of([withheld, gate.before(self._optimizer(), kwargs)])
+            result = self._step(withheld, args, kwargs)
+        except BaseException as raised:
+            error = raised
+            raise
+        else:
+            return loss if result is None else result
+        finally:
+            self._running = False
+            for gate in reversed(entered):
+                gate.after(error)
+
+    def _step(self, withheld: Flag, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Step under a flag: on the device where the optimizer takes one, else read by the host."""
+        optimizer: Any = self._optimizer()
+        if isinstance(withheld, Tensor) and takes_found_inf(optimizer):
+            with _found_inf(optimizer, withheld):
+                return self._call(args, kwargs)
+        if not withheld:
+            return self._call(args, kwargs)
+        if hasattr(self.bound, "_wrapped_by_lr_sched"):
+            optimizer._opt_called = True  # noqa: SLF001 - or schedulers warn
+        return None
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._before is not None:
+            return self._before(*args, **kwargs)
+        optimizer: Any = self._optimizer()
+        return type(optimizer).step(optimizer, *args, **kwargs)
+
+    def _see(self, optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG002
+        """Refuse a step that comes past ``run``."""
+        if self.gates and not self._running:
+            label = self.gates[0].label
+            raise ArgumentValueError(
+                f"{type(optimizer).__name__}.step was called past {label}, so its gradients are "
+                f"not clipped: somebody took optimizer.step before {label} replaced it, as "
+                "torch.compile(optimizer.step), accelerator.prepare(optimizer) with a loss scaler "
+                "and type(optimizer).step do. Attach before optimizer.step is taken, or to the "
+                "prepared optimizer. No step was made."
+            )
+
+    def see_copy(self) -> None:
+        """Warn, once, that a copy is not clipped."""
+        lasting = [gate.label for gate in self.gates if gate.lasts]
+        if lasting and not self._warned:
+            self._warned = True
+            warn(
+                f"an optimizer whose gradients {lasting[0]} clips was copied or pickled. The copy "
+                f"is not clipped: use {lasting[0]} on it too."
+            )
+
+    def leave(self, gate: Gate) -> None:
+        """Let a gate go; without any, the optimizer is as it was before."""
+        if gate in self.gates:
+            self.gates.remove(gate)
+        optimizer = self._optimizer()
+        if self.gates or optimizer is None:
+            return
+        attributes = vars(optimizer)
+        # Under what somebody put over it since, it stays, and asks nobody.
+        if attributes.get("step") is self.bound:
+            for name, had in self._had.items():
+                if had is _UNSET:
+                    attributes.pop(name, None)
+                else:
+                    attributes[name] = had
+            if self._hook is not None:
+                self._hook.remove()
+
+
+@contextmanager
+def held(optimizer: Any, gate: Gate) -> Iterator[None]:
+    """Hold the step of an optimizer: while the context lasts, a gate is asked before each.
+
+    Args:
+        optimizer: Anything with ``param_groups`` and ``step``; wrappers are looked through.
+        gate: What is asked, after those that came before it.
+
+    Raises:
+        ArgumentTypeError: GC011, its ``step`` cannot be replaced.
+    """
+    inner = unwrapped(optimizer)
+    step = getattr(getattr(inner, "step", None), _HELD, None)
+    if not isinstance(step, HeldStep):
+        if not is_replaceable(inner):
+            raise ArgumentTypeError(
+                f"the step of {type(inner).__qualname__} cannot be replaced, so it cannot be kept "
+                "from stepping on a NaN: give the optimizer that it wraps. Nothing was changed."
+            )
+        step = HeldStep(inner)
+    step.gates.append(gate)
+    with ExitStack() as stack:
+        stack.callback(step.leave, gate)
+        for each in _chain(optimizer):
+            _hold_stored(each, step, stack)
+        yield
+
+
+def takes_found_inf(optimizer: Any) -> bool:
+    """Return whether an optimizer can be told on the device not to step.
+
+    A fused one can once its state exists: torch's fused SGD would leave its first momentum
+    uninitialised.
+    """
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    if not (fused and getattr(optimizer, "_step_supports_amp_scaling", False)):
+        return False
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    with_gradients = [p for p in parameters if p.grad is not None]
+    return bool(with_gradients) and all(optimizer.state.get(p) for p in with_gradients)
+
+
+@contextmanager
+def lend(optimizer: Any, name: str, value: object) -> Iterator[None]:
+    """Give an optimizer an attribute, and put back what was there, unless it was set since."""
+    before = getattr(optimizer, "__dict__", {}).get(name, _UNSET)
+    setattr(optimizer, name, value)
+    try:
+        yield
+    finally:
+        if getattr(optimizer, name, None) is value:
+            if before is _UNSET:
+                delattr(optimizer, name)
+            else:
+                setattr(optimizer, name, before)
+
+
+def _asking(step: HeldStep, optimizer: Any, before: Callable[..., Any]) -> MethodType:
+    """Return a bound method that looks like the one before it, and asks."""
+    original, owner = getattr(before, "__func__", None), ref(optimizer)
+
+    @wraps(before if original is None else original)
+    def asking(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is owner():
+            return step.run(args, kwargs)
+        # A copy: it has this function among its attributes.
+        plain = type(self).step if original is None else original
+        return plain(self, *args, **kwargs)
+
+    asking.__name__ = "step"  # it is pickled by its name
+    setattr(asking, _HELD, step)
+    return MethodType(asking, optimizer)
+
+
+def _warning_copy(step: HeldStep, optimizer: Any) -> None:
+    """Let ``copy`` and ``pickle`` warn of a copy, which steps plainly."""
+    original: Any = type(optimizer).__getstate__
+
+    def warning(self: Any) -> Any:
+        step.see_copy()
+        return original(self)
+
+    warning.__name__ = "__getstate__"
+    optimizer.__getstate__ = MethodType(warning, optimizer)
+
+
+def _evaluated(
+    optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Run the closure, if a step was given one; return its loss, and arguments that have that.
+
+    The gradients are clipped between the closure and the step, so the step may ask for the loss
+    once, and not for new gradients.
+    """
+    closure = args[0] if args else kwargs.get("closure")
+    if closure is None:
+        return None, args, kwargs
+    with torch.enable_grad():
+        loss = closure()
+    asked = []
+
+    def known() -> Any:
+        asked.append(True)
+        if len(asked) > 1:
+            raise ArgumentTypeError(
+                f"{type(optimizer).__name__} evaluates its closure more than once in a step, so "
+                "that gradients come which are not clipped: call GradientClipper.clip() at the "
+                "end of the closure instead"
+            )
+        return loss
+
+    return (
+        (loss, (known, *args[1:]), kwargs) if args else (loss, args, {**kwargs, "closure": known})
+    )
+
+
+def _chain(optimizer: Any) -> Iterator[Any]:
+    """Yield the wrappers around an optimizer, outermost first."""
+    while (inner := wrapped(optimizer)) is not None:
+        yield optimizer
+        optimizer = inner
+
+
+def _hold_stored(wrapper: Any, step: HeldStep, stack: ExitStack) -> None:
+    """Let Accelerate's wrapper find the held step where it keeps those that it took.
+
+    Under a loss scaler it does not ask the optimizer for its ``step``: it puts one of two there.
+    """
+    if "_optimizer_patched_step_method" not in getattr(wrapper, "__dict__", {}):
+        return
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        wrapper._accelerate_step_called = True  # noqa: SLF001 - how it learns that the scaler stepped
+        return step.bound(*args, **kwargs)
+
+    stack.enter_context(lend(wrapper, "_optimizer_original_step_method", step.bound))
+    stack.enter_context(lend(wrapper, "_optimizer_patched_step_method", patched))
+
+
+@contextmanager
+def _found_inf(optimizer: Any, skipped: Tensor) -> Iterator[None]:
+    """Set ``found_inf`` to exactly 0 or 1, and put back what was there."""
+    before = getattr(optimizer, "found_inf", None)
+    flag = skipped.to(torch.float32).reshape(())
+    if isinstance(before, Tensor):
+        flag = torch.maximum(flag, before.to(flag.device).clamp(max=1.0).reshape(()))
+    with lend(optimizer, "found_inf", flag):
+        yield
