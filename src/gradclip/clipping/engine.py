@@ -456,6 +456,10 @@ class Engine:
 
     # state
 
+    def take_back(self) -> None:
+        """Take the last call back; see ``GradientClipper.take_back``."""
+        self._histories.take_back()
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on: numbers, strings and tensors."""
         steps, histories = self._histories.saved()
