@@ -90,7 +90,7 @@ trainer = HookBasedTrainer(
     grad_clip=GradientClippingHookConfig(clip_mode="norm", max_norm=5.0),
     hooks=hooks,
     max_epoch=4,
-    resume_from=checkpoints if checkpoints and checkpoints.is_dir() else None,
+    resume_from="auto" if checkpoints else None,  # starts or resumes
 )
 trainer()
 

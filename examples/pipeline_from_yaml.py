@@ -23,6 +23,8 @@ truth = inputs.sum(dim=1, keepdim=True)
 targets = truth + torch.distributions.StudentT(1.5).sample((4096, 1))
 model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
 
+record = Path("gradclip-example.jsonl")
+record.unlink(missing_ok=True)  # a run does not write over the record of another one
 hooks = gradclip.config.load(Path(__file__).with_name("pipeline.yaml"))
 trainer = HookBasedTrainer(
     model=model,
@@ -36,6 +38,6 @@ trainer()
 
 with torch.no_grad():
     error = nn.functional.mse_loss(model(inputs), truth)
-run = summarise(read_record("gradclip-example.jsonl"))
+run = summarise(read_record(record))
 print(f"clipped {run.clipped} of {run.steps} steps, largest norm {run.norm_max:.0f}")
 print(f"error without noise {error:.2f}")

@@ -6,16 +6,14 @@
 """
 
 import functools
-import inspect
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from types import CodeType, TracebackType
-from typing import Any, Generic, Self, TypeVar
+from types import TracebackType
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
+from gradclip.function_info import FunctionInfo
 
 __all__ = [
     "FunctionInfo",
@@ -29,91 +27,6 @@ __all__ = [
 
 T = TypeVar("T")
 CallableT = TypeVar("CallableT", bound=Callable[..., Any])
-
-# A ring of wrappers must not hold a repr up.
-_MAX_LAYERS = 16
-
-
-@dataclass(frozen=True, repr=False)
-class FunctionInfo:
-    """What a callable is called and where it is written; ``from_callable`` never fails."""
-
-    func: Any
-    """The callable itself."""
-    owner: Any
-    """What a bound method is bound to, else None."""
-    name: str
-    """The qualified name; ``partial(...)`` around it for a partial."""
-    source_file: str | None
-    """None for what is not written in Python."""
-    source_lineno: int | None
-    """The first line of the definition, counted from 1."""
-
-    @classmethod
-    def from_callable(cls, func: Any) -> Self:
-        """Describe any callable: functions, methods, partials, builtins, classes, instances."""
-        code = None
-        # Any attribute of a foreign object may raise anything, and a repr may not.
-        with suppress(Exception):
-            code = _code(func)
-        return cls(
-            func=func,
-            owner=func.__self__ if inspect.ismethod(func) else None,
-            name=_name(func),
-            source_file=code.co_filename if code else None,
-            source_lineno=code.co_firstlineno if code else None,
-        )
-
-    @property
-    def source_file_lineno(self) -> str:
-        """``file:line``, or ``<no Python source>``."""
-        if self.source_file is None:
-            return "<no Python source>"
-        return f"{self.source_file}:{self.source_lineno}"
-
-    @property
-    def signature(self) -> inspect.Signature | None:
-        """The signature, where Python can tell it."""
-        with suppress(Exception):
-            return inspect.signature(self.func)
-        return None
-
-    @property
-    def source_code(self) -> str | None:
-        """The text of the definition, where its file can be read."""
-        with suppress(Exception):
-            code = _code(self.func)
-            return None if code is None else inspect.getsource(code)
-        return None
-
-    def __repr__(self) -> str:
-        return f"<{self.name} at {self.source_file_lineno}>"
-
-
-def _code(func: Any) -> CodeType | None:
-    """Find the Python code behind partials, wrappers, methods, classes and callable objects."""
-    for _ in range(_MAX_LAYERS):
-        code = getattr(func, "__code__", None)
-        if isinstance(func, functools.partial):
-            func = func.func
-        elif hasattr(func, "__wrapped__"):
-            func = func.__wrapped__
-        elif isinstance(code, CodeType):
-            return code
-        elif isinstance(func, type):
-            func = func.__dict__.get("__init__")
-        else:
-            func = type(func).__call__
-    return None
-
-
-def _name(func: Any) -> str:
-    if isinstance(func, functools.partial):
-        return f"partial({_name(func.func)})"
-    with suppress(Exception):
-        if isinstance(func.__qualname__, str):
-            return func.__qualname__
-    return type(func).__qualname__
 
 
 class RemoveableHandle(Generic[CallableT]):
@@ -365,25 +278,32 @@ def _note(hook: HookContext[Any], error: BaseException) -> str:
 class HookContextChannel(Generic[T]):
     """An ordered set of contexts that run around the same piece of work.
 
-    A context is in a channel at most once (by identity) and keeps its first place.
+    A context runs in a channel at most once (by identity), at its first place. What a channel that
+    is registered here gains or loses later counts here too, from the next ``begin`` on.
 
     Args:
         name: What the channel stands for, such as ``"on_step"``.
     """
 
+    _changes: ClassVar[int] = 0
+    """Counts the changes of all channels, so that none need know who holds it."""
+
     def __init__(self, name: str) -> None:
         self.name = name
+        self._entries: tuple[HookContext[T] | HookContextChannel[T], ...] = ()
+        self._last: tuple[HookContextChannel[T], ...] = ()
         # Replaced, never changed: a begin() that is under way keeps what it started with.
         self._hooks: tuple[HookContext[T], ...] = ()
+        self._seen = 0
 
     def __len__(self) -> int:
-        return len(self._hooks)
+        return len(self._current())
 
     def __getitem__(self, item: int) -> HookContext[T]:
-        return self._hooks[item]
+        return self._current()[item]
 
     def __iter__(self) -> Iterator[HookContext[T]]:
-        return iter(self._hooks)
+        return iter(self._current())
 
     def register(self, hook: HookContext[T]) -> RemoveableHandle[Callable[[], None]]:
         """Add a context at the end, from the next ``begin`` on.
@@ -399,12 +319,12 @@ class HookContextChannel(Generic[T]):
                 f"channel {self.name!r} takes a HookContext, not {_shown(hook)}; make one of a "
                 "function with HookContext.from_callable(before=...) or (after=...)"
             )
-        return self._add((hook,))
+        return self._add(hook)
 
     def register_hook_channel(
         self, channel: "HookContextChannel[T]"
     ) -> RemoveableHandle[Callable[[], None]]:
-        """Add the contexts that another channel of the same name holds now.
+        """Add the contexts of another channel of the same name, those of now and of later.
 
         Returns:
             A handle that removes all of them again.
@@ -417,16 +337,53 @@ class HookContextChannel(Generic[T]):
                 f"channel {channel.name!r} cannot be registered in channel {self.name!r}: its "
                 "hooks would run at another time than they were written for"
             )
-        return self._add(channel._hooks)  # noqa: SLF001, the same class
+        return self._add(channel)
 
-    def _add(self, hooks: tuple[HookContext[T], ...]) -> RemoveableHandle[Callable[[], None]]:
-        known = {id(hook) for hook in self._hooks}
-        self._hooks += tuple(hook for hook in hooks if id(hook) not in known)
-        return RemoveableHandle(lambda: self._discard(hooks))
+    def move_to_end(self, channel: "HookContextChannel[T]") -> None:
+        """Let the contexts of a channel that is registered here run after all others."""
+        self._set(last=(*self._last, channel))
 
-    def _discard(self, hooks: tuple[HookContext[T], ...]) -> None:
-        gone = {id(hook) for hook in hooks}
-        self._hooks = tuple(hook for hook in self._hooks if id(hook) not in gone)
+    def _add(
+        self, entry: "HookContext[T] | HookContextChannel[T]"
+    ) -> RemoveableHandle[Callable[[], None]]:
+        if not any(entry is known for known in self._entries):
+            self._set(entries=(*self._entries, entry))
+        return RemoveableHandle(
+            lambda: self._set(entries=tuple(each for each in self._entries if each is not entry))
+        )
+
+    def _set(
+        self,
+        entries: "tuple[HookContext[T] | HookContextChannel[T], ...] | None" = None,
+        last: "tuple[HookContextChannel[T], ...] | None" = None,
+    ) -> None:
+        self._entries = self._entries if entries is None else entries
+        self._last = self._last if last is None else last
+        HookContextChannel._changes += 1
+
+    def _current(self) -> tuple[HookContext[T], ...]:
+        """Return the contexts that a ``begin`` would run now."""
+        if self._seen != HookContextChannel._changes:
+            found: dict[int, HookContext[T]] = {}
+            self._collect(found, set())
+            ending: dict[int, HookContext[T]] = {}
+            for channel in self._last:
+                channel._collect(ending, set())  # noqa: SLF001, the same class
+            ordered = [hook for key, hook in found.items() if key not in ending]
+            self._hooks = (*ordered, *(hook for key, hook in ending.items() if key in found))
+            self._seen = HookContextChannel._changes
+        return self._hooks
+
+    def _collect(self, found: dict[int, HookContext[T]], visited: set[int]) -> None:
+        """Add the contexts of this channel and of those below it, each once; rings end."""
+        if id(self) in visited:
+            return
+        visited.add(id(self))
+        for entry in self._entries:
+            if isinstance(entry, HookContextChannel):
+                entry._collect(found, visited)  # noqa: SLF001, the same class
+            else:
+                found.setdefault(id(entry), entry)
 
     def __iadd__(self, other: "HookContextChannel[T] | HookContext[T]") -> Self:
         if isinstance(other, HookContextChannel):
@@ -437,7 +394,7 @@ class HookContextChannel(Generic[T]):
 
     def unregister_all(self) -> None:
         """Remove every context, from the next ``begin`` on."""
-        self._hooks = ()
+        self._set(entries=(), last=())
 
     def begin(self, arg: T) -> _Begin[T]:
         """Run the registered contexts around a ``with`` block, which is given ``arg``.
@@ -451,7 +408,7 @@ class HookContextChannel(Generic[T]):
         leaves it readable on exit; one nested in another on the same arg only ever fills it in.
         """
         begin: _Begin[T] = _Begin()
-        begin.hooks = self._hooks
+        begin.hooks = self._hooks if self._seen == HookContextChannel._changes else self._current()
         begin.arg = arg
         return begin
 

@@ -254,7 +254,7 @@ def test_a_loader_that_keeps_its_state_goes_on_on_each_process(loader, tmp_path)
         pytest.importorskip("torchdata.stateful_dataloader")
     run = {"dropout": 0.3, "loader": loader}
     whole, said, progress = train("DDP", 2, max_epoch=3, **run)
-    train("DDP", 2, max_step=10, hooks=[checkpoints(tmp_path, save_epoch_freq=None)], **run)
+    train("DDP", 2, max_step=10, hooks=[checkpoints(tmp_path, save_epoch_freq=9)], **run)
     resumed = {"max_epoch": 3, "resume_from": str(tmp_path), "seed": 7, **run}
     found, rest, reached = train("DDP", 2, **resumed)
     assert reached == progress
@@ -302,7 +302,7 @@ def test_a_stream_that_processes_share_is_counted_whatever_loads_it():
 def test_a_run_resumes_on_other_processes(before, ranks_before, after, ranks_after, tmp_path):
     """The state of the policy comes back, and no batch is lost: transformers#34053."""
     wanted, _, progress = train_alone(max_epoch=3)
-    save = [checkpoints(tmp_path, save_epoch_freq=None)]
+    save = [checkpoints(tmp_path, save_epoch_freq=9)]
     train(before, ranks_before, max_step=8, hooks=save)
     (folder,) = tmp_path.glob("epoch*")
     assert len(list(folder.glob("process_*.pt"))) == ranks_before
@@ -398,7 +398,7 @@ def test_each_process_has_its_part_again_and_one_process_has_all(layout, optimiz
 
 def test_an_open_window_comes_back_with_the_processes_that_had_it(tmp_path):
     wanted, _, _ = train("DDP", 2, max_epoch=2)
-    save = [checkpoints(tmp_path, save_epoch_freq=None)]
+    save = [checkpoints(tmp_path, save_epoch_freq=9)]
     train("DDP", 2, max_step=7, hooks=save)
     found, _, _ = train("DDP", 2, max_epoch=2, resume_from=str(tmp_path))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -418,7 +418,7 @@ def test_a_window_that_fsdp2_keeps_to_itself_is_not_lost_in_silence(tmp_path):
 
 
 def ends_in_a_window(rank, root):
-    hooks = [checkpoints(root, save_epoch_freq=None)]
+    hooks = [checkpoints(root, save_epoch_freq=9)]
     with pytest.warns(UserWarning, match="1 batches into an accumulation window"):
         trained(rank, "FSDP2 by Accelerate", max_step=7, hooks=hooks)
 

@@ -415,13 +415,63 @@ def test_a_hook_removed_in_the_body_still_runs_its_after(log):
     assert log == ["a+", "a-"]
 
 
-def test_registering_a_channel_copies_what_it_holds_and_undoes_it_at_once(log):
-    channel, other = channel_of(Tracer("a", log)), channel_of(Tracer("b", log), Tracer("c", log))
+def names(channel):
+    return [hook.name for hook in channel]
+
+
+def test_a_registered_channel_stays_alive_until_it_is_removed_at_once(log):
+    channel, other = channel_of(Tracer("a", log)), channel_of(Tracer("b", log))
     handle = channel.register_hook_channel(other)
-    other.register(Tracer("later", log))
-    assert [hook.name for hook in channel] == ["a", "b", "c"]
+    channel.register(Tracer("c", log))
+    later = other.register(Tracer("later", log))
+    assert names(channel) == ["a", "b", "later", "c"]
+    later()
+    assert names(channel) == ["a", "b", "c"]
     handle()
-    assert [hook.name for hook in channel] == ["a"]
+    other.register(Tracer("too late", log))
+    assert names(channel) == ["a", "c"]
+
+
+def test_what_a_registered_channel_gains_or_loses_counts_from_the_next_begin(log):
+    channel, other = channel_of(), channel_of()
+    channel += other
+    gone = other.register(Tracer("gone", log))
+    with channel.begin(Args()):
+        gone()
+        other.register(Tracer("new", log))
+    assert log == ["gone+", "gone-"]
+    with channel.begin(Args()):
+        pass
+    assert log[2:] == ["new+", "new-"]
+
+
+def test_a_context_in_two_registered_channels_runs_once_at_its_first_place(log):
+    both = Tracer("both", log)
+    channel = channel_of(Tracer("a", log))
+    handle = channel.register_hook_channel(channel_of(both))
+    channel += channel_of(Tracer("b", log), both)
+    assert names(channel) == ["a", "both", "b"]
+    handle()
+    assert names(channel) == ["a", "b", "both"]
+
+
+def test_a_channel_that_was_moved_to_the_end_is_still_alive_and_removable(log):
+    channel, other = channel_of(), channel_of(Tracer("last", log))
+    handle = channel.register_hook_channel(channel_of(other[0]))
+    channel.move_to_end(other)
+    assert names(channel) == ["last"]
+    channel.register(Tracer("a", log))
+    assert names(channel) == ["a", "last"]
+    handle()
+    assert names(channel) == ["a"]
+
+
+def test_channels_that_hold_each_other_end(log):
+    channel, other = channel_of(Tracer("a", log)), channel_of(Tracer("b", log))
+    channel += other
+    other += channel
+    assert names(channel) == ["a", "b"]
+    assert names(other) == ["b", "a"]
 
 
 def test_plus_equals_takes_a_channel_or_a_hook_and_nothing_else(log):

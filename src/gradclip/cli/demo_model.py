@@ -102,6 +102,7 @@ def train(
         clipping = GradientClippingHookConfig(
             clip_mode="norm", max_norm=max_norm, max_consecutive_skips=steps
         )
+    record.unlink(missing_ok=True)  # a run does not write over the record of another one
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         windows_NW, characters = windows("\n".join(topics[name] for name in sorted(topics)))

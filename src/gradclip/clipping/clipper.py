@@ -163,6 +163,14 @@ clipped=True, skipped=False, nonfinite=0)
                 grad_scale, overflow_expected=overflow_expected, defer_scaling=defer_scaling
             )
 
+    def take_back(self) -> None:
+        """Take the last call back from the histories: its step was not made, and comes again.
+
+        For what owns the step, where an error came between clipping and stepping.
+        """
+        with torch.no_grad():
+            self._engine.take_back()
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on: numbers, strings and tensors.
 

@@ -127,10 +127,8 @@ class Engine:
         owned = isinstance(role, Owner)
         self._judge = Judge(options, self._binding.total_order, called=called, owned=owned)
         self.step_log = StepLog(called or "gradclip", owned=owned)
-        """The numbers of all steps."""
         self._histories = Histories()
-        self._settled = once
-        self._warned = False
+        self._settled, self._warned = once, False
         self._asked: set[str] = set()
         self.step = 0
         """How many calls there were."""
@@ -159,8 +157,7 @@ class Engine:
         norms = [step.unscaled(each.norm) for each in found]
         if not peers.is_single:
             gradients = [group.gradients for group in step.groups]
-            nonfinite = [each.nonfinite for each in found]
-            peers.compare(gradients, norms, nonfinite, self._histories.tensors())
+            peers.compare(gradients, norms, [f.nonfinite for f in found], self._histories.tensors())
 
         decided = self._decide_together(step, found, norms, sound, peers)
         self._judge.judge(
@@ -199,8 +196,7 @@ class Engine:
         self.last = last
         if decided.made is not False:
             self._judge.remember(last.measured_S)
-        told = grad_scale is not None
-        self.step_log.push(last, self.step - 1, expected=overflow_expected, unscaled=told)
+        self.step_log.push(last, self.step - 1, overflow_expected, grad_scale is not None)
         return last
 
     # collect
@@ -464,6 +460,10 @@ class Engine:
         )
 
     # state
+
+    def take_back(self) -> None:
+        """Take the last call back; see ``GradientClipper.take_back``."""
+        self._histories.take_back()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on: numbers, strings and tensors."""

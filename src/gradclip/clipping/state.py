@@ -58,6 +58,7 @@ class Histories:
         self._loaded: dict[str, SavedHistory | None] = {}
         self._steps = 0
         self._step: Tensor | None = None
+        self._before: list[tuple[Tensor, Tensor]] = []
 
     def prepare(self, pattern: str, policy: Policy, scopes: Scopes, *, named: bool) -> None:
         """Make the buffers of a pattern, where there are none for these scopes yet.
@@ -135,6 +136,8 @@ class Histories:
         """
         if self._step is None:
             return
+        buffers = [self._step, *(t for each in self.tensors().values() for t in each.values())]
+        self._before = [(buffer, buffer.clone()) for buffer in buffers]
         for pattern, (state, made_here) in new.items():
             for _, mine, theirs in _pairs(self._kept[pattern].state, state):
                 for name, buffer in mine.items():
@@ -143,6 +146,12 @@ class Histories:
                     elif made_here:
                         buffer.copy_(theirs[name])
         self._step += made
+
+    def take_back(self) -> None:
+        """Put back what the last ``commit`` wrote over."""
+        for buffer, before in self._before:
+            buffer.copy_(before)
+        self._before = []
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return all tensors of each pattern, for ranks that compare them."""

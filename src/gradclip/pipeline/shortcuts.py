@@ -20,11 +20,22 @@ __all__ = ["accumulating", "backward", "step_scheduler", "stepping"]
 _NOTHING = nullcontext()
 
 
-def accumulating(accelerator: "Accelerator", model: "nn.Module") -> AbstractContextManager[None]:
-    """Return ``accelerator.accumulate(model)``, or nothing where every batch is a step."""
+def accumulating(
+    accelerator: "Accelerator", model: "nn.Module", *, last: bool
+) -> AbstractContextManager[None]:
+    """Return ``accelerator.accumulate(model)``, or nothing where every batch is a step.
+
+    Args:
+        accelerator: Counts the batches of a window.
+        model: What is trained.
+        last: Whether the epoch ends with this batch, and with it the window. Accelerate's own
+            dataloaders tell it that themselves.
+    """
     if _is_plain(accelerator):
         accelerator.sync_gradients = True
         return _NOTHING
+    if last and accelerator.gradient_state.sync_with_dataloader:
+        accelerator.step = accelerator.gradient_accumulation_steps - 1
     context: AbstractContextManager[None] = accelerator.accumulate(model)
     return context
 

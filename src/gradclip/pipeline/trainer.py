@@ -1,7 +1,7 @@
 """A trainer that hooks drive: it goes through the data, and everything else is a hook."""
 
 from collections.abc import Iterable
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from gradclip.pipeline.arguments import (
 from gradclip.pipeline.batch_processor import BatchProcessorMixin
 from gradclip.pipeline.checkpoint.data_position import DataPosition
 from gradclip.pipeline.checkpoint.progress import TrainerProgressState
+from gradclip.pipeline.checkpoint.resuming import resumed_path
 from gradclip.pipeline.checkpoint.training_state import load_training_state
 from gradclip.pipeline.deepspeed import (
     refuse_a_broken_window,
@@ -44,9 +45,11 @@ from gradclip.pipeline.hooks.mixin import (
     PipelineHooksLike,
 )
 from gradclip.pipeline.hooks.validation import ValidationHook
+from gradclip.pipeline.modes import switch_optimizer
 from gradclip.pipeline.preparation import prepared
 from gradclip.pipeline.processes import default_accelerator
 from gradclip.pipeline.shortcuts import accumulating
+from gradclip.pipeline.stopping import StopRequest, noting_signals, raise_for_signal
 
 __all__ = ["HookBasedTrainer", "ResumeCheckpointConfig"]
 
@@ -55,7 +58,8 @@ class ResumeCheckpointConfig(Config):
     """What a run resumes from."""
 
     resume_from: str
-    """A checkpoint, or a folder of checkpoints, of which the last complete one is taken."""
+    """A checkpoint, or a folder of checkpoints, of which the last complete one is taken; or
+    ``"auto"``: the folder of ``SaveCheckpoint`` if there is a checkpoint in it, else nothing."""
 
 
 class HookBasedTrainer:
@@ -77,6 +81,12 @@ class HookBasedTrainer:
     own; ``validation`` then comes last. Checkpoint hooks are moved behind all others, so that what
     they save is the finished step.
 
+    An optimizer step and the place in the data go together. When an error or Ctrl-C ends a call,
+    what was stepped on is done. The next call, or a run that resumes, begins with the first batch
+    that was not: with cleared gradients, and with the whole of its accumulation window. Hooks end a
+    run by ``arg.request_stop()``; Ctrl-C and SIGTERM end it where an optimizer step ends, and are
+    raised as ``KeyboardInterrupt`` and ``SystemExit`` when ``SaveCheckpoint`` has saved.
+
     Args:
         accelerator: Made by default.
         model: The model.
@@ -89,11 +99,13 @@ class HookBasedTrainer:
         max_epoch: Epochs to stop after. One of the two limits is needed.
         grad_clip: A ``GradientClippingHookConfig`` or hook; it may be among ``hooks`` instead.
         validation: A ``ValidationHookConfig`` or hook.
-        resume_from: A checkpoint, or a folder of them; see ``ResumeCheckpointConfig``.
+        resume_from: A checkpoint, a folder of them, or ``"auto"``, which starts or resumes; see
+            ``ResumeCheckpointConfig``.
 
     Raises:
         ArgumentTypeError: GC011, an argument of the wrong kind, or missing.
-        ArgumentValueError: GC010, no limit, or two optimizer hooks.
+        ArgumentValueError: GC010, no limit, two optimizer hooks, or ``"auto"`` and nothing that
+            saves.
         DoubleClippingError: GC101, two clipping hooks, or one that DeepSpeed cannot do.
         CheckpointError: GC301, there is nothing to resume from.
     """
@@ -117,7 +129,7 @@ class HookBasedTrainer:
     ) -> None:
         check_kinds(model, dataloader, batch_processor, optimizer, lr_scheduler)
         check_limits(max_step, max_epoch)
-        resume_path = _resume_path(resume_from)
+        self._resume_from = _as_text(resume_from)
         self.max_step = max_step
         self.max_epoch = max_epoch
         self.hooks = arranged(
@@ -127,18 +139,24 @@ class HookBasedTrainer:
         )
         self.accelerator = default_accelerator() if accelerator is None else accelerator
         check_accelerator(self.accelerator)
-        if resume_path is not None:
+        if self._resume_from is not None:
             refuse_checkpoints(self.accelerator)
+        checkpoints = [each for each in self.hooks.walk() if isinstance(each, SaveCheckpoint)]
+        roots = [each.root(self.accelerator) for each in checkpoints if self._resume_from]
+        resume_path = resumed_path(self._resume_from, roots, self.accelerator)
 
         self.model, self.optimizer, self.dataloader, self.lr_scheduler = prepared(
             self.accelerator, self.hooks, model, optimizer, dataloader, lr_scheduler
         )
         self.batch_processor = batch_processor
         batch_processor.prepare(self.accelerator)
-        self._failed = False
-        self._checkpoints = [each for each in self.hooks.walk() if isinstance(each, SaveCheckpoint)]
+        self._gave_back = False
+        self._stop = StopRequest()
+        self._checkpoints = checkpoints
         self._position = DataPosition(
-            self.dataloader, self._may_save if self._checkpoints else None
+            self.dataloader,
+            self._may_save if checkpoints else None,
+            look_ahead=self.accelerator.gradient_accumulation_steps > 1,
         )
         self.trainer_progress_state = self._loaded(resume_path)
         self._arg = self._first_arg()
@@ -164,6 +182,8 @@ class HookBasedTrainer:
             optimizer=self.optimizer,
             lr_scheduler=self.lr_scheduler,
             data_position=self._position,
+            resume_from=self._resume_from,
+            stop=self._stop,
         )
 
     def __call__(self) -> None:
@@ -172,46 +192,77 @@ class HookBasedTrainer:
         Raises:
             ArgumentValueError: GC010, the dataloader yields no batch; or, under DeepSpeed, an
                 error ended the last call and may have left gradients behind.
+            KeyboardInterrupt: Ctrl-C was pressed.
+            SystemExit: SIGTERM was sent.
         """
+        self._begin()
+        tell = self.accelerator.is_local_main_process
+        try:
+            with (
+                noting_signals(self._stop, tell=tell),
+                self.hooks.begin("on_loop", self._new_arg()) as loop_arg,
+            ):
+                self._loop(loop_arg)
+        finally:
+            switch_optimizer(self.optimizer, train=False)
+        raise_for_signal(self._stop.wanted)  # one that came when the loop was at its end
+
+    def _begin(self) -> None:
+        """Put model, optimizer and gradients in the state that training begins with."""
         progress = self.trainer_progress_state
+        self._stop.clear()
         self.model.train()
-        if self._failed:  # what is left of a window that an error broke is no step
+        switch_optimizer(self.optimizer, train=True)
+        if self._gave_back:
             refuse_a_broken_window(self.accelerator)
-            self._failed, progress.micro_step_id = False, 0
+            self._gave_back = False
         # Whatever ran with this accelerator or model before left its window and gradients behind.
         self.accelerator.step = progress.micro_step_id
         if progress.micro_step_id == 0:
             behind_accelerate(self.optimizer).zero_grad()
             begin_anew(self.accelerator.scaler)
-        with self.hooks.begin("on_loop", self._new_arg()) as loop_arg:
-            self._position.restore()
-            while not progress.is_training_end(self.max_step, self.max_epoch):
-                try:
-                    with self.hooks.begin("on_epoch", self._new_arg()) as epoch_arg:
-                        finished = self._epoch(epoch_arg)
-                    if finished:
+
+    def _loop(self, loop_arg: PipelineHookArgs) -> None:
+        progress = self.trainer_progress_state
+        self._position.restore()
+        while not (
+            progress.is_training_end(self.max_step, self.max_epoch)
+            or self._stop.agree(self.accelerator, wait=True)
+        ):
+            try:
+                with self.hooks.begin("on_epoch", self._new_arg()) as epoch_arg:
+                    if self._epoch(epoch_arg):
+                        # Before the hooks after it: the data is at the next epoch already.
                         progress.update_epoch()
-                finally:
-                    progress.sync_pipeline_hook_arg(loop_arg)
+            finally:
+                progress.sync_pipeline_hook_arg(loop_arg)
+        self._stop.agree(self.accelerator, wait=True)
+        raise_for_signal(self._stop.agreed)
 
     def _epoch(self, epoch_arg: PipelineHookArgs) -> bool:
-        """Train on the rest of an epoch; return False if ``max_step`` cut it short."""
+        """Train on the rest of an epoch; return False if it was cut short."""
         progress = self.trainer_progress_state
-        for batch in self._position.epoch():
-            try:
-                with accumulating(self.accelerator, self.model):
-                    arg = self._step(batch)
-            except BaseException:
-                self._failed = True
-                self._position.give_back()
-                raise
-            progress.update_step(
-                boundary=arg.is_optimizer_step_boundary, committed=arg.is_optimizer_step_committed
-            )
+        try:
+            for batch in self._position.epoch():
+                arg = self._new_arg()
+                try:
+                    self._step(arg, batch)
+                except BaseException:
+                    if arg.is_optimizer_step_settled:
+                        self._count(arg)
+                    raise
+                self._count(arg)
+                progress.sync_pipeline_hook_arg(epoch_arg)
+                if self._is_cut(arg):
+                    self._position.stop(progress.micro_step_id)
+                    return False
+        except BaseException:
+            with self._stop.held():
+                self._gave_back = self._position.give_back(progress.drop_window())
+                for hooks in self.hooks.walk() if self._gave_back else ():
+                    hooks.take_back()
             progress.sync_pipeline_hook_arg(epoch_arg)
-            if progress.is_training_end(self.max_step, None):
-                self._position.stop()
-                return False
+            raise
         if progress.step_id == 0:
             raise ArgumentValueError(
                 f"the dataloader yielded no batch in epoch {progress.epoch_id}, so training would "
@@ -220,9 +271,25 @@ class HookBasedTrainer:
             )
         return True
 
-    def _step(self, batch: Any) -> PipelineHookArgs:
+    def _count(self, arg: PipelineHookArgs) -> None:
+        """Count a batch that was trained on, here and in the data."""
+        with self._stop.held():
+            self._position.finish()
+            self.trainer_progress_state.update_step(
+                boundary=arg.is_optimizer_step_boundary, committed=arg.is_optimizer_step_committed
+            )
+
+    def _is_cut(self, arg: PipelineHookArgs) -> bool:
+        """Whether the run ends after this batch."""
+        at_limit = self.trainer_progress_state.is_training_end(self.max_step, None)
+        # All processes ask at the same steps, so also at a limit.
+        stopped = arg.is_optimizer_step_boundary and self._stop.agree(self.accelerator, wait=False)
+        return at_limit or stopped
+
+    def _step(self, arg: PipelineHookArgs, batch: Any) -> None:
         with (
-            self.hooks.begin("on_step", self._new_arg()) as arg,
+            accumulating(self.accelerator, self.model, last=self._position.is_last),
+            self.hooks.begin("on_step", arg),
             self.hooks.begin("on_batch", arg.copy_with_updates(batch=batch)) as batch_arg,
         ):
             self.batch_processor(
@@ -230,7 +297,6 @@ class HookBasedTrainer:
             )
             arg.model_outputs = batch_arg.model_outputs
             arg.reduce_loss = batch_arg.reduce_loss
-        return arg
 
     def _new_arg(self) -> PipelineHookArgs:
         return self._arg.copy_with_updates(**vars(self.trainer_progress_state))
@@ -241,14 +307,14 @@ class HookBasedTrainer:
         return step + 1 == self.max_step or any(each.is_due(step) for each in self._checkpoints)
 
 
-def _resume_path(
+def _as_text(
     resume_from: "str | PathLike[str] | ResumeCheckpointConfig | None",
-) -> Path | None:
+) -> str | None:
     if isinstance(resume_from, ResumeCheckpointConfig):
-        return Path(resume_from.resume_from)
+        return resume_from.resume_from
     if resume_from is None or isinstance(resume_from, str | PathLike):
-        return None if resume_from is None else Path(resume_from)
+        return None if resume_from is None else fspath(resume_from)
     raise ArgumentTypeError(
-        f"resume_from is of type {type(resume_from).__qualname__}: expected a path or a "
+        f'resume_from is of type {type(resume_from).__qualname__}: expected a path, "auto", or a '
         "ResumeCheckpointConfig"
     )

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -278,6 +280,79 @@ def test_there_need_be_no_scheduler_and_no_dataloader():
     run()
     assert run.trainer_progress_state.global_step_id == 8
     assert run.lr_scheduler is None
+
+
+def test_hooks_that_change_during_the_run_count_from_the_next_step():
+    seen = []
+    mine = PipelineHooks()
+    handle = mine.register_hook(
+        "on_step", HookContext.from_callable(before=lambda arg: seen.append(arg.global_step_id))
+    )
+    late = HookContext.from_callable(before=lambda arg: seen.append(-arg.global_step_id))
+
+    def change(arg):
+        if arg.global_step_id == 2:
+            handle.remove()
+            mine.register_hook("on_step", late)
+
+    trainer(hooks=[mine, on("on_step", after=change)], max_step=5)()
+    assert seen == [0, 1, 2, -3, -4]
+
+
+class Unsized:
+    """An iterable without a length; it may know its place."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+class Remembering(Unsized):
+    done = 0
+
+    def __iter__(self):
+        while self.done < len(self.batches):
+            self.done += 1
+            yield self.batches[self.done - 1]
+        self.done = 0
+
+    def state_dict(self):
+        return {"done": self.done}
+
+    def load_state_dict(self, state):
+        self.done = state["done"]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, Unsized, Remembering])
+@pytest.mark.parametrize("accumulate", [2, 3, 9])
+def test_a_window_ends_with_the_epoch_of_any_iterable(weights, kind, accumulate):
+    """As it does with a DataLoader's."""
+    runs = []
+    loader = DataLoader(data(), batch_size=4)
+    for dataloader in (loader, kind(list(loader))):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        run = trainer(
+            Accelerator(cpu=True, gradient_accumulation_steps=accumulate),
+            dataloader=dataloader,
+            grad_clip=CLIP,
+            max_epoch=3,
+        )
+        run()
+        runs.append((weights(run.model), run.trainer_progress_state))
+    assert runs[0] == runs[1]
+    assert runs[0][1].micro_step_id == 0
+
+
+def test_a_window_goes_over_the_epochs_end_where_accelerate_is_told_so():
+    plugin = GradientAccumulationPlugin(num_steps=3, sync_with_dataloader=False)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+    batches = list(DataLoader(data(), batch_size=4))
+    run = trainer(accelerator, dataloader=batches, max_epoch=3)
+    run()
+    assert run.trainer_progress_state.optimizer_step_id == 5
 
 
 def test_hooks_stand_in_the_order_of_the_original():

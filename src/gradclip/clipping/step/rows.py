@@ -178,9 +178,7 @@ class StepLog:
         self.catch_up()
         return self.__dict__
 
-    def push(
-        self, result: "ClipResult", step: int, *, expected: bool, unscaled: bool = True
-    ) -> None:
+    def push(self, result: "ClipResult", step: int, expected: bool, unscaled: bool = True) -> None:
         """Note a step; nothing is computed or read now. One in a CUDA graph is not counted.
 
         Args:

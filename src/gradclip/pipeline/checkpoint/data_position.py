@@ -25,7 +25,7 @@ from accelerate.data_loader import (
 )
 from torch.utils.data import DataLoader, IterableDataset
 
-from gradclip.errors import CheckpointError
+from gradclip.errors import ArgumentValueError, CheckpointError
 from gradclip.pipeline.checkpoint.moment import Moment
 from gradclip.pipeline.checkpoint.own_state import OwnState, Place, keeps_its_state
 from gradclip.pipeline.checkpoint.rewound import Rewound, pass_over
@@ -43,12 +43,25 @@ class DataPosition:
         dataloader: Anything that can be iterated once per epoch.
         track: Whether a checkpoint may follow the next batch, so that the random state before it
             must be kept; None for never.
+        look_ahead: Whether to load a batch more than is handed out, so that the last one of an
+            epoch is known. Accelerate's dataloaders do that themselves.
     """
 
-    def __init__(self, dataloader: Iterable[Any], track: Callable[[], bool] | None = None) -> None:
+    def __init__(
+        self,
+        dataloader: Iterable[Any],
+        track: Callable[[], bool] | None = None,
+        *,
+        look_ahead: bool = False,
+    ) -> None:
         self.dataloader = dataloader
         self.batches = 0
         """Batches of this epoch that were handed out; 0 between epochs."""
+        self._finished = 0
+        self._taken = 0
+        self.is_last = False
+        """Whether the batch in hand is known to be the last one of the epoch."""
+        self._looks_ahead = look_ahead and not hasattr(dataloader, "end_of_dataloader")
         loads_here = not getattr(dataloader, "num_workers", 0)
         self._track = track if loads_here and _can_skip(dataloader) else None
         self._own: OwnState | None = None
@@ -58,6 +71,8 @@ class DataPosition:
         self._active: Any = dataloader
         self._start: Moment | None = None
         self._place: Place | None = None
+        self._earlier: Place | None = None
+        self._before_next: Place | None = None
         self._asked: RandomState | None = None
         self._stopped: Moment | None = None
 
@@ -65,6 +80,7 @@ class DataPosition:
         """Yield the batches of this epoch that were not handed out yet.
 
         Raises:
+            ArgumentValueError: GC010, batches of an iterator would have to come again.
             CheckpointError: The dataloader has fewer batches than the checkpoint says.
         """
         asked: RandomState | None = None
@@ -77,7 +93,9 @@ class DataPosition:
         else:
             self._start = Moment.capture(self.dataloader)
             self._place = self._ask()
-            batches = iter(self.dataloader)
+            batches = self._iterate()
+        if self._looks_ahead:
+            batches = self._one_ahead(batches)
         while True:
             if asked is None and self._track is not None and self._track():
                 asked = RandomState.capture()
@@ -87,18 +105,68 @@ class DataPosition:
             self._asked, asked = asked, None
             self.batches += 1
             yield batch
-        self.batches = 0
-        self._start = self._asked = None
+            self.finish()
+        self.batches = self._finished = self._taken = 0
+        self.is_last = False
+        self._start = self._asked = self._earlier = None
 
-    def stop(self) -> None:
-        """Say that the run ends inside the epoch: what is drawn from now on is not its own."""
+    def _iterate(self) -> Iterator[Any]:
+        """Go through the dataloader; of an iterator, count what was taken: it is taken for good."""
+        if not isinstance(self.dataloader, Iterator):
+            return iter(self.dataloader)
+        return self._counted(self.dataloader)
+
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self._taken += 1
+            yield batch
+
+    def _one_ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield each batch when the next one is loaded."""
+        batch = next(batches, _END)
+        while batch is not _END:
+            own = self._own
+            self._before_next = None if own is None else own.place_before_next(self.batches + 1)
+            following = next(batches, _END)
+            self.is_last = following is _END
+            yield batch
+            batch = following
+
+    def finish(self) -> None:
+        """Say that the batch in hand was trained on; asking for the next one says so too."""
+        self._finished = self.batches
+
+    def stop(self, window: int = 0) -> None:
+        """Say that the run ends inside the epoch: what is drawn from now on is not its own.
+
+        Args:
+            window: How many of the last batches may still be given back.
+        """
+        self.finish()
+        if self._place is None or self._place.batches <= self.batches - window:
+            self._earlier = self._place
         self._place = self._ask()
         self._leave()
 
-    def give_back(self) -> None:
-        """Say that the batch in hand was not finished, and that the run ends there."""
-        self.batches -= 1
+    def give_back(self, window: int = 0) -> bool:
+        """Say that the run ends here; what was not finished comes again.
+
+        Args:
+            window: How many batches that were finished come again too.
+
+        Returns:
+            Whether any batch does.
+        """
+        if self._start is None:  # the epoch is at its end
+            return False
+        again = self.batches > self._finished - window
+        self.batches = self._finished = self._finished - window
+        if again:
+            self._asked = None
+        if self._place is not None and self._place.batches > self.batches:
+            self._place = self._earlier
         self._leave()
+        return again
 
     def _leave(self) -> None:
         self._stopped = Moment.capture(self.dataloader)
@@ -127,6 +195,7 @@ class DataPosition:
             "asked": None if self._asked is None else self._asked.state_dict(),
             "now": now.state_dict(),
             "place": None if place is None else place.state_dict(),
+            "earlier": None if self._earlier is None else self._earlier.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, keep_random: bool = False) -> None:
@@ -150,6 +219,8 @@ class DataPosition:
         self._asked = None if asked is None else RandomState.from_state_dict(asked)
         self._stopped = Moment.from_state_dict(state["now"])
         self._load_place(state.get("place"))
+        earlier = state.get("earlier")
+        self._earlier = None if earlier is None else Place.from_state_dict(earlier)
         if keep_random:
             self._stopped = replace(self._stopped, random=RandomState.capture())
             self._asked = None
@@ -157,9 +228,15 @@ class DataPosition:
         if before and now and before != now:  # another number of processes, say
             self.batches = self.batches * before // now
             self._asked = None
+        self.finish()
 
     def _ask(self) -> Place | None:
-        return None if self._own is None else self._own.place(self.batches)
+        if self._own is None:
+            return None
+        if self._looks_ahead and self.batches:
+            # The loader itself is a batch ahead; an earlier place is one from which it is counted.
+            return self._before_next or self._place
+        return self._own.place(self.batches)
 
     def _load_place(self, place: Mapping[str, Any] | None) -> None:
         if self._start is not None and (place is None) != (self._own is None):
@@ -190,8 +267,14 @@ class DataPosition:
         if _can_skip(self.dataloader):
             yield from self._pass_over(self.dataloader, stopped.random)
             return
-        batches = iter(self.dataloader)
-        pass_over(batches, self.batches)
+        batches = self._iterate()
+        if self._taken > self.batches:
+            raise ArgumentValueError(
+                f"the dataloader is an iterator, and the last {self._taken - self.batches} of the "
+                "batches that were taken from it would have to come again, which it cannot give. "
+                "Give a DataLoader, a list, or another object that can be iterated once per epoch."
+            )
+        pass_over(batches, self.batches - self._taken)
         # The order of the epoch may be drawn with its first batch.
         first = [] if self.batches else list(islice(batches, 1))
         stopped.random.restore()

@@ -9,7 +9,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Self
 
@@ -113,6 +113,12 @@ class OwnState:
         ended = getattr(self._loader, "end_of_dataloader", False)
         return Place(copy.deepcopy(self._loader.state_dict()), batches, ended, self._asked)
 
+    def place_before_next(self, batches: int) -> Place | None:
+        """Return where the loader is before it loads a batch ahead, if that is wanted."""
+        if self._track is None or not self._track():
+            return None
+        return replace(self.place(batches), asked=RandomState.capture())
+
     def go_to(self, place: Place) -> None:
         """Bring the loader back; random states are put in place after that."""
         self._loader.load_state_dict(copy.deepcopy(place.state))
@@ -137,7 +143,12 @@ class OwnState:
         if self._behind is self._loader:
             left = iter(self._loader)
             pass_over(left, dropped)
+            ahead: list[Any] = []
+            if place.asked is not None and not dropped:
+                place.asked.restore()
+                ahead = list(islice(left, 1))
             stopped.random.restore()
+            yield from ahead
             yield from left
             return
         if not dropped:

@@ -57,6 +57,18 @@ class TrainerProgressState:
         self.micro_step_id = 0 if boundary else self.micro_step_id + 1
         self.optimizer_step_id += int(committed)
 
+    def drop_window(self) -> int:
+        """Take back the batches of this epoch that no optimizer step was made of yet.
+
+        Returns:
+            How many they were.
+        """
+        dropped = min(self.micro_step_id, self.step_id)
+        self.step_id -= dropped
+        self.global_step_id -= dropped
+        self.micro_step_id = 0
+        return dropped
+
     def update_epoch(self) -> None:
         """Count an epoch."""
         self.epoch_id += 1

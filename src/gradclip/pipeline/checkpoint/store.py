@@ -26,7 +26,7 @@ from gradclip.pipeline.checkpoint.manifest import (
 )
 from gradclip.pipeline.checkpoint.progress import TrainerProgressState
 
-__all__ = ["find", "write"]
+__all__ = ["find", "holds_checkpoints", "last_step", "write"]
 
 _DRAFT = re.compile(rf"\.{NAME.pattern}\.(?:tmp|old)")
 
@@ -147,8 +147,19 @@ def find(path: Path) -> tuple[Path, Manifest]:
         except CheckpointError as error:
             warn(f"passed over: {error}")
     raise CheckpointError(
-        f"there is no complete checkpoint in {path}. Leave resume_from out to start from scratch."
+        f"there is no complete checkpoint in {path}. Leave resume_from out to start from scratch, "
+        "in another folder where there are damaged ones."
     )
+
+
+def holds_checkpoints(root: Path) -> bool:
+    """Whether there is a checkpoint in a folder, be it damaged."""
+    return root.is_dir() and bool(_named(root))
+
+
+def last_step(root: Path) -> int:
+    """Return how many batches the run that got farthest had trained on; -1 if none is complete."""
+    return max((each.progress.global_step_id for _, each in _complete(root)), default=-1)
 
 
 def _hash_and_flush(folder: Path) -> dict[str, dict[str, Any]]:

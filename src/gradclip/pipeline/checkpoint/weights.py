@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from gradclip.errors import ArgumentValueError
 from gradclip.integrations.wrapped import behind_accelerate
+from gradclip.pipeline.checkpoint.parameter_groups import described_groups, restore_groups
 from gradclip.pipeline.checkpoint.state_file import read_state, write_state
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def gathered_weights(accelerator: "Accelerator") -> dict[str, Any]:
     for number, optimizer in enumerate(accelerator._optimizers):  # noqa: SLF001
         state = _mapped(behind_accelerate(optimizer).state_dict(), keep)
         found[_file("optimizer", number, "bin")] = state
+        groups = described_groups(behind_accelerate(optimizer), _models(accelerator))
+        found[_file("parameters", number, "pt")] = groups
     for number, scheduler in enumerate(accelerator._schedulers):  # noqa: SLF001
         found[_file("scheduler", number, "bin")] = scheduler.state_dict()
     if accelerator.scaler is not None:
@@ -105,6 +108,10 @@ def load_weights(folder: "Path", accelerator: "Accelerator") -> None:
     for number, wrapped in enumerate(accelerator._optimizers):  # noqa: SLF001
         optimizer = behind_accelerate(wrapped)
         whole = read_state(folder / _file("optimizer", number, "bin"))
+        parameters = folder / _file("parameters", number, "pt")
+        if parameters.exists():
+            groups = read_state(parameters)
+            restore_groups(optimizer, _models(accelerator), groups, whole)
         optimizer.load_state_dict(_split_like_parameters(whole, optimizer))
     for number, scheduler in enumerate(accelerator._schedulers):  # noqa: SLF001
         scheduler.load_state_dict(read_state(folder / _file("scheduler", number, "bin")))

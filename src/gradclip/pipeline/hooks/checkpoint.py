@@ -1,8 +1,12 @@
 """Checkpoints as a hook: when they are taken."""
 
+import os
+import shlex
+import signal
+import sys
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
@@ -11,13 +15,20 @@ from gradclip.errors import ArgumentValueError
 from gradclip.hook import HookContext
 from gradclip.pipeline.checkpoint import store as checkpoint_store
 from gradclip.pipeline.checkpoint.progress import TrainerProgressState
+from gradclip.pipeline.checkpoint.resuming import AUTO, refuse_another_run
 from gradclip.pipeline.checkpoint.training_state import (
     check_checkpointable,
     keepable,
     save_training_state,
 )
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
+from gradclip.pipeline.modes import evaluating_optimizer
 from gradclip.pipeline.processes import together
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from gradclip.pipeline.stopping import StopRequest
 
 __all__ = ["SaveCheckpoint", "SaveCheckpointConfig"]
 
@@ -26,8 +37,11 @@ class SaveCheckpoint(PipelineHooks):
     """Writes checkpoints that training resumes from exactly.
 
     A checkpoint is taken at optimizer-step boundaries: one that falls due within an accumulation
-    window waits for its end. After an error none is taken. It must come after the optimizer's
-    step: the trainer places it behind all other hooks, and a loop of your own registers it last.
+    window waits for its end. After an error none is taken, but after Ctrl-C and SIGTERM one is, and
+    standard error is told how to go on. It must come after the optimizer's step: the trainer places
+    it behind all other hooks, and a loop of your own registers it last.
+
+    A run that starts from scratch is refused where there are checkpoints of another one.
 
     Args:
         cfg: Where and when.
@@ -38,6 +52,8 @@ class SaveCheckpoint(PipelineHooks):
         self.cfg = cfg
         self._due = False
         self._saved: TrainerProgressState | None = None
+        self._place: Path | None = None
+        self._run: StopRequest | None = None
         name = "save checkpoint"
         self.register_hook("on_step", HookContext.from_callable(name, after=self._after_step))
         self.register_hook("on_epoch", HookContext.from_callable(name, after=self._after_epoch))
@@ -59,25 +75,32 @@ class SaveCheckpoint(PipelineHooks):
         Raises:
             ArgumentValueError: GC010, there is no accelerator, or nothing says where to save.
         """
-        root = self._root(arg)
-        assert arg.accelerator is not None
-        progress = keepable(arg.accelerator, progress)
-        checkpoint_store.write(
-            root,
-            progress,
-            partial(save_training_state, arg=arg, progress=progress),
-            keep_last=self.cfg.keep_last,
-            main=arg.accelerator.is_main_process,
-            together=partial(together, arg.accelerator),
-        )
+        accelerator = _accelerator(arg)
+        root = self.root(accelerator)
+        progress = keepable(accelerator, progress)
+        with evaluating_optimizer(arg.optimizer):
+            self._place = checkpoint_store.write(
+                root,
+                progress,
+                partial(save_training_state, arg=arg, progress=progress),
+                keep_last=self.cfg.keep_last,
+                main=accelerator.is_main_process,
+                together=partial(together, accelerator),
+            )
         self._due, self._saved = False, progress
 
     def _before_loop(self, arg: PipelineHookArgs) -> None:
         # What cannot be saved is better known now than after the first hour.
-        self._root(arg)
-        if arg.accelerator is not None:
-            check_checkpointable(arg.accelerator)
-        self._due = False
+        accelerator = _accelerator(arg)
+        root = self.root(accelerator)
+        check_checkpointable(accelerator)
+        with together(accelerator):
+            # A run goes on after an error, or was resumed by a loop of the user's own.
+            goes_on = arg.stop is self._run or (arg.resume_from is None and arg.global_step_id > 0)
+            if accelerator.is_main_process and not goes_on:
+                refuse_another_run(root, arg.resume_from)
+        self._run = arg.stop  # every run has one of its own
+        self._due, self._place = False, None
         # Where a run resumes need not be written again.
         self._saved = TrainerProgressState.of(arg) if arg.global_step_id else None
 
@@ -102,24 +125,30 @@ class SaveCheckpoint(PipelineHooks):
         self.save(arg, progress)
 
     def _after_loop(self, arg: PipelineHookArgs) -> None:
+        interrupted = _was_interrupted(arg)
+        wanted = interrupted or (self.cfg.save_when_loop_end and arg.exception is None)
         progress = TrainerProgressState.of(arg)
-        if self.cfg.save_when_loop_end and arg.exception is None and progress != self._saved:
+        if interrupted and not progress.global_step_id:  # there is nothing to go on with
+            return
+        if wanted and progress != self._saved:
             self.save(arg, progress)
+        if interrupted and _accelerator(arg).is_main_process:
+            _say_how_to_go_on(self._place, self.root(_accelerator(arg)), arg.resume_from)
 
-    def _root(self, arg: PipelineHookArgs) -> Path:
-        if arg.accelerator is None:
-            raise ArgumentValueError(
-                "SaveCheckpoint saves through arg.accelerator, which is None. Give "
-                "PipelineHookArgs(accelerator=...) to begin()."
-            )
+    def root(self, accelerator: "Accelerator") -> Path:
+        """Return the folder that checkpoints go to.
+
+        Raises:
+            ArgumentValueError: GC010, nothing says where.
+        """
         if self.cfg.save_root is not None:
             return Path(self.cfg.save_root)
-        if arg.accelerator.project_dir is None:
+        if accelerator.project_dir is None:
             raise ArgumentValueError(
                 "nothing says where checkpoints go: set save_root, or make the accelerator with "
                 "project_dir"
             )
-        return Path(arg.accelerator.project_dir) / "checkpoints"
+        return Path(accelerator.project_dir) / "checkpoints"
 
 
 class SaveCheckpointConfig(PipelineHooksConfig[SaveCheckpoint]):
@@ -134,19 +163,51 @@ class SaveCheckpointConfig(PipelineHooksConfig[SaveCheckpoint]):
     save_step_freq: int | None = Field(default=None, ge=1)
     """Save after every so many batches."""
     save_when_loop_end: bool = True
-    """Save when training ends, if that was not just done."""
+    """Save when training ends, if that was not just done; one of the frequencies is needed too."""
     keep_last: int | None = Field(default=3, ge=1)
     """How many checkpoints to keep, the last ones; None for all."""
 
     @model_validator(mode="after")
     def _some_time(self) -> Self:
-        never = self.save_epoch_freq is None and self.save_step_freq is None
-        if never and not self.save_when_loop_end:
+        if self.save_epoch_freq is None and self.save_step_freq is None:
             raise ValueError(
-                "save_epoch_freq and save_step_freq are None and save_when_loop_end is false, so "
-                "nothing would ever be saved"
+                "either save_epoch_freq or save_step_freq must be specified: a run that is killed "
+                "before its end would have saved nothing"
             )
         return self
+
+
+def _accelerator(arg: PipelineHookArgs) -> "Accelerator":
+    """Return what a checkpoint is saved through.
+
+    Raises:
+        ArgumentValueError: GC010, there is none.
+    """
+    if arg.accelerator is None:
+        raise ArgumentValueError(
+            "SaveCheckpoint saves through arg.accelerator, which is None. Give "
+            "PipelineHookArgs(accelerator=...) to begin()."
+        )
+    return arg.accelerator
+
+
+def _was_interrupted(arg: PipelineHookArgs) -> bool:
+    """Whether Ctrl-C or SIGTERM ended the run, on every process."""
+    if arg.stop.at_once:
+        return False
+    if arg.stop.agreed in (signal.SIGINT, signal.SIGTERM):
+        return isinstance(arg.exception, KeyboardInterrupt | SystemExit)
+    # One that was raised without a signal, say in a hook: on one process alone, for nobody knows
+    # where the others are.
+    return isinstance(arg.exception, KeyboardInterrupt) and _accelerator(arg).num_processes == 1
+
+
+def _say_how_to_go_on(place: Path | None, root: Path, resume_from: str | None) -> None:
+    command = shlex.join(sys.orig_argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        command = "the command that started all processes"
+    how = "" if resume_from == AUTO else f'with resume_from="{root}" (or "auto"), '
+    sys.stderr.write(f"saved {place or root}\nto go on, {how}run again: {command}\n")
 
 
 def _falls_on(frequency: int | None, number: int) -> bool:

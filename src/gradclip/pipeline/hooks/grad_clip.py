@@ -81,7 +81,7 @@ clipped=True, skipped=False, nonfinite=0)
         self._watch: EngineWatch | None = None
         self._state: Mapping[str, Any] | None = None
         self._result: ClipResult | None = None
-        self._stepped = False
+        self._stepped = self._open = False
         self.register_hook(
             "on_loop", HookContext.from_callable("clip gradients", after=self._after_loop)
         )
@@ -106,6 +106,12 @@ clipped=True, skipped=False, nonfinite=0)
         """What all optimizer steps came to; see ``GradientClipper.stats``."""
         counts = self._watch or self.clipper
         return Stats() if counts is None else counts.stats
+
+    def take_back(self) -> None:
+        """Take what clipping noted of a step that was not made out of the clipper's history."""
+        if self._open and self.clipper is not None:
+            self.clipper.take_back()
+        self._open = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return the clipper's history, once there is one."""
@@ -154,6 +160,7 @@ clipped=True, skipped=False, nonfinite=0)
 
     def _after_optimizer_step(self, arg: PipelineHookArgs) -> None:
         self._stepped = True
+        self._open = self._open and not arg.is_optimizer_step_settled
         if self._step is not None:
             self._step.settle(arg.is_optimizer_step_committed)
 
@@ -178,7 +185,8 @@ clipped=True, skipped=False, nonfinite=0)
             arg.clip_result = self._result = self._observe(engine, arg)
             return
         scaler = None if arg.accelerator is None else arg.accelerator.scaler
-        self._result = self._bound(arg, arg.optimizer).clip(scaler)
+        step = self._bound(arg, arg.optimizer)
+        self._result, self._open = step.clip(scaler), True
         arg.clip_result = self._result
 
     def _bound(self, arg: PipelineHookArgs, optimizer: "torch.optim.Optimizer") -> OwnedStep:

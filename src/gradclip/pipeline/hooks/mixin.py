@@ -1,7 +1,7 @@
 """What a pipeline's hooks are given, the channels they stand in, and how sets of them combine."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from textwrap import indent
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar, get_args
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar, get_ar
 from gradclip.config import ClassConfig, ClassInitFromConfigMixin, ClassType, ConfigOf
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
 from gradclip.hook import HookContext, HookContextChannel, RemoveableHandle
+from gradclip.pipeline.stopping import StopRequest
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +72,21 @@ class PipelineHookArgs:
     """Optimizer steps that changed the weights."""
     data_position: "DataPosition | None" = None
     """Where the trainer is in the data; a checkpoint keeps it."""
+    is_optimizer_step_settled: bool = False
+    """Whether the step of this batch was made, or withheld: the batch is done, whatever fails after
+    that."""
+    resume_from: str | None = None
+    """What the run was told to resume from; None for nothing."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    """Whether the run should end before its limits; ``request_stop`` asks for it."""
+
+    def request_stop(self) -> None:
+        """End the training, without an error, where the accumulation window under way ends.
+
+        On several processes it is enough that one asks; they end together, at the latest with the
+        optimizer step after that.
+        """
+        self.stop.request()
 
     @property
     def is_optimizer_step_boundary(self) -> bool:
@@ -112,7 +128,9 @@ class PipelineHooks(ClassInitFromConfigMixin):
     """A set of hooks, by channel; subclass it for hooks that share state.
 
     ``with hooks.begin("on_step", arg):`` runs the channel's hooks around the block. Sets of hooks
-    combine with ``+=`` and ``from_hooks``, in the order in which they are given.
+    combine with ``+=`` and ``from_hooks``, in the order in which they are given. A set stays alive
+    inside another one: what is registered on it, or removed from it, later counts there from the
+    next ``begin`` on.
 
     Args:
         cfg: Hooks to begin with, from a configuration.
@@ -152,7 +170,7 @@ class PipelineHooks(ClassInitFromConfigMixin):
     def register_pipeline_hooks(
         self, hooks: "PipelineHooks"
     ) -> RemoveableHandle[Callable[[], None]]:
-        """Add the hooks that another set holds now, and the set to ``children``.
+        """Add the hooks of another set, those of now and of later, and the set to ``children``.
 
         Returns:
             A handle that removes both.
@@ -191,10 +209,7 @@ class PipelineHooks(ClassInitFromConfigMixin):
     def move_to_end(self, child: "PipelineHooks") -> None:
         """Let the hooks of a set that is registered here run after all others."""
         for name, channel in child.hooks.items():
-            mine = self.hooks[name]
-            for hook in channel:
-                mine.register(hook).remove()
-            mine.register_hook_channel(channel)
+            self.hooks[name].move_to_end(channel)
 
     def walk(self) -> "Iterator[PipelineHooks]":
         """Yield this set and every one below it, each once, in order of registration."""
@@ -220,6 +235,12 @@ class PipelineHooks(ClassInitFromConfigMixin):
                 each() if isinstance(each, PipelineHooksConfig) else each
             )
         return joined
+
+    def take_back(self) -> None:
+        """Forget what was noted of batches that no step was made of: they come again.
+
+        The trainer calls it when an error ended an accumulation window.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint should keep of this set alone: numbers, strings and tensors."""

@@ -25,6 +25,8 @@ class OptimizerHook(PipelineHooks):
     skips, changes neither weights nor moments nor the scheduler. One number is read from the
     device per step: whether to skip.
 
+    What fails after the step does not undo it: the scheduler follows, and the gradients go.
+
     DeepSpeed's engine steps by itself. There the hook tells whether it did, and the scheduler
     follows, unless that is the engine's too.
 
@@ -34,16 +36,25 @@ class OptimizerHook(PipelineHooks):
 
     def __init__(self, cfg: "OptimizerHookConfig | None" = None) -> None:  # noqa: ARG002
         super().__init__()
+        self._engine_steps = 0
         self.register_hook(
             "on_step",
             HookContext.from_callable("optimizer step", self._before_step, self._after_step),
         )
 
     def _before_step(self, arg: PipelineHookArgs) -> None:
-        arg.is_optimizer_step_committed = False
+        arg.is_optimizer_step_committed = arg.is_optimizer_step_settled = False
+        engine = engine_of(arg.accelerator, arg.model)
+        self._engine_steps = 0 if engine is None else engine.global_steps
 
     def _after_step(self, arg: PipelineHookArgs) -> None:
+        # DeepSpeed's engine steps at the end of the backward pass, and before what failed after it.
+        engine = engine_of(arg.accelerator, arg.model)
         if arg.exception is not None:
+            if engine is not None and engine.global_steps > self._engine_steps:
+                made = engine.was_step_applied()
+                arg.is_optimizer_step_committed, arg.is_optimizer_step_settled = made, True
+                _follow(arg, drop=False)
             return
         if arg.optimizer is None:
             raise ArgumentValueError(
@@ -53,23 +64,31 @@ class OptimizerHook(PipelineHooks):
         if not arg.is_optimizer_step_boundary:
             return
         # Through arg.hooks, so that every hook of the pipeline sees the step.
-        engine = engine_of(arg.accelerator, arg.model)
-        with (arg.hooks or self).begin("on_optimizer_step", arg):
-            # DeepSpeed's engine has stepped already, at the end of the backward pass.
-            arg.is_optimizer_step_committed = (
-                _step(arg, arg.optimizer) if engine is None else engine.was_step_applied()
-            )
-        if arg.is_optimizer_step_committed and arg.lr_scheduler is not None:
-            step_scheduler(arg.accelerator, arg.lr_scheduler)
-        if engine is None:
-            # Not through Accelerate's wrapper: at a boundary it does the same, and slower.
-            behind_accelerate(arg.optimizer).zero_grad()
+        try:
+            with (arg.hooks or self).begin("on_optimizer_step", arg), arg.stop.held():
+                made = _step(arg, arg.optimizer) if engine is None else engine.was_step_applied()
+                arg.is_optimizer_step_committed, arg.is_optimizer_step_settled = made, True
+        finally:
+            if arg.is_optimizer_step_settled:
+                with arg.stop.held():
+                    _follow(arg, drop=engine is None)
 
 
 class OptimizerHookConfig(PipelineHooksConfig[OptimizerHook]):
     """The configuration of ``OptimizerHook``."""
 
     class_type: ClassType[OptimizerHook] = OptimizerHook
+
+
+def _follow(arg: PipelineHookArgs, *, drop: bool) -> None:
+    """Step the scheduler with the optimizer, and drop the gradients that were stepped on."""
+    try:
+        if arg.is_optimizer_step_committed and arg.lr_scheduler is not None:
+            step_scheduler(arg.accelerator, arg.lr_scheduler)
+    finally:
+        if drop and arg.optimizer is not None:
+            # Not through Accelerate's wrapper: at a boundary it does the same, and slower.
+            behind_accelerate(arg.optimizer).zero_grad()
 
 
 def _step(arg: PipelineHookArgs, optimizer: "torch.optim.Optimizer") -> bool:

@@ -1,9 +1,12 @@
-"""A progress bar as a hook."""
+"""Progress as a hook: a bar on a terminal, and plain lines elsewhere."""
 
 from collections.abc import Sized
+from datetime import timedelta
 from importlib import import_module
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import Field
 
 from gradclip.config import ClassType
 from gradclip.errors import MissingDependencyError
@@ -12,7 +15,6 @@ from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, Pipel
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
     from torch import Tensor
 
     from gradclip.clipping import ClipResult
@@ -24,12 +26,13 @@ _INTERVAL_S = 0.1
 
 
 class ProgressHook(PipelineHooks):
-    """Draws a bar while ``on_loop`` is open: steps, loss, norm before clipping, share clipped.
+    """Shows while ``on_loop`` is open: steps, loss, norm before clipping, share clipped.
 
-    Only the main process draws, and only on a terminal unless it is told to.
+    On a terminal it draws a bar. Where there is none, as in the log of a cluster's job, it writes a
+    line every so many seconds. Only the main process shows anything.
 
     Args:
-        cfg: Whether to draw.
+        cfg: Whether to show it, and how often a line is written.
         console: Where to; standard error if it is left out.
 
     Raises:
@@ -41,18 +44,16 @@ class ProgressHook(PipelineHooks):
     ) -> None:
         super().__init__()
         try:
-            self._rich: Any = import_module("rich.progress")
-            import_module("rich.console")
+            import_module("rich.progress")
+            self._console = console or import_module("rich.console").Console(stderr=True)
         except ImportError as error:
             raise MissingDependencyError(
                 "ProgressHook draws with rich, which is not installed\n"
                 "  pip install 'gradclip[cli]'"
             ) from error
-        self._enabled = None if cfg is None else cfg.enabled
-        self._console = console or import_module("rich.console").Console(stderr=True)
-        self._bar: Progress | None = None
-        self._task: Any = None
-        self._drawn = 0.0
+        self._cfg = ProgressHookConfig() if cfg is None else cfg
+        self._display: _Display | None = None
+        self._shown = float("-inf")
         self._results: list[ClipResult] = []
         self._counted = self._clipped = 0
         self._last: ClipResult | None = None
@@ -69,45 +70,41 @@ class ProgressHook(PipelineHooks):
 
     def _before_loop(self, arg: PipelineHookArgs) -> None:
         main = arg.accelerator is None or arg.accelerator.is_main_process
-        wanted = self._console.is_terminal if self._enabled is None else self._enabled
-        if not (main and wanted):
+        if not main or self._cfg.enabled is False:
             return
         self._results, self._last, self._loss = [], None, None
         self._counted = self._clipped = 0
-        self._bar = self._rich.Progress(
-            self._rich.TextColumn("{task.description}"),
-            self._rich.BarColumn(),
-            self._rich.MofNCompleteColumn(),
-            self._rich.TextColumn("{task.fields[numbers]}"),
-            self._rich.TimeRemainingColumn(),
-            console=self._console,
-            auto_refresh=False,
-        )
-        assert self._bar is not None
-        self._task = self._bar.add_task(
-            "training", total=_total(arg), completed=arg.global_step_id, numbers=""
-        )
-        self._bar.start()
+        self._shown = float("-inf")
+        if self._console.is_terminal:
+            self._display = _Bar(self._console, _total(arg), arg.global_step_id)
+        else:
+            interval_s = self._cfg.seconds_per_line
+            self._display = _Lines(self._console, _total(arg), arg.global_step_id, interval_s)
 
     def _after_optimizer_step(self, arg: PipelineHookArgs) -> None:
-        if self._bar is not None and arg.clip_result is not None:
+        if self._display is not None and arg.clip_result is not None:
             self._results.append(arg.clip_result)
 
     def _after_step(self, arg: PipelineHookArgs) -> None:
-        if self._bar is None:
+        if self._display is None:
             return
         self._loss = arg.reduce_loss
-        if monotonic() - self._drawn >= _INTERVAL_S:
-            self._draw(arg.global_step_id + 1)
+        if monotonic() - self._shown >= self._display.interval_s:
+            self._show(arg.global_step_id + 1)
 
     def _after_loop(self, arg: PipelineHookArgs) -> None:
-        if self._bar is not None:
-            self._draw(arg.global_step_id)
-            self._bar.stop()
-        self._bar = None
+        display, self._display = self._display, None
+        if display is not None:
+            display.show(arg.global_step_id, self._numbers())
+            display.close()
 
-    def _draw(self, steps: int) -> None:
-        assert self._bar is not None
+    def _show(self, steps: int) -> None:
+        assert self._display is not None
+        self._display.show(steps, self._numbers())
+        self._shown = monotonic()
+
+    def _numbers(self) -> str:
+        """Read what happened since the last time from the device, and say it."""
         if self._results:
             self._counted += len(self._results)
             self._clipped += int(sum(result.clipped for result in self._results))
@@ -119,16 +116,86 @@ class ProgressHook(PipelineHooks):
                 f"norm {float(self._last.norm_pre):.3g}",
                 f"clipped {100 * self._clipped / self._counted:.0f} %",
             ]
-        self._bar.update(self._task, completed=steps, numbers="  ".join(numbers), refresh=True)
-        self._drawn = monotonic()
+        return "  ".join(numbers)
 
 
 class ProgressHookConfig(PipelineHooksConfig[ProgressHook]):
-    """Whether a bar is drawn."""
+    """Whether progress is shown, and how often where there is no terminal."""
 
     class_type: ClassType[ProgressHook] = ProgressHook
     enabled: bool | None = None
-    """None for on a terminal alone."""
+    """False for not at all."""
+    seconds_per_line: float = Field(default=30.0, gt=0)
+    """How often a line is written where there is no terminal to draw a bar on."""
+
+
+class _Display(Protocol):
+    """Where progress is shown."""
+
+    interval_s: float
+    """How often, at most."""
+
+    def show(self, steps: int, numbers: str) -> None:
+        """Show how many batches are done, and what happened in them."""
+
+    def close(self) -> None:
+        """Show nothing more."""
+
+
+class _Bar:
+    """A bar on a terminal."""
+
+    interval_s = _INTERVAL_S
+
+    def __init__(self, console: "Console", total: int | None, start: int) -> None:
+        rich: Any = import_module("rich.progress")
+        self._bar = rich.Progress(
+            rich.TextColumn("{task.description}"),
+            rich.BarColumn(),
+            rich.MofNCompleteColumn(),
+            rich.TextColumn("{task.fields[numbers]}"),
+            rich.TimeRemainingColumn(),
+            console=console,
+            auto_refresh=False,
+        )
+        self._task = self._bar.add_task("training", total=total, completed=start, numbers="")
+        self._bar.start()
+
+    def show(self, steps: int, numbers: str) -> None:
+        self._bar.update(self._task, completed=steps, numbers=numbers, refresh=True)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+class _Lines:
+    """A line now and then."""
+
+    def __init__(
+        self, console: "Console", total: int | None, start: int, interval_s: float
+    ) -> None:
+        self.interval_s = interval_s
+        self._file = console.file
+        self._total, self._start, self._begun = total, start, monotonic()
+        self._last = -1
+
+    def show(self, steps: int, numbers: str) -> None:
+        if steps == self._last:
+            return
+        self._last = steps
+        of_total = "" if self._total is None else f"/{self._total}"
+        said = [f"training {steps}{of_total}", numbers, self._left(steps)]
+        self._file.write("  ".join(filter(None, said)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        pass
+
+    def _left(self, steps: int) -> str:
+        elapsed, done = monotonic() - self._begun, steps - self._start
+        if self._total is None or not done or not 0 < steps < self._total:
+            return ""
+        return f"{timedelta(seconds=round(elapsed / done * (self._total - steps)))} left"
 
 
 def _total(arg: PipelineHookArgs) -> int | None:

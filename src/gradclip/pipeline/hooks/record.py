@@ -8,9 +8,11 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradclip.config import ClassType
-from gradclip.diagnostics.record import RunRecorder, StepRecord
+from gradclip.diagnostics.record import RunRecorder, StepRecord, read_record
+from gradclip.errors import ArgumentValueError
 from gradclip.hook import HookContext
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
+from gradclip.pipeline.processes import together
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +41,8 @@ class RecordHook(PipelineHooks):
 
     The loss is the mean over the accumulation window. Numbers are read from the device every 64
     steps, at the end of the loop, at a checkpoint, and when something fails. A run that resumes
-    goes on in the same file, without its lines beyond the checkpoint. Only the main process writes.
+    goes on in the same file, without its lines beyond the checkpoint. One that starts from scratch
+    is refused where the file has steps of another. Only the main process writes.
 
     Args:
         cfg: Where to.
@@ -78,6 +81,10 @@ class RecordHook(PipelineHooks):
             self._recorder.close()
         self._recorder = None
 
+    def take_back(self) -> None:
+        """Forget the losses of the window."""
+        self._losses = []
+
     def state_dict(self) -> dict[str, Any]:
         """Return which step comes next, when all before it are in the file."""
         self.flush()
@@ -88,8 +95,13 @@ class RecordHook(PipelineHooks):
         self._number = int(state["step"])
 
     def _before_loop(self, arg: PipelineHookArgs) -> None:
-        self._losses = []
-        self._open(arg)
+        if not arg.micro_step_id:  # or it goes on inside a window
+            self._losses = []
+        if arg.accelerator is None:
+            self._open(arg)
+            return
+        with together(arg.accelerator):
+            self._open(arg)
 
     def _after_loop(self, arg: PipelineHookArgs) -> None:  # noqa: ARG002
         self.close()
@@ -104,7 +116,7 @@ class RecordHook(PipelineHooks):
 
     def _after_optimizer_step(self, arg: PipelineHookArgs) -> None:
         losses, self._losses = self._losses, []
-        if arg.exception is not None:
+        if arg.exception is not None and not arg.is_optimizer_step_settled:
             return
         if not losses and arg.reduce_loss is not None:
             losses = [arg.reduce_loss.detach()]
@@ -129,6 +141,8 @@ class RecordHook(PipelineHooks):
         if self._number is None:
             self._number = arg.optimizer_step_id
         if self._recorder is None and (arg.accelerator is None or arg.accelerator.is_main_process):
+            if self._number == 0 and arg.resume_from is None:
+                _refuse_another_run(self.path)
             self._recorder = RunRecorder(self.path, start_step=self._number)
             self._since = perf_counter()
         return self._number
@@ -140,6 +154,21 @@ class RecordHookConfig(PipelineHooksConfig[RecordHook]):
     class_type: ClassType[RecordHook] = RecordHook
     path: str
     """A JSONL file."""
+
+
+def _refuse_another_run(path: Path) -> None:
+    """Refuse to write over the steps of another run.
+
+    Raises:
+        ArgumentValueError: GC010, there are some, or the file is something else.
+    """
+    steps = len(read_record(path)) if path.exists() and path.stat().st_size else 0
+    if steps:
+        raise ArgumentValueError(
+            f"{path} has {steps} steps of an earlier run, and this one begins with step 0. Nothing "
+            "was changed. Three ways out: go on with that run (the trainer's resume_from, with "
+            '"auto" to start or resume); give this run another path; or move that file away.'
+        )
 
 
 def _read(step: _Step) -> StepRecord:

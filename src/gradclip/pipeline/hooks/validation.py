@@ -1,7 +1,6 @@
 """Evaluation during training, as a hook."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -11,12 +10,15 @@ from gradclip.config import ClassType
 from gradclip.errors import ArgumentValueError
 from gradclip.hook import HookContext
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
+from gradclip.pipeline.modes import evaluating, evaluating_optimizer
 
 __all__ = ["ValidationHook", "ValidationHookConfig"]
 
 
 class ValidationHook(PipelineHooks):
     """Calls a function with the model in evaluation mode, every so many steps or epochs.
+
+    An optimizer with a mode of its own, as schedule-free ones have, is in evaluation mode too.
 
     Args:
         cfg: When, and what is called. After an error it is not.
@@ -44,14 +46,15 @@ class ValidationHook(PipelineHooks):
                 "ValidationHook evaluates arg.model, which is None. Give "
                 "PipelineHookArgs(model=...) to begin()."
             )
-        with _evaluating(arg.model):
+        with evaluating_optimizer(arg.optimizer), evaluating(arg.model):
             self.cfg.eval_callback(arg.model)
 
     def _after_step(self, arg: PipelineHookArgs) -> None:
         self._evaluate_at(arg, arg.global_step_id, self.cfg.step_eval_freq)
 
     def _after_epoch(self, arg: PipelineHookArgs) -> None:
-        self._evaluate_at(arg, arg.epoch_id, self.cfg.epoch_eval_freq)
+        if not arg.stop.agreed:  # or the epoch is not at its end
+            self._evaluate_at(arg, arg.epoch_id, self.cfg.epoch_eval_freq)
 
     def _evaluate_at(self, arg: PipelineHookArgs, number: int, frequency: int | None) -> None:
         if arg.exception is None and frequency is not None and (number + 1) % frequency == 0:
@@ -79,15 +82,3 @@ class ValidationHookConfig(PipelineHooksConfig[ValidationHook]):
                 "when to evaluate"
             )
         return self
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation, and every module back to the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -73,7 +73,7 @@ def train(root: Path, log: Path, seed: int, max_step: int) -> None:
                 SaveCheckpointConfig(save_root=str(root), save_step_freq=4, keep_last=2),
             ],
             max_step=max_step,
-            resume_from=root if begun else None,
+            resume_from="auto",
         )()
 
 

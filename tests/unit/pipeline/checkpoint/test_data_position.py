@@ -20,6 +20,7 @@ from torch.utils.data import (
 )
 
 from gradclip.errors import ArgumentValueError, CheckpointError
+from gradclip.pipeline.checkpoint import data_position as data_position_module
 from gradclip.pipeline.checkpoint.data_position import DataPosition
 from gradclip.pipeline.preparation import prepared_dataloader
 
@@ -238,16 +239,24 @@ def test_every_place_of_torchdatas_loaders_is_found_again(tmp_path, kind, seedab
     finds_every_place_again(tmp_path, kind, seedable)
 
 
-def finds_every_place_again(tmp_path, kind, seedable):
+@pytest.mark.parametrize(
+    "kind", ["list", "plain iterable", "that remembers", "DataLoader that remembers", "shuffled"]
+)
+def test_every_place_is_found_again_by_a_position_that_looks_ahead(tmp_path, kind):
+    """Which it does only where Accelerate does not; a loader that draws as it loads too."""
+    finds_every_place_again(tmp_path, kind, seedable=False, look_ahead=True)
+
+
+def finds_every_place_again(tmp_path, kind, seedable, **options):
     seed(1)
-    whole, states = DataPosition(prepared(kind, seedable), lambda: True), []
+    whole, states = DataPosition(prepared(kind, seedable), lambda: True, **options), []
     steps = go(whole, 3, states)
     per_epoch = len(steps) // 3
     assert len(states) == 3 * (per_epoch + 1)
     for done, state in states:
         torch.save(state, tmp_path / "state.pt")
         seed(99)
-        again = DataPosition(prepared(kind, seedable), lambda: True)
+        again = DataPosition(prepared(kind, seedable), lambda: True, **options)
         again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
         if state["batches"] == 0:
             again.restore()
@@ -256,6 +265,20 @@ def finds_every_place_again(tmp_path, kind, seedable):
         left = 3 - done // per_epoch + (state["batches"] == per_epoch)
         rest = [each for _ in range(left) for each in one_epoch(again)]
         assert rest == steps[done:], (kind, done, state["batches"])
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "sequential", "drop last"])
+def test_the_second_epoch_is_found_again_with_accelerate_1_10(tmp_path, monkeypatch, kind):
+    """Until 1.15 a loader that it rebuilds begins with epoch 0, whatever epoch it was in."""
+    skip = data_position_module.skip_first_batches
+
+    def forgetful(loader, number):
+        rest = skip(loader, number)
+        rest.iteration = 0
+        return rest
+
+    monkeypatch.setattr(data_position_module, "skip_first_batches", forgetful)
+    finds_every_place_again(tmp_path, kind, seedable=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -412,6 +435,73 @@ def fails_and_goes_on(kind):
         consumed = [item for batch in [*steps[:-1], *again] for item in batch]
         assert len(set(consumed)) == len(consumed) or "weighted" in kind
         assert len(steps) + len(again) - 1 == (3 if "drawing" in kind else 4)
+
+
+def items(batch):
+    batch = batch[0] if isinstance(batch, list) else batch
+    return (batch[:, 0] if batch.dim() == 2 else batch).floor().tolist()
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+@pytest.mark.parametrize(
+    "kind", ["shuffled", "batch sampler", "stream", "list", "plain iterable", "that remembers"]
+)
+def test_a_window_that_is_given_back_comes_again(kind, look_ahead):
+    gives_a_window_back(kind, look_ahead)
+
+
+@of_any_torchdata
+def test_a_window_of_torchdatas_loader_that_is_given_back_comes_again(kind):
+    gives_a_window_back(kind, look_ahead=False)
+
+
+def gives_a_window_back(kind, look_ahead):
+    """With the batch in hand or without it, also after a stop inside the window."""
+    for stop, done, window, in_hand in itertools.product([0, 1], [1, 2, 3], [0, 1, 2], [0, 1]):
+        if not stop + window <= done or done + in_hand > 3:
+            continue
+        seed(1)
+        position = DataPosition(prepared(kind), lambda: True, look_ahead=look_ahead)
+        fed = []
+        for part in [done - stop, done] if stop else [done]:
+            batches = position.epoch()
+            fed += [items(next(batches)) for _ in range(part - len(fed))]
+            if part < done:
+                position.stop(window)
+                batches.close()
+        if in_hand:
+            next(batches)
+        else:
+            position.finish()
+        assert position.give_back(window) == bool(window + in_hand)
+        batches.close()
+        rest = [items(batch) for batch in position.epoch()]
+        assert rest[:window] == fed[done - window :]
+        consumed = list(itertools.chain(*fed[: done - window], *rest))
+        assert len(consumed) == (9 if "drop" in kind or "drawing" in kind else 11)
+        assert len(set(consumed)) == len(consumed) or "weighted" in kind
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+@pytest.mark.parametrize("kind", ["shuffled", "list", "that remembers"])
+def test_a_window_that_a_checkpoint_cut_can_be_given_back_whole(kind, look_ahead):
+    seed(1)
+    position = DataPosition(prepared(kind), lambda: True, look_ahead=look_ahead)
+    fed = [items(batch) for batch in itertools.islice(position.epoch(), 2)]
+    position.stop(window=1)
+    seed(99)
+    again = DataPosition(prepared(kind), lambda: True, look_ahead=look_ahead)
+    again.load_state_dict(position.state_dict())
+    fed.append(items(next(again.epoch())))
+    assert again.give_back(window=1)
+    assert [items(batch) for batch in again.epoch()][:2] == fed[1:]
+
+
+def test_the_last_batch_is_known_where_the_position_looks_ahead():
+    position = DataPosition([1, 2, 3], look_ahead=True)
+    for _ in range(2):
+        assert [position.is_last for _ in position.epoch()] == [False, False, True]
+    assert [position.is_last for _ in DataPosition([1, 2]).epoch()] == [False, False]
 
 
 def test_stopping_takes_the_loader_out_of_accelerates_hands():

@@ -11,6 +11,7 @@ from gradclip.pipeline.hooks import (
     PipelineHookArgs,
     PipelineHooks,
 )
+from gradclip.pipeline.hooks import optimizer as optimizer_module
 
 NAN = float("nan")
 
@@ -129,6 +130,37 @@ def test_it_acts_where_the_accumulation_window_ends(linear):
     with accelerator.accumulate(layer):
         step(hooks, arg, 0.5, 1.0)
     assert not arg.is_optimizer_step_committed
+
+
+@pytest.mark.parametrize("stepped", [True, False])
+def test_an_engine_that_has_stepped_when_something_fails_has_made_the_step(
+    linear, monkeypatch, stepped
+):
+    """DeepSpeed's steps at the end of the backward pass."""
+
+    class Engine:
+        global_steps = 3
+
+        def was_step_applied(self):
+            return True
+
+    engine = Engine()
+    monkeypatch.setattr(optimizer_module, "engine_of", lambda accelerator, model: engine)
+    layer = linear([1.0, 1.0])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    optimizer.step()  # or the scheduler warns
+    arg, hooks = run(layer, optimizer, lr_scheduler=scheduler)
+
+    def fail():
+        with hooks.begin("on_step", arg):
+            engine.global_steps += stepped
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert arg.is_optimizer_step_settled == arg.is_optimizer_step_committed == stepped
+    assert optimizer.param_groups[0]["lr"] == (0.5 if stepped else 1.0)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -150,6 +150,39 @@ def test_a_handle_removes_the_hooks_and_the_child_once():
     assert child.log == []
 
 
+def test_a_set_stays_alive_inside_others():
+    """Removing through a handle of its own, and registering later, count from the next begin."""
+    log = []
+    mine = PipelineHooks()
+    first = mine.register_hook(
+        "on_step", HookContext.from_callable(before=lambda arg: log.append("first"))
+    )
+    root = PipelineHooks.from_hooks([PipelineHooks.from_hooks(mine), Logging(name="last", log=log)])
+    with root.begin("on_step", PipelineHookArgs()):
+        first.remove()
+        late = HookContext.from_callable(before=lambda arg: log.append("late"))
+        mine.register_hook("on_step", late)
+        mine += Logging(name="set", log=log)
+    assert log == ["first", "last before", "last after"]
+    log.clear()
+    run(root)
+    assert log == ["late", "set before", "last before", "set after", "last after"]
+    mine.unregister_all()
+    log.clear()
+    run(root)
+    assert log == ["last before", "last after"]
+
+
+def test_a_set_that_was_moved_to_the_end_keeps_its_place_as_it_grows():
+    log = []
+    last, other = Logging(name="last", log=log), PipelineHooks()
+    root = PipelineHooks.from_hooks([PipelineHooks.from_hooks([last]), other])
+    root.move_to_end(last)
+    other += Logging(name="other", log=log)
+    run(root)
+    assert log == ["other before", "last before", "other after", "last after"]
+
+
 def test_unregister_all_leaves_nothing():
     hooks = PipelineHooks.from_hooks([Logging(), OptimizerHook()])
     hooks.unregister_all()

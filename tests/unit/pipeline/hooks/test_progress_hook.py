@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 
 from gradclip.errors import MissingDependencyError
@@ -16,18 +17,20 @@ from gradclip.pipeline.hooks import (
 from gradclip.pipeline.hooks import progress as progress_module
 
 
-def train(linear, monkeypatch, gradients, *, enabled=True, seconds_per_step=1.0, terminal=True):
+def train(
+    linear, monkeypatch, gradients, *, enabled=None, seconds_per_step=1.0, terminal=True, **fields
+):
     """Run a loop on a clock of its own; return what was drawn, and how often."""
     clock = [0.0]
     monkeypatch.setattr(progress_module, "monotonic", lambda: clock[0])
     file = io.StringIO()
     console = Console(file=file, force_terminal=terminal, width=120, color_system=None)
-    bar = ProgressHookConfig(enabled=enabled)(console=console)
-    draws, draw = [], bar._draw
-    monkeypatch.setattr(bar, "_draw", lambda *args: draws.append(1) or draw(*args))
+    bar = ProgressHookConfig(enabled=enabled, **fields)(console=console)
+    draws, draw = [], bar._show
+    monkeypatch.setattr(bar, "_show", lambda *args: draws.append(1) or draw(*args))
     layer = linear([0.0, 0.0])
     clip = GradientClippingHookConfig(clip_mode="norm", max_norm=1.0)
-    hooks = PipelineHooks.from_hooks([bar, clip, OptimizerHook()])
+    hooks = PipelineHooks.from_hooks([clip, OptimizerHook(), bar])
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     arg = PipelineHookArgs(model=layer, optimizer=optimizer, max_step=len(gradients))
     loop_arg = arg.copy_with_updates()
@@ -64,11 +67,38 @@ def test_between_two_drawings_nothing_is_read(linear, monkeypatch):
     assert "clipped 25 %" in text
 
 
-def test_it_is_off_where_there_is_no_terminal_unless_it_is_told(linear, monkeypatch):
-    gradients = [[3.0, 4.0]]
-    assert train(linear, monkeypatch, gradients, enabled=None, terminal=False) == ("", 0)
-    assert train(linear, monkeypatch, gradients, enabled=False) == ("", 0)
-    assert "1/1" in train(linear, monkeypatch, gradients, enabled=None)[0]
+@pytest.mark.parametrize("enabled", [None, True])
+def test_it_writes_lines_where_there_is_no_terminal(linear, monkeypatch, enabled):
+    gradients = [[3.0, 4.0], [0.0, 0.5]] * 50
+    text, _ = train(
+        linear, monkeypatch, gradients, enabled=enabled, terminal=False, seconds_per_step=0.9
+    )
+    # The first step, then one after every 30 seconds, and the end.
+    assert text.splitlines() == [
+        "training 1/100  loss 2.5  norm 5  clipped 100 %  0:01:29 left",
+        "training 35/100  loss 2.5  norm 5  clipped 51 %  0:00:58 left",
+        "training 69/100  loss 2.5  norm 5  clipped 51 %  0:00:28 left",
+        "training 100/100  loss 2.5  norm 0.5  clipped 50 %",
+    ]
+
+
+def test_the_time_between_lines_can_be_chosen(linear, monkeypatch):
+    text, _ = train(
+        linear,
+        monkeypatch,
+        [[3.0, 4.0]] * 5,
+        terminal=False,
+        seconds_per_line=2,
+        seconds_per_step=1,
+    )
+    assert [line.split()[1] for line in text.splitlines()] == ["1/5", "3/5", "5/5"]
+    with pytest.raises(ValidationError):
+        ProgressHookConfig(seconds_per_line=0)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_it_is_silent_if_it_is_told(linear, monkeypatch, terminal):
+    assert train(linear, monkeypatch, [[3.0, 4.0]], enabled=False, terminal=terminal) == ("", 0)
 
 
 def test_the_total_is_the_nearer_limit():
@@ -87,7 +117,7 @@ def test_the_bar_is_taken_down_after_an_error(linear):
     bar = ProgressHookConfig()(console=console)
     with pytest.raises(KeyError), bar.begin("on_loop", PipelineHookArgs()):
         raise KeyError
-    assert bar._bar is None
+    assert bar._display is None
 
 
 def test_a_missing_rich_is_named_with_the_command(monkeypatch):

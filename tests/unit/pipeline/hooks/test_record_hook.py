@@ -5,6 +5,7 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from gradclip.diagnostics.record import read_record
+from gradclip.errors import ArgumentValueError
 from gradclip.pipeline.hooks import (
     GradientClippingHookConfig,
     HookContext,
@@ -191,12 +192,47 @@ def test_a_second_loop_in_the_same_process_goes_on_too(path, linear):
     assert [record.step for record in read_record(path)] == [0, 1]
 
 
-def test_a_run_from_scratch_begins_the_file_anew(path, linear):
-    for _ in range(2):
-        loop = Loop(path, linear)
-        with loop.hooks.begin("on_loop", loop.arg.copy_with_updates()):
-            loop.step(1.0, 1.0, 1.0)
-    assert len(read_record(path)) == 1
+def test_a_run_from_scratch_does_not_write_over_another_one(path, linear):
+    loop = Loop(path, linear)
+    with loop.hooks.begin("on_loop", loop.arg.copy_with_updates()):
+        loop.step(1.0, 1.0, 1.0)
+    before = path.read_bytes()
+    for field in ({}, {"accelerator": Accelerator(cpu=True)}):
+        again = Loop(path, linear, **field)
+        with (
+            pytest.raises(ArgumentValueError, match=r"1 steps of an earlier run.*Three ways out"),
+            again.hooks.begin("on_loop", again.arg.copy_with_updates()),
+        ):
+            pytest.fail("it ran")
+        with pytest.raises(ArgumentValueError, match="earlier run"):
+            again.step(1.0, 1.0, 1.0)
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_is_no_record_is_left_alone(path, linear):
+    path.write_text("my notes\n")
+    loop = Loop(path, linear)
+    with (
+        pytest.raises(ArgumentValueError, match="not part of a gradclip record"),
+        loop.hooks.begin("on_loop", loop.arg.copy_with_updates()),
+    ):
+        pytest.fail("it ran")
+    assert path.read_text() == "my notes\n"
+
+
+def test_a_step_that_was_made_is_recorded_though_a_hook_failed_after_it(path, linear):
+    loop = Loop(path, linear)
+    failing = PipelineHooks()
+    failing.register_hook(
+        "on_optimizer_step", HookContext.from_callable(after=lambda arg: {}["no"])
+    )
+    loop.hooks = PipelineHooks.from_hooks([failing, loop.hooks])
+    with pytest.raises(KeyError), loop.hooks.begin("on_loop", loop.arg.copy_with_updates()):
+        loop.step(1.0, 3.0, 4.0)
+    (record,) = read_record(path)
+    assert (record.norm_pre, record.lr) == (5.0, 1.0)
+    # The scheduler followed the step.
+    assert loop.arg.optimizer.param_groups[0]["lr"] == 0.5
 
 
 def test_only_the_main_process_writes(path, linear):

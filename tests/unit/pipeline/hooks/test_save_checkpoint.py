@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import nn
@@ -58,7 +58,7 @@ def save(root, **fields):
     [
         ({}, {"max_epoch": 2}, [(1, 7), (2, 14)]),
         ({"save_epoch_freq": 2}, {"max_epoch": 3}, [(2, 14), (3, 21)]),
-        ({"save_epoch_freq": None}, {"max_epoch": 2}, [(2, 14)]),
+        ({"save_epoch_freq": 9}, {"max_epoch": 2}, [(2, 14)]),
         ({"save_epoch_freq": 2, "save_when_loop_end": False}, {"max_epoch": 3}, [(2, 14)]),
         ({"save_epoch_freq": None, "save_step_freq": 3}, {"max_step": 7}, [(0, 3), (0, 6), (0, 7)]),
         ({"save_epoch_freq": None, "save_step_freq": 7}, {"max_epoch": 1}, [(0, 7), (1, 7)]),
@@ -80,12 +80,15 @@ def test_one_that_is_due_within_a_window_waits_for_its_end(tmp_path):
     assert saved(tmp_path) == [(0, 6), (1, 10), (1, 13)]
 
 
-def test_an_epoch_that_ends_within_a_window_is_saved_at_the_windows_end(tmp_path):
-    """Accelerate knows the end of its own loaders alone."""
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+@pytest.mark.parametrize(
+    ("sync", "expected"), [(True, [(1, 3), (2, 6)]), (False, [(1, 4), (2, 6)])]
+)
+def test_an_epoch_that_ends_within_a_window_is_saved_at_the_windows_end(tmp_path, sync, expected):
+    plugin = GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=sync)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
     batches = [(torch.ones(2, 2),)] * 3
     train(save(tmp_path, save_when_loop_end=False), accelerator, batches, max_epoch=2)
-    assert saved(tmp_path) == [(1, 4), (2, 6)]
+    assert saved(tmp_path) == expected
 
 
 def test_none_is_taken_after_an_error(tmp_path):
@@ -183,6 +186,7 @@ def test_what_cannot_be_saved_is_known_before_the_first_step(tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [
+        {"save_epoch_freq": None},
         {"save_epoch_freq": None, "save_when_loop_end": False},
         {"save_step_freq": 0},
         {"save_epoch_freq": 0},
@@ -193,3 +197,9 @@ def test_what_cannot_be_saved_is_known_before_the_first_step(tmp_path):
 def test_a_configuration_that_means_nothing_is_refused(fields):
     with pytest.raises(ValidationError):
         SaveCheckpointConfig(save_root="x", **fields)
+
+
+def test_no_frequency_is_an_error_as_in_the_original():
+    """SaveCheckpointConfig(None, None, None), as RoboOrchardLab 0.4.0 is called."""
+    with pytest.raises(ValueError, match="either save_epoch_freq or save_step_freq must be"):
+        SaveCheckpointConfig(save_root=None, save_epoch_freq=None, save_step_freq=None)
