@@ -82,6 +82,11 @@ class OwnedStep:
         self._scaled = self._released = False
         self._kept, self._taken = ExitStack(), ExitStack()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle as one that let the optimizer go: it holds no step of the copy."""
+        gone = {"_kept": ExitStack(), "_taken": ExitStack(), "_clipped": [], "_released": True}
+        return {**vars(self), **gone}
+
     def clip(self, scaler: Any = None, *, unscale: bool = True) -> ClipResult:
         """Unscale the gradients, unless the loop did, and clip them.
 
@@ -114,7 +119,11 @@ class OwnedStep:
 
     def hold(self, gate: Gate) -> None:
         """Ask a gate before each step of the optimizer, until ``release``."""
-        self._kept.enter_context(held(self.optimizer, gate))
+        try:
+            self._kept.enter_context(held(self.optimizer, gate))
+        except BaseException:
+            self.release()
+            raise
 
     def withhold(self) -> None:
         """Keep the optimizer from stepping until ``settle``, if the step was skipped."""

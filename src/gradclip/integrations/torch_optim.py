@@ -100,6 +100,7 @@ class Attachment:
         options: ClipOptions,
     ) -> None:
         self.optimizer = unwrapped(optimizer)
+        _warn_of_hooks(self.optimizer)
         source = OptimizerParameters(self.optimizer)
         self._step = OwnedStep(optimizer, source, policy, options, owner=self, label=_LABEL)
         self._lent = ExitStack()
@@ -107,7 +108,6 @@ class Attachment:
         self._at_floor = False
         self._scales: Ring[None] = Ring()
         self._removed = False
-        _warn_of_hooks(self.optimizer)
         self._step.hold(self)
 
     @property
@@ -132,6 +132,10 @@ class Attachment:
         """Take it off: the optimizer is as it was before; twice is harmless."""
         self._removed = True
         self._step.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle as one that was removed: a copy of the optimizer is not clipped."""
+        return {**vars(self), "_lent": ExitStack(), "_removed": True}
 
     def __enter__(self) -> Self:
         return self

@@ -13,6 +13,6 @@ def behind_accelerate(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer
     No other wrapper is looked behind; ``clipping.step.wrappers`` does where it holds a step.
     """
     inner: Any = optimizer
-    while type(inner).__module__.startswith("accelerate."):
+    while any(kind.__module__.startswith("accelerate.") for kind in type(inner).__mro__):
         inner = inner.optimizer
     return inner  # type: ignore[no-any-return]

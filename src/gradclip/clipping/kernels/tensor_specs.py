@@ -188,14 +188,20 @@ class Batch:
         """The dtype of all, for a batch that a kernel gets."""
         return self.specs.dtypes[0]
 
-    @cached_property
+    @property
     def parts(self) -> list[tuple["Batch", Table | None]]:
         """The part on each device and of each dtype, and which rows it has; None for all."""
+        # A batch that kept itself would keep the gradients of a step until cycles are collected.
+        whole = all(part.indices is None for part in self.specs.parts)
+        return [(self, None) for _ in self.specs.parts] if whole else self._several
+
+    @cached_property
+    def _several(self) -> list[tuple["Batch", Table | None]]:
         return [
-            (self, None)
-            if part.indices is None
-            else (
-                Batch([self.tensors[index] for index in part.indices], part.specs, self.limit),
+            (
+                Batch(
+                    [self.tensors[index] for index in part.indices or ()], part.specs, self.limit
+                ),
                 part.rows,
             )
             for part in self.specs.parts

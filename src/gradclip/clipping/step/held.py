@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from itertools import chain
+from threading import get_ident
 from types import MethodType
 from typing import Any, Protocol
 from weakref import ref
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.flags import Flag, any_of
-from gradclip.clipping.step.wrappers import is_replaceable, unwrapped, wrapped
+from gradclip.clipping.step.wrappers import arguments_of, is_replaceable, unwrapped, wrapped
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, warn
 
 _UNSET = object()
@@ -57,33 +58,53 @@ class HeldStep:
 
     def __init__(self, optimizer: Any) -> None:
         self.gates: list[Gate] = []
-        self._running = self._warned = False
+        self._running: set[int] = set()
+        """The threads that are within a step."""
+        self._warned = False
         self._optimizer = ref(optimizer)
-        self._had = {name: vars(optimizer).get(name, _UNSET) for name in ("step", "__getstate__")}
+        attributes = vars(optimizer)
+        self._had = {name: attributes.get(name, _UNSET) for name in ("step", "__getstate__")}
         before = optimizer.step
         self._before = None if self._had["step"] is _UNSET else before
+        names = list(arguments_of(before))
+        self._closure_at = names.index("closure") if "closure" in names else 0
         # An optimizer that does not call Optimizer.__init__ has no hooks.
         self._hook = None
         if hasattr(optimizer, "_optimizer_step_pre_hooks"):
             self._hook = optimizer.register_step_pre_hook(self._see)
         self.bound = _asking(self, optimizer, before)
-        _warning_copy(self, optimizer)
-        optimizer.step = self.bound
+        # Past a __setattr__ of its own, which may hand attributes on.
+        attributes["__getstate__"] = _warning_copy(self, optimizer)
+        attributes["step"] = self.bound
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as one that asks nobody: it is among the hooks of an optimizer."""
+        return HeldStep.of_a_copy, ()
+
+    @classmethod
+    def of_a_copy(cls) -> "HeldStep":
+        """Return one without gates."""
+        step = cls.__new__(cls)
+        step.gates, step._running = [], set()  # noqa: SLF001 - its own class
+        return step
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Ask the gates in their order; step, or do not."""
-        if self._running or not self.gates:
+        thread, gates = get_ident(), list(self.gates)
+        if thread in self._running or not gates:
             return self._call(args, kwargs)
-        gates = list(self.gates)
+        optimizer: Any = self._optimizer()
+        loss = None
+        if any(gate.lasts for gate in gates):  # it clips what the closure computes
+            loss, args, kwargs = self._evaluated(optimizer, args, kwargs)
         entered: list[Gate] = []
         error: BaseException | None = None
-        self._running = True
+        self._running.add(thread)
         try:
-            loss, args, kwargs = _evaluated(self._optimizer(), args, kwargs)
             withheld: Flag = False
             for gate in gates:
                 entered.append(gate)
-                withheld = any_of([withheld, gate.before(self._optimizer(), kwargs)])
+                withheld = any_of([withheld, gate.before(optimizer, kwargs)])
             result = self._step(withheld, args, kwargs)
         except BaseException as raised:
             error = raised
@@ -91,21 +112,23 @@ class HeldStep:
         else:
             return loss if result is None else result
         finally:
-            self._running = False
+            self._running.discard(thread)
             for gate in reversed(entered):
                 gate.after(error)
+            error = None  # or this frame, and all that the error has, would wait for the collector
 
     def _step(self, withheld: Flag, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Step under a flag: on the device where the optimizer takes one, else read by the host."""
         optimizer: Any = self._optimizer()
-        if isinstance(withheld, Tensor) and takes_found_inf(optimizer):
+        if isinstance(withheld, Tensor) and self._takes_found_inf(optimizer):
             with _found_inf(optimizer, withheld):
                 return self._call(args, kwargs)
         if not withheld:
             return self._call(args, kwargs)
         if hasattr(self.bound, "_wrapped_by_lr_sched"):
             optimizer._opt_called = True  # noqa: SLF001 - or schedulers warn
-        return None
+        loss, _, _ = self._evaluated(optimizer, args, kwargs)
+        return loss
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._before is not None:
@@ -113,15 +136,43 @@ class HeldStep:
         optimizer: Any = self._optimizer()
         return type(optimizer).step(optimizer, *args, **kwargs)
 
+    def _takes_found_inf(self, optimizer: Any) -> bool:
+        """Return whether a step can be called, and told on the device to change nothing.
+
+        So it is if it is torch's own, and nobody has a hook on it: others do not look at the flag.
+        """
+        own = getattr(self.bound, "__module__", "").startswith("torch.optim.")
+        before = getattr(optimizer, "_optimizer_step_pre_hooks", ())
+        after = getattr(optimizer, "_optimizer_step_post_hooks", ())
+        return own and len(before) + len(after) == 1 and takes_found_inf(optimizer)
+
+    def _evaluated(
+        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """Run the closure, if a step was given one; return its loss, and arguments that have that.
+
+        The gradients are clipped between the closure and the step, so the step may ask for the
+        loss once, where its weights still are, and not for new gradients.
+        """
+        at = self._closure_at
+        closure = args[at] if at < len(args) else kwargs.get("closure")
+        if not callable(closure):
+            return None, args, kwargs
+        known = _Known(optimizer, closure)
+        if at < len(args):
+            return known.loss, (*args[:at], known, *args[at + 1 :]), kwargs
+        return known.loss, args, {**kwargs, "closure": known}
+
     def _see(self, optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG002
         """Refuse a step that comes past ``run``."""
-        if self.gates and not self._running:
+        if self.gates and get_ident() not in self._running:
             label = self.gates[0].label
             raise ArgumentValueError(
                 f"{type(optimizer).__name__}.step was called past {label}, so its gradients are "
                 f"not clipped: somebody took optimizer.step before {label} replaced it, as "
                 "torch.compile(optimizer.step), accelerator.prepare(optimizer) with a loss scaler "
-                "and type(optimizer).step do. Attach before optimizer.step is taken, or to the "
+                "and type(optimizer).step do, or called super().step() from a method of another "
+                "name. Attach before optimizer.step is taken, or to the "
                 "prepared optimizer. No step was made."
             )
 
@@ -228,7 +279,7 @@ def _asking(step: HeldStep, optimizer: Any, before: Callable[..., Any]) -> Metho
     return MethodType(asking, optimizer)
 
 
-def _warning_copy(step: HeldStep, optimizer: Any) -> None:
+def _warning_copy(step: HeldStep, optimizer: Any) -> MethodType:
     """Let ``copy`` and ``pickle`` warn of a copy, which steps plainly."""
     original: Any = type(optimizer).__getstate__
 
@@ -237,37 +288,37 @@ def _warning_copy(step: HeldStep, optimizer: Any) -> None:
         return original(self)
 
     warning.__name__ = "__getstate__"
-    optimizer.__getstate__ = MethodType(warning, optimizer)
+    return MethodType(warning, optimizer)
 
 
-def _evaluated(
-    optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Run the closure, if a step was given one; return its loss, and arguments that have that.
+class _Known:
+    """Stands for a closure that was run: returns its loss.
 
-    The gradients are clipped between the closure and the step, so the step may ask for the loss
-    once, and not for new gradients.
+    Args:
+        optimizer: Is asked for its weights.
+        closure: Computes gradients, and returns the loss.
     """
-    closure = args[0] if args else kwargs.get("closure")
-    if closure is None:
-        return None, args, kwargs
-    with torch.enable_grad():
-        loss = closure()
-    asked = []
 
-    def known() -> Any:
-        asked.append(True)
-        if len(asked) > 1:
+    def __init__(self, optimizer: Any, closure: Callable[[], Any]) -> None:
+        with torch.enable_grad():
+            self.loss = closure()
+        self._optimizer = optimizer
+        self._weights = self._versions()
+        self._asked = False
+
+    def __call__(self) -> Any:
+        if self._asked or self._weights != self._versions():
             raise ArgumentTypeError(
-                f"{type(optimizer).__name__} evaluates its closure more than once in a step, so "
-                "that gradients come which are not clipped: call GradientClipper.clip() at the "
-                "end of the closure instead"
+                f"{type(self._optimizer).__name__} evaluates its closure more than once in a step, "
+                "or after it has moved its weights, so that gradients come which are not clipped: "
+                "call GradientClipper.clip() at the end of the closure instead"
             )
-        return loss
+        self._asked = True
+        return self.loss
 
-    return (
-        (loss, (known, *args[1:]), kwargs) if args else (loss, args, {**kwargs, "closure": known})
-    )
+    def _versions(self) -> list[int]:
+        groups = self._optimizer.param_groups
+        return [p._version for group in groups for p in group["params"]]  # noqa: SLF001 - as autograd
 
 
 def _chain(optimizer: Any) -> Iterator[Any]:

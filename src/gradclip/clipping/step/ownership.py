@@ -9,6 +9,7 @@ that they clipped. An owner looks for the marks of others before the step; a gue
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -73,7 +74,8 @@ def check_unclaimed(optimizer: torch.optim.Optimizer, owner: object, label: str)
         f"the gradients of this {type(inner).__name__} are already clipped before "
         f"every step, by {known[1]}; {label} would clip them again, and a second limit silently "
         "changes what the first one means. Keep one of them: remove() takes an attachment or a "
-        "callback off, and limits by parameter go into one policy. No gradient was changed."
+        "callback off (where that object is lost, make the optimizer anew), and limits by "
+        "parameter go into one policy. No gradient was changed."
     )
 
 
@@ -132,12 +134,11 @@ class _Marking:
             marks += [_Mark(TensorWeakRef(each), _version(each), policy) for each in some]
         self.marks.append(marks)
         if all(each is not self for each in _MARKING):
-            _MARKING[:] = [each for each in _MARKING if each.is_marked()]
-            _MARKING.append(self)
+            _MARKING[:] = [*(each for each in list(_MARKING) if each.is_marked()), self]
 
     def is_marked(self) -> bool:
         """Return whether a gradient that it marked still lives."""
-        return any(mark.gradient() is not None for marks in self.marks for mark in marks)
+        return any(m.gradient() is not None for m in chain.from_iterable(list(self.marks)))
 
 
 class Guest(_Marking):
@@ -167,7 +168,7 @@ class Owner(_Marking):
             if other is self or other.released:
                 continue
             mine = {id(gradient) for gradient in gradients} if mine is None else mine
-            for mark in (mark for marks in other.marks for mark in marks):
+            for mark in chain.from_iterable(list(other.marks)):  # threads have engines of their own
                 gradient = mark.gradient()
                 if id(gradient) in mine and mark.version == _version(gradient):
                     self._refuse(other, mark)

@@ -1,7 +1,7 @@
 """Wrappers of optimizers: which are looked through, and which are optimizers of their own."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,16 +26,17 @@ def wrapped(optimizer: Any) -> Any:
     A Lookahead, say, wraps an optimizer too, and has weights of its own to step. Only where the
     ``step`` of a wrapper cannot be replaced there is no choice but to look behind it.
     """
-    package = type(optimizer).__module__.partition(".")[0]
-    attribute = _TRANSPARENT.get(package, "" if is_replaceable(optimizer) else "optimizer")
+    packages = (kind.__module__.partition(".")[0] for kind in type(optimizer).__mro__)
+    known = (_TRANSPARENT[package] for package in packages if package in _TRANSPARENT)
+    attribute = next(known, "" if is_replaceable(optimizer) else "optimizer")
     inner = getattr(optimizer, attribute, None)
     return inner if hasattr(inner, "param_groups") else None
 
 
 def is_replaceable(optimizer: Any) -> bool:
-    """Return whether the ``step`` of an object can be replaced."""
-    kind: Any = type(optimizer)
-    return kind.__setattr__ is object.__setattr__ and hasattr(optimizer, "__dict__")
+    """Return whether the ``step`` of an object can be replaced, on this object alone."""
+    step = inspect.getattr_static(type(optimizer), "step", None)
+    return hasattr(optimizer, "__dict__") and not hasattr(step, "__set__")
 
 
 def unwrapped(optimizer: Any) -> Any:
@@ -93,9 +94,17 @@ def check_steps_once(optimizer: Any, label: str) -> None:
 
 def _computes_gradients(optimizer: Any) -> bool:
     """Return whether a step needs a closure, or has one of its own that is set before."""
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    closure = arguments_of(getattr(type(optimizer), "step", None)).get("closure")
     must = closure is not None and closure.default is closure.empty
     return must or hasattr(optimizer, "set_closure")
+
+
+def arguments_of(step: Any) -> Mapping[str, inspect.Parameter]:
+    """Return the arguments that a step takes, by name; none where they cannot be found out."""
+    try:
+        return inspect.signature(step).parameters
+    except (TypeError, ValueError):
+        return {}
 
 
 def described(optimizer: Any, group: dict[str, Any], index: int) -> str:

@@ -1,14 +1,24 @@
 """The held step: who calls it, who comes past it, what it leaves behind."""
 
+import contextlib
+import copy
+import gc
 import inspect
+import pickle
+import sys
+import threading
 import warnings
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.weak import TensorWeakRef
 
-from gradclip import ObserveClip, attach, withhold
+from gradclip import GradientClipper, ObserveClip, attach, clip_grad_norm_, withhold
+from gradclip.clipping.step.wrappers import unwrapped
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
+from gradclip.integrations.wrapped import behind_accelerate
 
 
 def trainee(**options):
@@ -197,3 +207,257 @@ def test_a_compiled_step_has_the_graphs_that_it_has_alone():
     assert handle.clipper.step == 4
     with pytest.raises(ArgumentValueError, match=r"torch\.compile\(optimizer\.step\)"):
         before()
+
+
+# What an attack found.
+
+
+def test_no_gradient_of_a_step_outlives_it():
+    """A batch of tensors that kept itself waited for the collector, with a model's gradients."""
+    weight, optimizer = trainee()
+    attach(optimizer, 1.0)
+    clipper = GradientClipper([weight], 1e9)
+    gc.collect()
+    gc.disable()
+    try:
+        dead = []
+        for _ in range(3):
+            give(weight)
+            dead.append(TensorWeakRef(weight.grad))
+            clip_grad_norm_([weight], 1e9)
+            optimizer.zero_grad()
+            give(weight)
+            dead.append(TensorWeakRef(weight.grad))
+            optimizer.step()
+            optimizer.zero_grad()
+            give(weight)
+            dead.append(TensorWeakRef(weight.grad))
+            clipper.clip()
+            weight.grad = None
+        assert [each() for each in dead[:-3]] == [None] * 6
+    finally:
+        gc.enable()
+
+
+class HandsOn(torch.optim.Optimizer):
+    """Shows the attributes of the optimizer that it wraps, as NeMo's EMAOptimizer."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["optimizer"], name)
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+class Averages(torch.optim.AdamW):
+    """Counts and averages beside the step of its base."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.count = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.count += 1
+
+
+@pytest.mark.parametrize("kind", ["hands on", "averages", "hook"])
+def test_only_torchs_own_fused_step_is_called_to_change_nothing(kind):
+    weight = nn.Parameter(torch.ones(2))
+    inner = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    optimizer = {"hands on": HandsOn(inner), "hook": inner}.get(kind)
+    optimizer = optimizer or Averages([weight], lr=0.1, fused=True)
+    seen = []
+    if kind == "hook":
+        optimizer.register_step_post_hook(lambda *_: seen.append(1))
+    give(weight)
+    optimizer.step()
+    before = weight.tolist(), getattr(optimizer, "count", 0), len(seen)
+    give(weight, torch.nan)
+    with withhold(optimizer, torch.tensor(True)):
+        optimizer.step()
+    assert (weight.tolist(), getattr(optimizer, "count", 0), len(seen)) == before
+
+
+def test_an_error_in_a_closure_keeps_nothing_of_the_batch_alive():
+    _, optimizer = trainee()
+    attach(optimizer, 1.0)
+    dead = []
+
+    def closure():
+        activations = torch.zeros(3)
+        dead.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError
+
+    gc.disable()
+    try:
+        for _ in range(2):
+            with contextlib.suppress(torch.OutOfMemoryError):
+                optimizer.step(closure)
+        assert [each() for each in dead] == [None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.filterwarnings("ignore:an optimizer whose gradients")
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_a_copy_of_a_handle_is_one_that_was_removed(copied):
+    weight, optimizer = trainee()
+    handle = attach(optimizer, 1.0)
+    give(weight)
+    optimizer.step()
+    other = copied(handle)
+    assert "removed from SGD" in repr(other)
+    assert float(other.last.norm_pre) == float(handle.last.norm_pre)
+    give(weight)
+    optimizer.step()
+    assert handle.clipper.step == 2
+    assert other.clipper.step == 1
+
+
+class Whole(torch.optim.SGD):
+    def __getstate__(self):
+        return dict(vars(self))
+
+
+@pytest.mark.filterwarnings("ignore:an optimizer whose gradients")
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_an_optimizer_that_is_copied_with_all_its_attributes_steps_plainly(copied):
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = Whole([weight], lr=1.0)
+    attach(optimizer, 1.0)
+    other = copied(optimizer)
+    (param,) = other.param_groups[0]["params"]
+    give(param)
+    other.step()
+    assert param.tolist() == [-3.0, -3.0]
+
+
+def test_a_closure_that_is_evaluated_where_the_weights_have_moved_is_refused():
+    class Ahead(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.add_(0.1)
+            loss = closure()
+            super().step()
+            return loss
+
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = Ahead([weight], lr=1.0)
+    attach(optimizer, 1.0)
+    give(weight)
+    with pytest.raises(ArgumentTypeError, match="Ahead evaluates its closure more than once"):
+        optimizer.step(lambda: torch.ones(()))
+
+
+@pytest.mark.parametrize("flag", [torch.tensor(False), False])
+def test_a_step_that_is_not_withheld_has_its_closure(flag):
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.LBFGS([weight], lr=0.1, max_iter=4)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    with withhold(optimizer, flag):
+        optimizer.step(closure)
+    assert float(weight.detach().norm()) < 1.4
+    before = weight.tolist()
+    with withhold(optimizer, torch.tensor(True)):
+        assert float(optimizer.step(closure).detach()) == pytest.approx(sum(w * w for w in before))
+    assert weight.tolist() == before
+
+
+def test_what_is_no_closure_is_left_alone():
+    class Rated(torch.optim.SGD):
+        def step(self, lr=None, closure=None):
+            self.param_groups[0]["lr"] = lr
+            return super().step(closure)
+
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = Rated([weight], lr=1.0)
+    attach(optimizer, 10.0)
+    give(weight)
+    optimizer.step(0.5)
+    assert weight.tolist() == [-1.5, -1.5]
+    calls = []
+    optimizer.step(0.0, lambda: calls.append(1))
+    assert calls == [1]
+
+
+def test_attributes_that_are_set_in_another_way_do_not_matter():
+    class Sets(torch.optim.SGD):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = Sets([weight], lr=1.0)
+    before = dict(vars(optimizer))
+    with attach(optimizer, 1.0):
+        give(weight)
+        optimizer.step()
+    assert weight.tolist() == pytest.approx([-(0.5**0.5)] * 2, rel=1e-5)
+    assert vars(optimizer).keys() == before.keys()
+
+
+def test_an_attachment_that_cannot_hold_the_step_claims_nothing():
+    class Property(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.inner, self.param_groups = optimizer, optimizer.param_groups
+
+        @property
+        def step(self):
+            return self.inner.step
+
+    optimizer = Property(trainee()[1])
+    for _ in range(2):
+        with pytest.raises(ArgumentTypeError, match="step of Property cannot be replaced"):
+            attach(optimizer, 1.0)
+
+
+def test_threads_have_optimizers_of_their_own():
+    failures = []
+
+    def train():
+        weight, optimizer = trainee()
+        attach(optimizer, 1.0)
+        try:
+            for _ in range(150):
+                give(weight)
+                optimizer.step()
+                optimizer.zero_grad()
+        except BaseException as error:  # noqa: BLE001 - of another thread
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=train) for _ in range(4)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert failures == []
+
+
+def test_wrappers_that_are_subclassed_are_looked_through():
+    from accelerate import Accelerator  # noqa: PLC0415
+    from accelerate.optimizer import AcceleratedOptimizer  # noqa: PLC0415
+
+    class Mine(AcceleratedOptimizer):
+        pass
+
+    Accelerator(cpu=True)
+    _, optimizer = trainee()
+    wrapper = Mine(optimizer, device_placement=False)
+    assert unwrapped(wrapper) is optimizer
+    assert behind_accelerate(wrapper) is optimizer
