@@ -418,7 +418,7 @@ def test_an_attachment_that_cannot_hold_the_step_claims_nothing():
 
     optimizer = Property(trainee()[1])
     for _ in range(2):
-        with pytest.raises(ArgumentTypeError, match="step of Property cannot be replaced"):
+        with pytest.raises(ArgumentTypeError, match=r"Property cannot be replaced"):
             attach(optimizer, 1.0)
 
 
