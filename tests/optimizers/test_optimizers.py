@@ -135,3 +135,20 @@ def test_what_cannot_be_clipped_is_refused_by_name(library, name):
 
     with pytest.raises(GradClipError, match=f"{name}.*{REFUSED[library, name].error}"):
         clipped_step()
+
+
+def test_a_subclass_of_a_wrapper_is_looked_through_too():
+    """Research code derives from opacus's: its module is that of the user."""
+
+    class Mine(set_ups.package("opacus").DPOptimizer):
+        pass
+
+    weight = torch.nn.Parameter(torch.zeros(3))
+    inner = torch.optim.SGD([weight], lr=1.0)
+    options = {"noise_multiplier": 0.0, "max_grad_norm": 1e6, "expected_batch_size": 1}
+    optimizer = Mine(inner, **options)
+    handle = attach(optimizer, LIMIT)
+    weight.grad, weight.grad_sample = torch.zeros(3), torch.full((1, 3), 100.0)
+    optimizer.step()
+    assert float(handle.last.norm_pre) > LIMIT
+    assert float(weight.detach().norm()) == pytest.approx(LIMIT, rel=1e-5)
