@@ -379,3 +379,21 @@ def grows(rank, where):
 def test_parameters_that_are_added_are_told_first(where):
     truth = [pytest.approx(math.sqrt(8)), pytest.approx(4.0), pytest.approx(4.0)]
     assert together(grows, 2, where) == [truth] * 2
+
+
+# clippers that are called in another order
+
+
+def other_order(rank, policies):
+    first, second = (
+        GradientClipper([sharded(torch.full((8,), value), line(), Shard(0))], policy)
+        for value, policy in zip((3.0, 5.0), policies, strict=True)
+    )
+    for clipper in [first, second] if rank == 0 else [second, first]:
+        fails(clipper.clip, ReplicaError, "do not clip the same step")
+
+
+@pytest.mark.parametrize("policies", [(1.0, 7.0), (1.0, NormClip(max_norm=1.0, norm_type=1.0))])
+def test_two_clippers_in_another_order_are_told_apart(policies):
+    """The sums of one would be added to those of the other."""
+    together(other_order, 2, policies)

@@ -90,8 +90,8 @@ class Ranks:
         singles: Whether any rank has others.
         result_device: Device of small results, the same at every step.
         module: What has the parameters, if it is known.
-        unagreed: What ranks should have alike and have not compared, in words; None if they have
-            agreed on everything.
+        alike: What ranks have alike, in words: one that calls another clipper has other words.
+        agreed: Whether they have compared it already, and everything else.
     """
 
     is_single = False
@@ -106,15 +106,16 @@ class Ranks:
         singles: bool,
         result_device: torch.device,
         module: nn.Module | None,
-        unagreed: str | None,
+        alike: str,
+        agreed: bool,
     ) -> None:
         self.rank = dist.get_rank()
         self.result_device = result_device
         self._topology = topology
         self._members = {member.pattern: member for member in members}
-        self._unagreed = unagreed
+        self._alike = alike
         # Without agreement this rank does not know what others have.
-        self._width = 3 if doubles or unagreed is not None else 1
+        self._width = 3 if doubles or not agreed else 1
         self._dtype = torch.float64 if doubles else torch.float32
         self._guard = COARSE_GUARD if singles else FINE_GUARD
         self._module = module
@@ -388,8 +389,7 @@ class Ranks:
         """Return what this rank says about itself, as far as the host knows it."""
         groups = [each.gradients.group for each in found]
         here = self._presences(found)
-        if self._unagreed is not None:
-            step_tag = ", ".join(filter(None, [step_tag, self._unagreed]))
+        step_tag = ", ".join(filter(None, [step_tag, self._alike]))
         return Status(
             failed=False,
             unexpected_placement=False,

@@ -83,7 +83,8 @@ class Rendezvous:
             singles=any(each.singles for each in known),
             result_device=device,
             module=self.source.module,
-            unagreed=None if agree else self._unagreed(parameters, survey, facts),
+            alike=facts.policies if agree else self._unagreed(parameters, survey, facts),
+            agreed=agree,
         )
 
     def _facts(
