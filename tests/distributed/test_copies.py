@@ -162,6 +162,10 @@ def window(rank, function):
     model(inputs).sum().backward()
     truth = math.sqrt(sum(p.grad.full_tensor().square().sum().item() for p in model.parameters()))
     assert math.isclose(clip(), truth, rel_tol=1e-5)
+    model.zero_grad(set_to_none=False)  # gradients are there, of the window before
+    model.set_requires_gradient_sync(False)
+    model(inputs).sum().backward()
+    fails(clip, UnsupportedGradientError, "an accumulation window is open")
 
 
 def clips(function, model):

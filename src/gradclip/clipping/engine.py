@@ -247,10 +247,9 @@ class Engine:
                 group.gradients.require_real()
             if group.of.writes:
                 self._role.check(group.gradients.tensors)
-        if any(group.gradients.tensors for group in groups) or not self._binding.every():
-            return
-        require_reduced(self._binding.bounded())
-        if not self._warned:
+        has_gradients = any(group.gradients.tensors for group in groups)
+        require_reduced(self._binding.bounded, has_gradients=has_gradients)
+        if not (self._warned or has_gradients) and self._binding.every():
             self._warned = True
             warn_of_none()
 
