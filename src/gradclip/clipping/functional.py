@@ -46,7 +46,9 @@ Another rank may have seen others, so what ranks tell each other does not depend
 """
 _KEPT = 16
 
-_GUEST = Guest("gradclip's clip_grad_norm_, clip_grads_with_norm_ or clip_grad_value_", calls=16)
+_GUEST = Guest(
+    "gradclip's clip_grad_norm_, clip_grads_with_norm_ or clip_grad_value_", calls=16, few=4
+)
 
 
 def _clip_once(source: ParameterSource, policy: Policy, nonfinite: Nonfinite) -> ClipResult:

@@ -21,6 +21,8 @@ def require_reduced(parameters: Callable[[], Sequence[Tensor]], *, has_gradients
     Raises:
         UnsupportedGradientError: GC020.
     """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
     groups = list(_groups())
     if has_gradients:
         groups = [group for group in groups if not getattr(group, "reduce_grads", True)]
@@ -41,7 +43,7 @@ def require_reduced(parameters: Callable[[], Sequence[Tensor]], *, has_gradients
 def _groups() -> Iterator[Any]:
     """Yield what FSDP2 knows of the parameters of each module; it has no public name for it."""
     known = sys.modules.get("torch.distributed._composable_state")
-    if known is None or "torch.distributed.fsdp" not in sys.modules:
+    if known is None:
         return
     for kept in list(known._module_state_mapping.values()):  # noqa: SLF001
         state = kept()

@@ -25,9 +25,6 @@ _CLAIMS: "WeakKeyDictionary[torch.optim.Optimizer, tuple[ref[object], str]]" = W
 _MARKING: "list[_Marking]" = []
 """What has left marks; it is kept here as long as a gradient that it marked lives."""
 
-_FEW = 4
-"""How many marks stand for all gradients of a call. To leave one takes about a microsecond."""
-
 
 def claim(optimizer: torch.optim.Optimizer, owner: object, label: str) -> None:
     """Claim an optimizer: its owner clips before every step.
@@ -106,13 +103,14 @@ class _Marking:
     Args:
         label: What an error calls it.
         calls: Of how many calls the marks are kept.
+        few: How many marks stand for all gradients of a call; to leave one takes a microsecond.
     """
 
     owners = 0
     """How many owners were ever made."""
 
-    def __init__(self, label: str, *, calls: int = 1) -> None:
-        self.label = label
+    def __init__(self, label: str, *, calls: int = 1, few: int = 1) -> None:
+        self.label, self._few = label, few
         self.released = False
         """Whether it has given its gradients up, so that its marks mean nothing any more."""
         self.marks: deque[list[_Mark]] = deque(maxlen=calls)
@@ -129,7 +127,7 @@ class _Marking:
         every, self._seen = self._seen != _Marking.owners, _Marking.owners
         marks: list[_Mark] = []
         for gradients, policy in clipped:
-            stride = 1 if every else max(1, -(-len(gradients) // _FEW))
+            stride = 1 if every else max(1, -(-len(gradients) // self._few))
             some = gradients[::stride]
             marks += [_Mark(TensorWeakRef(each), _version(each), policy) for each in some]
         self.marks.append(marks)
