@@ -22,7 +22,7 @@ test: $(VENV)/.dev  ## run the tests; where arguments are independent, on every 
 		--ignore tests/integrations --ignore tests/robo_orchard --ignore tests/optimizers
 
 test-all:  ## run the same tests on every combination of values
-	ALL_COMBINATIONS=1 $(MAKE) test
+	ALL_COMBINATIONS=1 $(MAKE) test test-integrations
 
 # The folders that have such tests: to collect the others takes longer than to run these.
 smoke: $(VENV)/.dev  ## run one test of each kind, while you work: half a minute
