@@ -224,6 +224,8 @@ def first_skip(
         why = "another rank found a NaN or an infinity, or failed"
     else:
         why = f"the gradient of {name} holds a NaN or an infinity (the first that does)"
+        if name.startswith("parameters["):
+            why += "; made of model.named_parameters(), the optimizer or the clipper knows its name"
     done = (
         "The optimizer does not make this step."
         if owned

@@ -168,3 +168,10 @@ def test_an_error_names_what_was_used():
         optimizer.step()
     with pytest.raises(NonFiniteGradientError, match=r"clip with gradclip\.GradientClipper,"):
         gradclip.clip_grad_norm_(module.parameters(), 1.0, error_if_nonfinite=True)
+
+
+def test_without_names_it_says_how_to_have_them():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.full((2,), torch.nan)
+    with pytest.warns(UserWarning, match=r"of parameters\[0\] .*; made of model\.named_parameters"):
+        GradientClipper([weight], 1.0).clip()
