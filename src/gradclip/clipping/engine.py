@@ -115,15 +115,15 @@ class Engine:
         called: str | None = None,
     ) -> None:
         self.source, self.policies = source, policies
-        self._skips = options.nonfinite == "skip"
-        self._role = role
-        self._by_pattern = by_pattern
+        self._role, self._by_pattern = role, by_pattern
         self._backends = choose(options.backend)
         self._binding = Binding(
             source, policies, options, by_pattern=by_pattern, known=known, meet=meet
         )
         self._check_disjoint = DisjointCheck()
-        self._clamping = Clamping(self._backends, options.nonfinite, together=by_pattern)
+        self._skips, raises = (options.nonfinite == each for each in ("skip", "raise"))
+        given = {"skips": self._skips, "raises": raises, "together": by_pattern}
+        self._clamping = Clamping(self._backends, **given)
         owned = isinstance(role, Owner)
         self._judge = Judge(options, self._binding.total_order, called=called, owned=owned)
         self.step_log = StepLog(called or "gradclip", owned=owned)

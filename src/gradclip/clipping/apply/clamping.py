@@ -8,7 +8,6 @@ from torch import Tensor
 
 from gradclip.clipping import flags
 from gradclip.clipping.apply.scaling import adopted
-from gradclip.clipping.arguments import Nonfinite
 from gradclip.clipping.flags import Flag, as_flag, as_known
 from gradclip.clipping.kernels import Backends, Clamped, Write
 from gradclip.clipping.measure.group import Found, Group
@@ -44,15 +43,15 @@ class Clamping:
 
     Args:
         backends: The choice of backend.
-        nonfinite: What to do about a NaN.
+        skips: Whether a NaN makes the step one that should not be made.
+        raises: Whether it is an error.
         together: There may be several patterns: under "propagate" all are clamped then, or none.
     """
 
-    def __init__(self, backends: Backends, nonfinite: Nonfinite, *, together: bool) -> None:
+    def __init__(self, backends: Backends, *, skips: bool, raises: bool, together: bool) -> None:
         self._backends = backends
-        self._skips = nonfinite == "skip"
-        self._raises = nonfinite == "raise"
-        self._together = together and nonfinite == "propagate"
+        self._skips, self._raises = skips, raises
+        self._together = together and not (skips or raises)
 
     def _goes_first(self, device: torch.device) -> bool:
         """Return whether patterns are clamped as they are measured, before the verdict.
