@@ -303,7 +303,7 @@ def bad_scale(rank):
     started = time.monotonic()
     with pytest.raises(ArgumentValueError if rank else RankError, match="grad_scale=0"):
         clipper.clip(grad_scale=0.0 if rank else 2.0)
-    with pytest.raises(ReplicaError, match=r"grad_scale 2, and rank 1 .* grad_scale 3"):
+    with pytest.raises(ReplicaError, match=r"grad_scale 2, .* and rank 1 .* grad_scale 3"):
         clipper.clip(grad_scale=torch.tensor(2.0 + rank))
     assert time.monotonic() - started < seconds(5)
     assert weight.grad.to_local().eq(1).all()
@@ -333,7 +333,7 @@ def other_options(rank):
     clipper = GradientClipper([weight], 1.0)
     if rank == 0:
         clipper.load_state_dict({**clipper.state_dict(), "consecutive_skips": 2})
-    with pytest.raises(ReplicaError, match=r"2 skips in a row, and rank 1 .* 0 skips"):
+    with pytest.raises(ReplicaError, match=r"2 skips in a row, .* and rank 1 .* 0 skips"):
         clipper.clip()
 
 
