@@ -6,11 +6,12 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from given import plain, sharded
 from test_shared_gradients import RowClip, TensorClip
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from gradclip import GradientClipper, NormClip, clip_grad_norm_
 from gradclip.clipping.policies import Decision, PolicyState
@@ -23,20 +24,6 @@ from gradclip.errors import (
 )
 from patience import seconds
 from processes import together
-
-
-def plain(value):
-    parameter = nn.Parameter(torch.zeros_like(value))
-    parameter.grad = value.clone()
-    return parameter
-
-
-def sharded(value, mesh, *placements):
-    """A parameter with a gradient of its placements; None is no gradient."""
-    whole = torch.zeros_like(value)
-    parameter = nn.Parameter(distribute_tensor(whole, mesh, placements, src_data_rank=None))
-    parameter.grad = distribute_tensor(value.clone(), mesh, placements, src_data_rank=None)
-    return parameter
 
 
 def line(size):

@@ -122,8 +122,9 @@ class Engine:
         )
         self._check_disjoint = DisjointCheck()
         self._skips, raises = (options.nonfinite == each for each in ("skip", "raise"))
-        given = {"skips": self._skips, "raises": raises, "together": by_pattern}
-        self._clamping = Clamping(self._backends, **given)
+        self._clamping = Clamping(
+            self._backends, skips=self._skips, raises=raises, together=by_pattern
+        )
         owned = isinstance(role, Owner)
         self._judge = Judge(options, self._binding.total_order, called=called, owned=owned)
         self.step_log = StepLog(called or "gradclip", owned=owned)

@@ -139,7 +139,7 @@ class AcceleratorClipper:
         """Clip at the end of an accumulation window.
 
         The host reads one number when ``optimizer.step()`` is called, whether to make it; for a
-        fused optimizer none.
+        fused optimizer of torch's own that has no step hooks, none.
 
         Returns:
             What was done; None inside a window.

@@ -103,7 +103,7 @@ class _Marking:
     Args:
         label: What an error calls it.
         calls: Of how many calls the marks are kept.
-        few: How many marks stand for all gradients of a call; to leave one takes a microsecond.
+        few: How many marks stand for all gradients of a call.
     """
 
     owners = 0

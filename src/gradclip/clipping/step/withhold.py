@@ -16,8 +16,9 @@ def withhold(optimizer: torch.optim.Optimizer, skipped: Tensor | bool) -> Iterat
     """Make ``optimizer.step()`` change nothing while the context lasts, if ``skipped`` is true.
 
     Weights, moments, step counts and gradients stay as they are: ``step`` is not called. A fused
-    optimizer whose state exists is called, and told on the device not to step (``found_inf``); for
-    any other the host reads the flag when ``step`` is called. A closure that ``step`` is given
+    optimizer of torch's own, which has stepped before and has no step hooks, is called, and told on
+    the device not to step (``found_inf``); for any other the host reads the flag when ``step`` is
+    called. A closure that ``step`` is given
     runs all the same, before it, and its loss is returned.
 
     Args:
