@@ -282,21 +282,25 @@ def test_only_torchs_own_fused_step_is_called_to_change_nothing(kind):
     assert (weight.tolist(), getattr(optimizer, "count", 0), len(seen)) == before
 
 
-def test_an_error_in_a_closure_keeps_nothing_of_the_batch_alive():
-    _, optimizer = trainee()
+@pytest.mark.parametrize("where", ["closure", "hook"])
+def test_an_error_keeps_nothing_of_the_batch_alive(where):
+    weight, optimizer = trainee()
     attach(optimizer, 1.0)
     dead = []
 
-    def closure():
+    def fail(*_):
         activations = torch.zeros(3)
         dead.append(weakref.ref(activations))
         raise torch.OutOfMemoryError
 
+    if where == "hook":
+        optimizer.register_step_post_hook(fail)
     gc.disable()
     try:
         for _ in range(2):
+            give(weight)
             with contextlib.suppress(torch.OutOfMemoryError):
-                optimizer.step(closure)
+                optimizer.step(fail if where == "closure" else None)
         assert [each() for each in dead] == [None, None]
     finally:
         gc.enable()
