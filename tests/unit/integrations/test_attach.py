@@ -329,6 +329,32 @@ def test_parameters_that_an_optimizer_does_not_show_are_named(named):
     attach(Pair([first, second], [second]), 1.0)
 
 
+def test_an_optimizer_that_only_knows_another_one_is_taken():
+    class Knows(torch.optim.SGD):
+        def __init__(self, params, other):
+            super().__init__(params, lr=1.0)
+            self.others = {"d": [other]}
+
+    first, second = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
+    other = torch.optim.SGD([second], lr=1.0)
+    set_from_outside = torch.optim.SGD([first], lr=1.0)
+    set_from_outside.other = other
+    for optimizer in (set_from_outside, Knows([first], other)):
+        with attach(optimizer, 1.0) as handle, attach(other, 1.0) as second_handle:
+            first.grad, second.grad = torch.ones(2), torch.ones(3)
+            optimizer.step()
+            other.step()
+            assert handle.clipper.step == second_handle.clipper.step == 1
+    Knows.step = lambda self, closure=None: step_all(self)
+    with pytest.raises(ArgumentValueError, match=r"Knows\.others steps parameters"):
+        attach(optimizer, 1.0)
+
+
+def step_all(optimizer):
+    for each in optimizer.others["d"]:
+        each.step()
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_what_is_no_optimizer_or_steps_in_the_backward_pass():
     from torch.distributed.optim import _apply_optimizer_in_backward  # noqa: PLC0415
