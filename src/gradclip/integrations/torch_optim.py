@@ -12,7 +12,7 @@ from gradclip.clipping.arguments import ClipOptions
 from gradclip.clipping.collect.sources import OptimizerParameters
 from gradclip.clipping.flags import Flag
 from gradclip.clipping.kernels.device import copy_to_host
-from gradclip.clipping.step.held import HeldStep, lend
+from gradclip.clipping.step.held import hooks_before, lend
 from gradclip.clipping.step.wrappers import unwrapped
 from gradclip.errors import ArgumentTypeError, DoubleClippingError, warn
 from gradclip.integrations.loss_scaling import SCALE_FLOOR
@@ -221,12 +221,8 @@ def _checked(optimizer: object) -> Any:
 
 
 def _warn_of_hooks(optimizer: Any) -> None:
-    """Warn of step hooks that see clipped gradients from now on."""
-    hooks = [
-        hook
-        for hook in getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
-        if not isinstance(getattr(hook, "__self__", None), HeldStep)
-    ]
+    """Warn of step hooks, its own and those of all optimizers, that see clipped gradients now."""
+    hooks = hooks_before(optimizer)
     if hooks:
         names = ", ".join(getattr(hook, "__qualname__", repr(hook)) for hook in hooks)
         warn(

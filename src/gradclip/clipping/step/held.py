@@ -17,6 +17,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gradclip.clipping.flags import Flag, any_of
 from gradclip.clipping.step.wrappers import arguments_of, is_replaceable, unwrapped, wrapped
@@ -140,9 +141,8 @@ class HeldStep:
         So it is if it is torch's own, and nobody has a hook on it: others do not look at the flag.
         """
         own = getattr(self.bound, "__module__", "").startswith("torch.optim.")
-        before = getattr(optimizer, "_optimizer_step_pre_hooks", ())
-        after = getattr(optimizer, "_optimizer_step_post_hooks", ())
-        return own and len(before) + len(after) == 1 and takes_found_inf(optimizer)
+        others = hooks_before(optimizer) or _hooks_after(optimizer)
+        return own and not others and takes_found_inf(optimizer)
 
     def _evaluated(
         self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -243,6 +243,18 @@ def held(optimizer: Any, gate: Gate) -> Iterator[None]:
         yield
     finally:
         step.leave(gate)
+
+
+def hooks_before(optimizer: Any) -> list[Any]:
+    """Return the hooks of others that run before a step: its own, and those of all optimizers."""
+    own = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
+    hooks = [*_global_optimizer_pre_hooks.values(), *own]
+    return [each for each in hooks if not isinstance(getattr(each, "__self__", None), HeldStep)]
+
+
+def _hooks_after(optimizer: Any) -> list[Any]:
+    own = getattr(optimizer, "_optimizer_step_post_hooks", {}).values()
+    return [*_global_optimizer_post_hooks.values(), *own]
 
 
 def takes_found_inf(optimizer: Any) -> bool:
