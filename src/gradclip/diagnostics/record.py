@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from gradclip import __version__
 from gradclip.errors import ArgumentValueError
-from gradclip.whole_file import write_whole
+from gradclip.whole_file import read_whole, write_whole
 
 if TYPE_CHECKING:
     from gradclip.clipping import ClipStats
@@ -184,7 +184,10 @@ def read_header(path: str | Path) -> dict[str, object]:
 def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, object) of the header and of every complete line after it."""
     # Bytes, for a text would also be split at the line breaks of Unicode, which JSON allows inside.
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")[:-1]
+    try:
+        lines = read_whole(path).removeprefix(b"\xef\xbb\xbf").split(b"\n")[:-1]
+    except ValueError as error:
+        raise _not_a_record(path, 1, str(error)) from None
     if not lines:
         raise _not_a_record(path, 1, "the file is empty")
     for number, line in enumerate(lines, start=1):
