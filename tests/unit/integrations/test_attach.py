@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 import gradclip
-from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip, attach
+from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip, attach, withhold
 from gradclip.errors import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -216,6 +217,26 @@ def test_removing_it_leaves_everything_as_it_was():
     optimizer.step()
     assert handle.last is last
     attach(optimizer, 1.0)  # nobody owns it now
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_handle_that_was_lost_is_found(wrapped):
+    """A cell of a notebook that ran twice."""
+    inner = optimizer = torch.optim.SGD(model().parameters(), lr=0.1)
+    if wrapped:
+        optimizer = Accelerator(cpu=True).prepare(inner)
+    assert gradclip.attached(optimizer) == ()
+    attach(optimizer, 1.0)
+    with pytest.raises(DoubleClippingError, match=r"gradclip\.attached\(optimizer\)"):
+        attach(optimizer, 1.0)
+    with withhold(optimizer, torch.tensor(True)):  # is no attachment
+        (lost,) = gradclip.attached(optimizer)
+    watching = attach(optimizer, ObserveClip())
+    assert gradclip.attached(inner) == (lost, watching)
+    for handle in gradclip.attached(optimizer):
+        handle.remove()
+    assert gradclip.attached(optimizer) == ()
+    attach(optimizer, 1.0)
 
 
 def test_nothing_is_kept_alive():

@@ -230,8 +230,8 @@ def held(optimizer: Any, gate: Gate) -> Iterator[None]:
         ArgumentTypeError: GC011, its ``step`` cannot be replaced.
     """
     inner = unwrapped(optimizer)
-    step = getattr(getattr(inner, "step", None), _HELD, None)
-    if not isinstance(step, HeldStep):
+    step = _step_of(inner)
+    if step is None:
         if not is_replaceable(inner):
             raise ArgumentTypeError(
                 f"the step of {type(inner).__qualname__} cannot be replaced, so it cannot be kept "
@@ -243,6 +243,17 @@ def held(optimizer: Any, gate: Gate) -> Iterator[None]:
         yield
     finally:
         step.leave(gate)
+
+
+def gates_of(optimizer: Any) -> list[Gate]:
+    """Return what is asked before each step of an optimizer, in that order."""
+    step = _step_of(unwrapped(optimizer))
+    return [] if step is None else list(step.gates)
+
+
+def _step_of(optimizer: Any) -> HeldStep | None:
+    step = getattr(getattr(optimizer, "step", None), _HELD, None)
+    return step if isinstance(step, HeldStep) else None
 
 
 def hooks_before(optimizer: Any) -> list[Any]:
