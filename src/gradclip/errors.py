@@ -19,6 +19,7 @@
     |-- ReplicaError (RuntimeError)              GC211  copies of a gradient differ by rank
     |-- CollectiveError (RuntimeError)           GC212  a collective failed: a rank died, or is late
     |-- CheckpointError (RuntimeError)           GC301  a checkpoint: damaged, or not to be written
+    |-- RecordError (OSError)                    GC302  a record of a run that cannot be written
     `-- MissingDependencyError (ImportError)     GC401  an extra that is not installed
 
 A code never changes its meaning; ``docs/errors.md`` has a paragraph for each.
@@ -43,6 +44,7 @@ __all__ = [
     "NonFiniteGradientError",
     "OverlappingGradientsError",
     "RankError",
+    "RecordError",
     "ReplicaError",
     "StateError",
     "TooManySkipsError",
@@ -161,6 +163,12 @@ class CheckpointError(GradClipError, RuntimeError):
     """A checkpoint is missing, incomplete or damaged, or cannot be written."""
 
     code = "GC301"
+
+
+class RecordError(GradClipError, OSError):
+    """A record of a run cannot be written: the disk is full, say."""
+
+    code = "GC302"
 
 
 class MissingDependencyError(GradClipError, ImportError):

@@ -13,6 +13,10 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.weak import TensorWeakRef
 
 from gradclip import GradientClipper, ObserveClip, attach, clip_grad_norm_, withhold
@@ -117,6 +121,26 @@ def test_hooks_of_others_run_for_steps_that_are_made_and_after_clipping():
     hook.remove()
     with warnings.catch_warnings(action="error"):
         attach(optimizer, ObserveClip())  # gradclip's own hook is none of others
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_hooks_of_all_optimizers_are_as_hooks_of_one(fused):
+    weight, optimizer = trainee(fused=fused)
+    seen = []
+    registered = [
+        register_optimizer_step_pre_hook(lambda *_: seen.append("before")),
+        register_optimizer_step_post_hook(lambda *_: seen.append("after")),
+    ]
+    try:
+        with pytest.warns(UserWarning, match=r"SGD has step hooks \(.*<lambda>\).*after gradclip"):
+            attach(optimizer, 1.0)
+        for value in (3.0, torch.inf):
+            give(weight, value)
+            optimizer.step()
+        assert seen == ["before", "after"]
+    finally:
+        for each in registered:
+            each.remove()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
