@@ -101,6 +101,38 @@ def test_a_step_that_is_no_number_is_not_made(scaler):
     assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
 
 
+class ZerosForNone(torch.optim.SGD):
+    """Makes zeros where there is no gradient, and has momentum, as Muon."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("way", ["attach", "AcceleratorClipper"])
+def test_what_makes_zeros_of_no_gradient_is_withheld(way):
+    """KellerJordan/Muon#56: the momentum moved the weights at a skipped step."""
+    accelerator = Accelerator(cpu=True)
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = accelerator.prepare(ZerosForNone([weight], lr=1.0, momentum=0.9))
+    owner = (
+        attach(optimizer, 1.0)
+        if way == "attach"
+        else AcceleratorClipper(accelerator, optimizer, 1.0)
+    )
+    for value in (1.0, math.nan):
+        before = weight.detach().clone()
+        weight.grad = torch.full((2,), value)
+        if way == "AcceleratorClipper":
+            owner.clip()
+        optimizer.step()
+    assert bool(before.any())
+    assert torch.equal(weight, before)
+
+
 def test_it_unscales_once_also_where_the_loop_did():
     accelerator = Accelerator(cpu=True)
     module = model()

@@ -9,6 +9,7 @@ import sys
 import threading
 import warnings
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -274,6 +275,29 @@ class HandsOn(torch.optim.Optimizer):
 
     def step(self, closure=None):
         return self.optimizer.step(closure)
+
+
+def test_every_step_is_clipped_where_torch_has_not_put_hooks_into_it():
+    """timm's Lookahead does not call torch's ``__init__``: only ``zero_grad`` puts hooks in."""
+
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.inner, self.param_groups = optimizer, optimizer.param_groups
+            self._optimizer_step_pre_hooks = OrderedDict()
+            self._optimizer_step_post_hooks = OrderedDict()
+
+        def step(self, closure=None):
+            return self.inner.step(closure)
+
+    weight, inner = trainee()
+    inner.param_groups[0]["momentum"] = 0.0
+    optimizer = Lookahead(inner)
+    handle = attach(optimizer, 1.0)
+    for number in range(1, 3):
+        give(weight)
+        optimizer.step()  # and the model's zero_grad, not the optimizer's
+        assert handle.clipper.step == number
+        assert float(weight.detach().norm()) == pytest.approx(number, rel=1e-5)
 
 
 class Averages(torch.optim.AdamW):
