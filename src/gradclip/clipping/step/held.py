@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from itertools import chain
-from threading import get_ident
+from threading import local
 from types import MethodType
 from typing import Any, Protocol
 from weakref import ref
@@ -59,8 +59,8 @@ class HeldStep:
 
     def __init__(self, optimizer: Any) -> None:
         self.gates: list[Gate] = []
-        self._running: set[int] = set()
-        """The threads that are within a step."""
+        self._running = local()
+        """Of each thread, whether it is ``inside`` a step."""
         self._warned = False
         self._optimizer = ref(optimizer)
         attributes = vars(optimizer)
@@ -84,13 +84,13 @@ class HeldStep:
     def of_a_copy(cls) -> "HeldStep":
         """Return one without gates."""
         step = cls.__new__(cls)
-        step.gates, step._running = [], set()  # noqa: SLF001 - its own class
+        step.gates, step._running = [], local()  # noqa: SLF001 - its own class
         return step
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Ask the gates in their order; step, or do not."""
-        thread, gates = get_ident(), list(self.gates)
-        if thread in self._running or not gates:
+        gates = list(self.gates)
+        if not gates or self._is_inside():
             return self._call(args, kwargs)
         optimizer: Any = self._optimizer()
         loss = None
@@ -98,7 +98,7 @@ class HeldStep:
             loss, args, kwargs = self._evaluated(optimizer, args, kwargs)
         entered: list[Gate] = []
         error: BaseException | None = None
-        self._running.add(thread)
+        self._running.inside = True
         try:
             withheld: Flag = False
             for gate in gates:
@@ -111,10 +111,14 @@ class HeldStep:
         else:
             return loss if result is None else result
         finally:
-            self._running.discard(thread)
+            self._running.inside = False
             for gate in reversed(entered):
                 gate.after(error)
             error = None  # or this frame, and all that the error has, would wait for the collector
+
+    def _is_inside(self) -> bool:
+        """Return whether this thread is within a step."""
+        return bool(getattr(self._running, "inside", False))
 
     def _step(self, withheld: Flag, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Step under a flag: on the device where the optimizer takes one, else read by the host."""
@@ -163,7 +167,7 @@ class HeldStep:
 
     def _see(self, optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG002
         """Refuse a step that comes past ``run``."""
-        if self.gates and get_ident() not in self._running:
+        if self.gates and not self._is_inside():
             label = self.gates[0].label
             raise ArgumentValueError(
                 f"{type(optimizer).__name__}.step was called past {label}, so its gradients are "
