@@ -1,6 +1,7 @@
 """Real processes that talk over gloo: ``together(function, 4)`` runs it on four ranks."""
 
 import faulthandler
+import gc
 import os
 import pickle
 import sys
@@ -20,9 +21,19 @@ _PRELOADED = [
     "torch.distributed.tensor",
     "torch.distributed.fsdp",
     "torch._dynamo",
-    "gradclip",
-    "gradclip.clipping",
+    "torch.distributed.tensor.debug",
+    "torch.distributed.tensor.parallel",
     "accelerate",
+    "gradclip.clipping.kernels.foreach",
+    "gradclip.clipping.kernels.rows",
+    "gradclip.clipping.ranks.fsdp1",
+    "gradclip.clipping.ranks.rendezvous",
+    "gradclip.clipping.ranks.share",
+    "gradclip.clipping.ranks.topology",
+    "gradclip.clipping.ranks.verdict",
+    "gradclip.pipeline.trainer",
+    "gradclip.pipeline.hooks.record",
+    "pytest",
 ]
 _processes = get_context("forkserver")
 _processes.set_forkserver_preload(_PRELOADED)
@@ -124,6 +135,7 @@ def _rank(
     pipe: Connection, setting: tuple[Any, ...], function: Callable[..., Any], args: Any
 ) -> None:
     """Be one rank. An ordinary exit of a process with a group aborts now and then: avoid it."""
+    gc.freeze()  # what was loaded before is nobody's garbage: its memory stays shared
     rank, ranks, store, group_timeout, env, limit = setting
     os.environ.update(env)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
