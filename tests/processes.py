@@ -87,6 +87,18 @@ class Outcome:
         self.seconds = 0.0
 
 
+def alone(function: Callable[..., Any], *args: Any) -> Any:
+    """Run ``function(*args)`` in a process of its own, without a group; return what it returned."""
+    (outcome,) = outcomes_of(_without_rank, 1, function, args, grouped=False)
+    if outcome.problem:
+        raise RanksFailedError(outcome.problem)
+    return outcome.value
+
+
+def _without_rank(rank: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return function(*args)
+
+
 def outcomes_of(
     function: Callable[..., Any],
     ranks: int,
@@ -94,15 +106,20 @@ def outcomes_of(
     limit: float | None = None,
     env: dict[str, str] | None = None,
     group_timeout: float | None = None,
+    grouped: bool = True,
 ) -> list[Outcome]:
-    """Run a function as ``together`` does, where ranks are expected to fail."""
+    """Run a function as ``together`` does, where ranks are expected to fail.
+
+    ``grouped``: whether they make a process group, before the function is called.
+    """
     limit = seconds() if limit is None else limit
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
         running = []
         for rank in range(ranks):
             ours, theirs = _processes.Pipe(duplex=False)
-            setting = (rank, ranks, f"{folder}/store", group_timeout or limit, env or {}, limit)
+            store = f"{folder}/store" if grouped else None
+            setting = (rank, ranks, store, group_timeout or limit, env or {}, limit)
             process = _processes.Process(target=_rank, args=(theirs, setting, function, args))
             process.start()
             theirs.close()
@@ -148,15 +165,17 @@ def _rank(
     torch.set_num_threads(1)
     code = 0
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=ranks,
-            timeout=timedelta(seconds=group_timeout),
-        )
+        if store is not None:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=ranks,
+                timeout=timedelta(seconds=group_timeout),
+            )
         pipe.send_bytes(pickle.dumps((function(rank, *args), "")))
-        dist.barrier()
+        if store is not None:
+            dist.barrier()
     except BaseException as error:  # noqa: BLE001 - whatever it was, the parent must know
         code = 1
         try:
