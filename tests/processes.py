@@ -155,9 +155,10 @@ def _rank(
     gc.freeze()  # what was loaded before is nobody's garbage: its memory stays shared
     rank, ranks, store, group_timeout, env, limit = setting
     os.environ.update(env)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
-    # What launchers set too, and Accelerate asks for; the group is made by then.
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", LOCAL_WORLD_SIZE=str(ranks))
+    if store is not None:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+        # What launchers set too, and Accelerate asks for; the group is made by then.
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", LOCAL_WORLD_SIZE=str(ranks))
     faulthandler.dump_traceback_later(max(1.0, limit - 2), exit=False)
     import torch  # noqa: PLC0415 - not before the environment is set
     import torch.distributed as dist  # noqa: PLC0415
