@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+import oracle
 from gradclip import GradientClipper, NormClip, clip_grad_norm_
 from gradclip.clipping.policies import Decision, PolicyState
 from gradclip.errors import (
@@ -131,6 +132,30 @@ def test_meshes_that_some_ranks_are_not_in():
     alike(together(on_sub_meshes, 4, "connected"), math.sqrt(4 * 9 + 4))
     alike(together(on_sub_meshes, 4, "declared"), math.sqrt(4 * 9 + 4))
     together(on_sub_meshes, 4, "apart")
+
+
+def renumbered(rank):
+    """Meshes of the same ranks in another order: what is held alike here is not so elsewhere."""
+    across, mesh = DeviceMesh("cpu", [[0, 1], [3, 2]]), square("a", "b")
+    rows = [DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [2, 3])]
+    turned = DeviceMesh("cpu", [[1, 3], [2, 0]])
+    several = [
+        [
+            (across, Replicate(), Shard(0)),
+            (rows[rank // 2], Shard(0)),
+            (across, Shard(0), Shard(1)),
+        ],
+        [(mesh, Replicate(), Shard(0)), (turned, Replicate(), Shard(0)), (mesh["a"], Shard(1))],
+    ]
+    for placed in several:
+        values = [torch.arange(16.0).view(4, 4) + 16 * number for number in range(3)]
+        given = [sharded(v, *where) for v, where in zip(values, placed, strict=True)]
+        for said in (GradientClipper(given, 1e9).clip().norm_pre, clip_grad_norm_(given, 1e9)):
+            assert oracle.relative(said, oracle.norm(values)) < 1e-6, placed
+
+
+def test_meshes_that_number_the_same_ranks_in_another_order():
+    together(renumbered, 4)
 
 
 def rows_without_a_grid(rank):
