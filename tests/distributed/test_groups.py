@@ -134,6 +134,24 @@ def test_meshes_that_some_ranks_are_not_in():
     together(on_sub_meshes, 4, "apart")
 
 
+def chained(rank):
+    """Ranks 0 and 1 are in one group, 1 and 2 in another; rank 3 is in none, and does not clip."""
+    first, second = dist.new_group([0, 1]), dist.new_group([1, 2])
+    if rank == 3:
+        return None
+    groups = [[first], [first, second], [second]][rank]
+    parameters = [(f"stage{rank}", plain(torch.full((4,), 1.0 + rank)))]
+    return [norm_of(GradientClipper(parameters, 1e9, partitioned={"*": groups})) for _ in range(2)]
+
+
+def test_groups_that_overlap_on_a_part_of_the_world():
+    """torch names a new group by how many groups a rank is in, which differs here: it hung."""
+    *said, _ = together(chained, 4, limit=seconds(15.0), group_timeout=seconds(10.0))
+    assert all(each == said[0] for each in said)
+    for norm, _ in said[0]:
+        assert math.isclose(norm, math.sqrt(4 * (1 + 4 + 9)), rel_tol=1e-6)
+
+
 def renumbered(rank):
     """Meshes of the same ranks in another order: what is held alike here is not so elsewhere."""
     across, mesh = DeviceMesh("cpu", [[0, 1], [3, 2]]), square("a", "b")

@@ -17,7 +17,12 @@ from gradclip.clipping.ranks.coverage import (
     compact,
     each_counts_once,
 )
-from gradclip.clipping.ranks.dimension import Dimension, GroupLike, as_groups
+from gradclip.clipping.ranks.dimension import (
+    Dimension,
+    GroupLike,
+    as_groups,
+    groups_here,
+)
 from gradclip.clipping.ranks.fsdp1 import flat_groups, is_flattened, unknown_flat
 from gradclip.clipping.ranks.holding import Found, Holding
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
@@ -168,6 +173,7 @@ class Survey:
             tuple(compact(dimension.ranks) for dimension in self.dimensions),
             {part: found.weight(self._sizes) for found, part in self._parts().values()},
             frozenset(foreign),
+            groups_here(),
         )
 
     def fingerprints(self, named: Sequence[str]) -> dict[tuple[int, ...] | None, tuple[int, int]]:
@@ -207,7 +213,7 @@ class Survey:
                 for each, ranks in zip(self._found, holders, strict=True)
             }
             return Topology(self.dimensions, meshes, holdings)
-        everyone = Dimension.among(sorted(outlines))
+        everyone = Dimension.among(sorted(outlines), max(each.groups for each in outlines.values()))
         holdings = {
             each.identity: each.in_one_dimension(everyone, ranks, foreign)
             for each, ranks in zip(self._found, holders, strict=True)
