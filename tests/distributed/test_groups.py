@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -462,5 +463,32 @@ def histories_differ(rank):
         clipper.clip()
 
 
+class RememberingRows(Remembering):
+    scope: ClassVar[Literal["unit"]] = "unit"
+    clip_mode: str = "remembering rows"
+
+
+class RememberingTensors(Remembering):
+    scope: ClassVar[Literal["tensor"]] = "tensor"
+    clip_mode: str = "remembering tensors"
+
+
+def histories_of_shards_differ(rank):
+    """All ranks have the norm of a tensor, and ranks with parts of the same rows that of those."""
+    mesh = square("rows", "columns")
+    weight = sharded(torch.arange(16.0).view(4, 4), mesh, Shard(0), Shard(1))
+    for policy, other in ((RememberingTensors, 0), (RememberingRows, 2)):
+        clipper = GradientClipper([("weight", weight)], policy(max_norm=1e9))
+        for _ in range(2):
+            clipper.clip()
+        if rank == 3:
+            state = clipper.state_dict()
+            state["states"]["*"]["per_scope"]["seen"] += 1.0
+            clipper.load_state_dict(state)
+        with pytest.raises(ReplicaError, match=f"weight, seen differs between ranks {other} and 3"):
+            clipper.clip()
+
+
 def test_histories_that_differ_are_named():
+    together(histories_of_shards_differ, 4, env={"GRADCLIP_DEBUG": "1"})
     together(histories_differ, 2, env={"GRADCLIP_DEBUG": "1"})

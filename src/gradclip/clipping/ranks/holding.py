@@ -22,6 +22,8 @@ class Holding:
         compared: Whether every rank is expected to have a gradient for it when one has.
         flat: Whether it lies in a flat parameter of FSDP1, cut anywhere.
         position: Which of the parts this rank has; ranks with the same position have copies.
+        axes: What each number of it counts along: a dimension of the tensor; None for other
+            parameters.
         copied: The dimensions all of whose ranks have the part that this rank has.
         absent: Whether this rank has no part of it.
     """
@@ -33,12 +35,22 @@ class Holding:
     compared: bool = True
     flat: bool = False
     position: tuple[int, ...] = ()
+    axes: tuple[int | None, ...] = ()
     copied: frozenset[int] = frozenset()
     absent: bool = False
 
     def split_along(self, tensor_dim: int) -> frozenset[int]:
         """Return the dimensions that cut a dimension of the tensor: its slices are whole then."""
         return frozenset(n for n, cut in self.cuts.items() if cut == tensor_dim)
+
+    def position_of_units(self, unit_dim: int | None) -> tuple[int, ...]:
+        """Return which units this rank has a part of; ranks with the same ones know their norms.
+
+        Args:
+            unit_dim: The dimension of the tensor that has them; None where it is a single one.
+        """
+        pairs = zip(self.position, self.axes, strict=True)
+        return tuple(at for at, axis in pairs if axis is None or axis == unit_dim)
 
 
 @dataclass
@@ -59,6 +71,7 @@ class Found:
     groups: tuple[ProcessGroup, ...] = ()
     whole: tuple[ProcessGroup, ...] = ()
     position: tuple[int, ...] = ()
+    axes: tuple[int | None, ...] = ()
     mesh: tuple[int, ...] | None = None
     compared: bool = True
     flat: bool = False
@@ -103,6 +116,7 @@ class Found:
             self._is_compared(foreign),
             self.flat,
             self.position,
+            self.axes,
             frozenset(
                 n
                 for n, dimension in enumerate(dimensions)
@@ -127,6 +141,7 @@ class Found:
             self._is_compared(foreign),
             self.flat,
             self.position,
+            self.axes,
             frozenset({0}) if self._is_copied(everyone, holders) else frozenset(),
             self.absent,
         )

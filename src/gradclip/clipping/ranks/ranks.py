@@ -162,7 +162,7 @@ class Ranks:
         gradients: Sequence[Gradients],
         norms: Sequence[Tensor],
         nonfinite: Sequence[Tensor | None],
-        states: Mapping[str, Mapping[str, Tensor]],
+        states: Mapping[str, Mapping[tuple[str, str], Tensor]],
     ) -> None:
         """Look for copies that differ, if the environment asks for it.
 

@@ -290,6 +290,7 @@ class Survey:
                 found.split |= {self._number(group)}
                 found.groups = (group,)
                 found.position = (dist.get_group_rank(group, dist.get_rank()),)
+                found.axes = (-1,)
                 found.compared = False
         return found
 
@@ -325,7 +326,9 @@ class Survey:
                 continue
             found.groups += (group,)
             found.position += (coordinate[mesh_dim],)
-            cuts[self._number(group)] = getattr(placement, "dim", -1)
+            axis = getattr(placement, "dim", -1)
+            found.axes += (axis,)
+            cuts[self._number(group)] = axis
         found.split, found.cuts = frozenset(cuts), cuts
         return found
 
@@ -358,6 +361,7 @@ class Survey:
             # Copies have the position of the first of them.
             twins = [each for each in once if rank in each and each <= set(members)]
             found.position += (members.index(min(twins[0]) if twins else rank),)
+            found.axes += (None,)
         found.groups += tuple(declared)
         return found
 
