@@ -177,6 +177,22 @@ def test_meshes_that_number_the_same_ranks_in_another_order():
     together(renumbered, 4)
 
 
+def unequal_scopes(rank):
+    """Stages are not compared; within one, two ranks have shards of other numbers of tensors."""
+    mesh = square("pp", "tp")
+    parameters = [
+        (f"layers.{mesh.get_local_rank('pp')}.{n}", sharded(torch.ones(4), mesh["tp"], Shard(0)))
+        for n in range(2 if rank == 3 else 1)
+    ]
+    with pytest.raises(ArgumentValueError, match="ranks 2 and 3 hold parts of the same"):
+        GradientClipper(parameters, TensorClip(), partitioned={"*": mesh["pp"]})
+
+
+def test_scopes_that_do_not_match_are_refused():
+    """gloo ends the process when ranks reduce vectors of unequal lengths."""
+    together(unequal_scopes, 4)
+
+
 def rows_without_a_grid(rank):
     parameters = [("dense", sharded(torch.ones(4, 2), line(4), Shard(0)))]
     group = dist.new_group([0, 1])
