@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+import oracle
 from gradclip import GradientClipper, NormClip, clip_grad_norm_
 from gradclip.clipping.policies import Decision, PolicyState
 from gradclip.errors import (
@@ -131,6 +133,64 @@ def test_meshes_that_some_ranks_are_not_in():
     alike(together(on_sub_meshes, 4, "connected"), math.sqrt(4 * 9 + 4))
     alike(together(on_sub_meshes, 4, "declared"), math.sqrt(4 * 9 + 4))
     together(on_sub_meshes, 4, "apart")
+
+
+def chained(rank):
+    """Ranks 0 and 1 are in one group, 1 and 2 in another; rank 3 is in none, and does not clip."""
+    first, second = dist.new_group([0, 1]), dist.new_group([1, 2])
+    if rank == 3:
+        return None
+    groups = [[first], [first, second], [second]][rank]
+    parameters = [(f"stage{rank}", plain(torch.full((4,), 1.0 + rank)))]
+    return [norm_of(GradientClipper(parameters, 1e9, partitioned={"*": groups})) for _ in range(2)]
+
+
+def test_groups_that_overlap_on_a_part_of_the_world():
+    """torch names a new group by how many groups a rank is in, which differs here: it hung."""
+    *said, _ = together(chained, 4, limit=seconds(15.0), group_timeout=seconds(10.0))
+    assert all(each == said[0] for each in said)
+    for norm, _ in said[0]:
+        assert math.isclose(norm, math.sqrt(4 * (1 + 4 + 9)), rel_tol=1e-6)
+
+
+def renumbered(rank):
+    """Meshes of the same ranks in another order: what is held alike here is not so elsewhere."""
+    across, mesh = DeviceMesh("cpu", [[0, 1], [3, 2]]), square("a", "b")
+    rows = [DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [2, 3])]
+    turned = DeviceMesh("cpu", [[1, 3], [2, 0]])
+    several = [
+        [
+            (across, Replicate(), Shard(0)),
+            (rows[rank // 2], Shard(0)),
+            (across, Shard(0), Shard(1)),
+        ],
+        [(mesh, Replicate(), Shard(0)), (turned, Replicate(), Shard(0)), (mesh["a"], Shard(1))],
+    ]
+    for placed in several:
+        values = [torch.arange(16.0).view(4, 4) + 16 * number for number in range(3)]
+        given = [sharded(v, *where) for v, where in zip(values, placed, strict=True)]
+        for said in (GradientClipper(given, 1e9).clip().norm_pre, clip_grad_norm_(given, 1e9)):
+            assert oracle.relative(said, oracle.norm(values)) < 1e-6, placed
+
+
+def test_meshes_that_number_the_same_ranks_in_another_order():
+    together(renumbered, 4)
+
+
+def unequal_scopes(rank):
+    """Stages are not compared; within one, two ranks have shards of other numbers of tensors."""
+    mesh = square("pp", "tp")
+    parameters = [
+        (f"layers.{mesh.get_local_rank('pp')}.{n}", sharded(torch.ones(4), mesh["tp"], Shard(0)))
+        for n in range(2 if rank == 3 else 1)
+    ]
+    with pytest.raises(ArgumentValueError, match="ranks 2 and 3 hold parts of the same"):
+        GradientClipper(parameters, TensorClip(), partitioned={"*": mesh["pp"]})
+
+
+def test_scopes_that_do_not_match_are_refused():
+    """gloo ends the process when ranks reduce vectors of unequal lengths."""
+    together(unequal_scopes, 4)
 
 
 def rows_without_a_grid(rank):
@@ -419,5 +479,32 @@ def histories_differ(rank):
         clipper.clip()
 
 
+class RememberingRows(Remembering):
+    scope: ClassVar[Literal["unit"]] = "unit"
+    clip_mode: str = "remembering rows"
+
+
+class RememberingTensors(Remembering):
+    scope: ClassVar[Literal["tensor"]] = "tensor"
+    clip_mode: str = "remembering tensors"
+
+
+def histories_of_shards_differ(rank):
+    """All ranks have the norm of a tensor, and ranks with parts of the same rows that of those."""
+    mesh = square("rows", "columns")
+    weight = sharded(torch.arange(16.0).view(4, 4), mesh, Shard(0), Shard(1))
+    for policy, other in ((RememberingTensors, 0), (RememberingRows, 2)):
+        clipper = GradientClipper([("weight", weight)], policy(max_norm=1e9))
+        for _ in range(2):
+            clipper.clip()
+        if rank == 3:
+            state = clipper.state_dict()
+            state["states"]["*"]["per_scope"]["seen"] += 1.0
+            clipper.load_state_dict(state)
+        with pytest.raises(ReplicaError, match=f"weight, seen differs between ranks {other} and 3"):
+            clipper.clip()
+
+
 def test_histories_that_differ_are_named():
+    together(histories_of_shards_differ, 4, env={"GRADCLIP_DEBUG": "1"})
     together(histories_differ, 2, env={"GRADCLIP_DEBUG": "1"})

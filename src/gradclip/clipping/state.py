@@ -153,10 +153,14 @@ class Histories:
             buffer.copy_(before)
         self._before = []
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return all tensors of each pattern, for ranks that compare them."""
+    def tensors(self) -> dict[str, dict[tuple[str, str], Tensor]]:
+        """Return all tensors of each pattern, by what they are and name."""
         return {
-            pattern: {**kept.state.per_scope, **kept.state.shared}
+            pattern: {
+                (kind, name): tensor
+                for kind in ("per_scope", "shared")
+                for name, tensor in getattr(kept.state, kind).items()
+            }
             for pattern, kept in self._kept.items()
         }
 

@@ -25,11 +25,13 @@ class Outline:
         dimensions: The ranks of each dimension that it reduces over, in order.
         parts: What it holds, each kind once, and how often its dimensions would count each.
         foreign: Meshes of parameters of which it has nothing, by their ranks.
+        groups: How many process groups it is in.
     """
 
     dimensions: tuple[Sequence[int], ...]
     parts: Mapping[Part, int]
     foreign: frozenset[tuple[int, ...]]
+    groups: int = 0
 
 
 def compact(ranks: tuple[int, ...]) -> Sequence[int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -38,11 +39,26 @@ class Dimension:
         return cls(tuple(sorted(dist.get_process_group_ranks(group))), group)
 
     @classmethod
-    def among(cls, ranks: list[int]) -> "Dimension":
-        """Make a group of these ranks; each of them asks, and no other has to."""
+    def among(cls, ranks: list[int], groups: int) -> "Dimension":
+        """Make a group of these ranks; each of them asks, and no other has to.
+
+        Args:
+            ranks: Sorted.
+            groups: The largest of what ``groups_here`` returns on them.
+        """
+        world = dist.group.WORLD
+        assert world is not None
         if len(ranks) == dist.get_world_size():
-            return cls(tuple(ranks), dist.group.WORLD)  # type: ignore[arg-type]
-        group = dist.new_group(ranks, use_local_synchronization=True)
+            return cls(tuple(ranks), world)
+        # torch names the new group by how many groups a rank is in, and ranks meet by that name.
+        alone, timeout = [dist.get_rank()], _timeout(world)
+        padding = [
+            dist.new_group(alone, timeout, use_local_synchronization=True)
+            for _ in range(groups - groups_here())
+        ]
+        group = dist.new_group(ranks, timeout, use_local_synchronization=True)
+        for each in padding:
+            dist.destroy_process_group(each)
         return cls(tuple(ranks), group)
 
     @property
@@ -98,6 +114,20 @@ class Dimension:
 
 
 _SHOWN = 16
+
+
+def groups_here() -> int:
+    """Return how many process groups this rank is in, as torch counts them."""
+    return len(dist.distributed_c10d._world.pg_names)  # noqa: SLF001 - nothing else tells
+
+
+def _timeout(group: ProcessGroup) -> timedelta | None:
+    """Return how long collectives of a group wait for a rank; None if it does not tell."""
+    for device in group._device_types:  # noqa: SLF001 - nothing else tells
+        options = getattr(group._get_backend(device), "options", None)  # noqa: SLF001
+        if (timeout := getattr(options, "_timeout", None)) is not None:
+            return timeout  # type: ignore[no-any-return]
+    return None
 
 
 def gathered(dimensions: Iterable[Dimension], known: dict[int, _Fact]) -> dict[int, _Fact]:

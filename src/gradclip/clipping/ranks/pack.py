@@ -21,11 +21,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradclip.clipping.kernels.tables import Table
-from gradclip.clipping.ranks.dimension import Dimension
+from gradclip.clipping.ranks.dimension import Dimension, gathered
 from gradclip.clipping.ranks.share import Share
+from gradclip.errors import ArgumentValueError
 
-ALIKE = 1 + 1e-4
-"""Sums over copies may differ by one in a hundred: rounding does less, mistakes do more."""
+ALIKE = 1e-2
+"""The sum over the copies of one rank may be off by one in a hundred: mistakes do more.
+
+Rounding does less, where each rank computes copies anew: a sum of many powers is off by
+far less than each of them. What ranks have reduced is the same bit by bit.
+"""
 
 
 class Pack:
@@ -74,6 +79,11 @@ class Pack:
     def chosen(self, number: int) -> Table | None:
         """Return which numbers take part in a dimension; None for all."""
         return self._chosen[number]
+
+    def length(self, number: int) -> int:
+        """Return how many numbers take part in a dimension."""
+        chosen = self.chosen(number)
+        return self.size if chosen is None else len(chosen)
 
     def join(
         self,
@@ -133,11 +143,37 @@ class Pack:
         if self._compared:
             total, squares = self._pair(number, vector)
             size = self._dimensions[number].size
-            squares.copy_(squares > total * total * (ALIKE / size))
+            # One of n sums that is off by d, relative to the others, makes a variance of this
+            # much, relative to the mean squared. float64 adds less than n / 10^16 to it.
+            variance = ALIKE**2 * (size - 1) / size**2
+            squares.copy_(squares > total * total * ((1 + variance) / size))
 
     def _pair(self, number: int, vector: Tensor) -> tuple[Tensor, Tensor]:
         at = self.size - 2 * self._compared + number
         return vector[at], vector[at + self._compared]
+
+
+def check_lengths(dimensions: Sequence[Dimension], packs: Sequence[Pack]) -> None:
+    """Refuse packs that ranks cannot reduce together; torch ends the process at unequal lengths.
+
+    Args:
+        dimensions: Those of a grid.
+        packs: What is reduced over them.
+
+    Raises:
+        ArgumentValueError: GC010, on every rank.
+    """
+    lengths = {d.ranks: [p.length(n) for p in packs] for n, d in enumerate(dimensions)}
+    told = gathered(dimensions, {dist.get_rank(): lengths})
+    for rank, theirs in told.items():
+        for ranks, each in theirs.items():
+            if told[ranks[0]].get(ranks) != each:
+                raise ArgumentValueError(
+                    f"ranks {ranks[0]} and {rank} hold parts of the same parameters, and not of "
+                    "as many: their policies have a norm for each tensor or unit, and these norms "
+                    "do not match. Give both the same parameters, or declare the group of both: "
+                    "partitioned={pattern: process group}."
+                )
 
 
 def reduce_packs(

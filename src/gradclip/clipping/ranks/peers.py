@@ -179,7 +179,7 @@ class Peers(Protocol):
         gradients: Sequence[Gradients],
         norms: Sequence[Tensor],
         nonfinite: Sequence[Tensor | None],
-        states: Mapping[str, Mapping[str, Tensor]],
+        states: Mapping[str, Mapping[tuple[str, str], Tensor]],
     ) -> None:
         """Look for copies that differ by rank, if the environment asks for it."""
         ...
@@ -237,7 +237,7 @@ class SingleProcess:
         gradients: Sequence[Gradients],
         norms: Sequence[Tensor],
         nonfinite: Sequence[Tensor | None],
-        states: Mapping[str, Mapping[str, Tensor]],
+        states: Mapping[str, Mapping[tuple[str, str], Tensor]],
     ) -> None:
         """Do nothing: there are no copies."""
 

@@ -23,7 +23,7 @@ from gradclip.clipping.ranks.agreement import agree_on_misplaced
 from gradclip.clipping.ranks.digest import digest
 from gradclip.clipping.ranks.dimension import gathered
 from gradclip.clipping.ranks.fsdp1 import require_root
-from gradclip.clipping.ranks.pack import Pack, reduce_packs
+from gradclip.clipping.ranks.pack import Pack, check_lengths, reduce_packs
 from gradclip.clipping.ranks.peers import (
     GlobalSums,
     LocalSums,
@@ -136,6 +136,15 @@ class Ranks:
         self._largest = Pack(topology.dimensions, largest)
         self._failures = Pack(topology.dimensions, [], FAILURE)
 
+    def check_lengths(self) -> None:
+        """Refuse scopes that do not match those of other ranks; all ranks ask at the same time.
+
+        Only their number does not follow from what ranks have compared.
+        """
+        if any(member.share.is_apart for member in self._members.values()):
+            packs = [self._added, self._scaled, self._largest]
+            check_lengths(self._topology.dimensions, packs)
+
     @property
     def hear_first(self) -> bool:
         """Whether ranks tell each other first that parameters were replaced.
@@ -162,7 +171,7 @@ class Ranks:
         gradients: Sequence[Gradients],
         norms: Sequence[Tensor],
         nonfinite: Sequence[Tensor | None],
-        states: Mapping[str, Mapping[str, Tensor]],
+        states: Mapping[str, Mapping[tuple[str, str], Tensor]],
     ) -> None:
         """Look for copies that differ, if the environment asks for it.
 

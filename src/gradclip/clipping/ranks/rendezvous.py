@@ -75,7 +75,7 @@ class Rendezvous:
         known = [facts] if everyone is None else list(everyone.values())
         devices = {parameter.device for parameter in parameters if not parameter.is_meta}
         device = result_device_of(devices) if devices else torch.device("cpu")
-        return Ranks(
+        ranks = Ranks(
             topology,
             [_member(group, rule, topology) for group, rule in bounded.values()],
             self.total_order,
@@ -86,6 +86,9 @@ class Rendezvous:
             alike=facts.policies if agree else self._unagreed(parameters, survey, facts),
             agreed=agree,
         )
+        if agree:
+            ranks.check_lengths()
+        return ranks
 
     def _facts(
         self,

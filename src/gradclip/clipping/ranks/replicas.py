@@ -22,7 +22,7 @@ def compare_replicas(
     norms: Sequence[Tensor],
     shares: Mapping[str, Share],
     gather: Gather,
-    states: Mapping[str, Mapping[str, Tensor]],
+    states: Mapping[str, Mapping[tuple[str, str], Tensor]],
 ) -> None:
     """Compare gradients, norms and histories over all ranks; every rank takes part, and waits.
 
@@ -31,7 +31,7 @@ def compare_replicas(
         norms: Of each pattern, (S,).
         shares: Who holds what, by pattern.
         gather: Asks all ranks that are compared.
-        states: Histories of policies, by pattern.
+        states: Histories of policies, by pattern; ("per_scope", name) has a row for each scope.
 
     Raises:
         ReplicaError: GC211, on every rank, naming the first difference.
@@ -54,20 +54,40 @@ def _held(
     gradients: Sequence[Gradients],
     norms: Sequence[Tensor],
     shares: Mapping[str, Share],
-    states: Mapping[str, Mapping[str, Tensor]],
+    states: Mapping[str, Mapping[tuple[str, str], Tensor]],
 ) -> _Held:
     held: _Held = {}
     for each, norms_S in zip(gradients, norms, strict=True):
         pattern = each.group.pattern
         for name, gradient, position in _named(each, shares[pattern]):
             held["gradient", name, position] = _digest(gradient)
-        # Scopes of tensors are the same everywhere only where every rank holds all of them whole.
-        whole = not any(holding.split for holding in shares[pattern].holdings)
-        if shares[pattern].scope == "group" or whole:
+        share, state = shares[pattern], states.get(pattern, {})
+        named = {name: value for (kind, name), value in state.items() if kind == "per_scope"}
+        if share.scope == "group":
             held["norm", repr(pattern), ()] = _digest(norms_S)
-            for name, value in states.get(pattern, {}).items():
+            for name, value in named.items():
                 held["history", f"{pattern!r}, {name}", ()] = _digest(value)
+        else:
+            for name, place, rows in _scopes(each, share):
+                held["norm", name, place] = _digest(norms_S[rows])
+                for history, value in named.items():
+                    held["history", f"{name}, {history}", place] = _digest(value[rows])
+        # A policy may have made the rest from the scopes that it sees, which differ by rank.
+        if share.scope == "group" or not any(holding.split for holding in share.holdings):
+            for (kind, name), value in state.items():
+                if kind == "shared":
+                    held["history", f"{pattern!r}, {name}", ()] = _digest(value)
     return held
+
+
+def _scopes(gradients: Gradients, share: Share) -> Iterator[tuple[str, tuple[int, ...], slice]]:
+    """Yield for each parameter which of its scopes this rank has, and where their numbers are."""
+    start = 0
+    held = zip(gradients.group.names, share.holdings, share.rows, share.unit_dims, strict=True)
+    for name, holding, count, unit_dim in held:
+        if not holding.absent:
+            yield name, holding.position_of_units(unit_dim), slice(start, start + count)
+        start += count
 
 
 def _named(
@@ -89,5 +109,7 @@ def _digest(tensor: Tensor | None) -> tuple[str, str]:
         values = values.to_dense()
     values = values.resolve_conj().resolve_neg().cpu().contiguous()
     bits = values.reshape(-1).view(torch.uint8).numpy().tobytes()
-    norm = torch.linalg.vector_norm(values.to(torch.complex128 if values.is_complex() else None))
+    norm = torch.linalg.vector_norm(
+        values.to(torch.complex128 if values.is_complex() else torch.float64)
+    )
     return blake2b(bits, digest_size=16).hexdigest(), f"norm {float(norm):.9g}"

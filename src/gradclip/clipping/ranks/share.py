@@ -42,7 +42,7 @@ class Share:
     ) -> None:
         self.holdings = holdings
         self.rows = rows
-        self._unit_dims = unit_dims
+        self.unit_dims = unit_dims
         self.scope = scope
         self._known: dict[bytes, Presence] = {}
 
@@ -63,7 +63,7 @@ class Share:
 
     def as_group(self) -> "Share":
         """Return the same parameters as one scope."""
-        return Share(self.holdings, self.rows, self._unit_dims, "group")
+        return Share(self.holdings, self.rows, self.unit_dims, "group")
 
     def presence(self, present: Sequence[bool] | None) -> "Presence":
         """Return what follows from which parameters have a gradient; None for all."""
@@ -83,7 +83,7 @@ class Share:
         if self.scope == "group":
             return [False]
         local = []
-        for holding, n, unit_dim in zip(self.holdings, self.rows, self._unit_dims, strict=True):
+        for holding, n, unit_dim in zip(self.holdings, self.rows, self.unit_dims, strict=True):
             whole = holding.declared
             if self.scope == "unit" and unit_dim is not None:
                 whole |= holding.split_along(unit_dim)

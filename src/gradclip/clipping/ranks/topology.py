@@ -1,7 +1,6 @@
 """How ranks hold the parameters: over which dimensions each is split, and how often it is held."""
 
 import zlib
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -18,7 +17,12 @@ from gradclip.clipping.ranks.coverage import (
     compact,
     each_counts_once,
 )
-from gradclip.clipping.ranks.dimension import Dimension, GroupLike, as_groups
+from gradclip.clipping.ranks.dimension import (
+    Dimension,
+    GroupLike,
+    as_groups,
+    groups_here,
+)
 from gradclip.clipping.ranks.fsdp1 import flat_groups, is_flattened, unknown_flat
 from gradclip.clipping.ranks.holding import Found, Holding
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
@@ -129,6 +133,7 @@ class Survey:
         self._meshes: dict[tuple[int, ...], Dimension] = {}
         self._known: dict[ProcessGroup, Dimension] = {}
         self._by_spec: dict[Any, Found] = {}
+        self._grids: dict[int, Any] = {}
         self.dimensions: list[Dimension] = []
         """Those of this rank, in the order in which they appear."""
         self.matched: set[str] = set()
@@ -168,6 +173,7 @@ class Survey:
             tuple(compact(dimension.ranks) for dimension in self.dimensions),
             {part: found.weight(self._sizes) for found, part in self._parts().values()},
             frozenset(foreign),
+            groups_here(),
         )
 
     def fingerprints(self, named: Sequence[str]) -> dict[tuple[int, ...] | None, tuple[int, int]]:
@@ -198,26 +204,51 @@ class Survey:
                 dimensions are those of a grid.
         """
         meshes = list(self._meshes.values())
-        parts = {key: part for key, (_, part) in self._parts().items()}
-        # A rank that has no part of a parameter may hold others in just that way.
-        found = [(each, None if each.absent else parts[each.key]) for each in self._found]
+        holders = self._holders(outlines)
         # There are thousands of ranks, and of parameters: not for each of them anew.
         foreign = {mesh for each in (outlines or {}).values() for mesh in each.foreign}
         if outlines is None or each_counts_once(outlines):
             holdings = {
-                each.identity: each.holding(self.dimensions, part, outlines, foreign)
-                for each, part in found
+                each.identity: each.holding(self.dimensions, ranks, foreign)
+                for each, ranks in zip(self._found, holders, strict=True)
             }
             return Topology(self.dimensions, meshes, holdings)
-        everyone = Dimension.among(sorted(outlines))
-        copies = Counter(part for outline in outlines.values() for part in outline.parts)
+        everyone = Dimension.among(sorted(outlines), max(each.groups for each in outlines.values()))
         holdings = {
-            each.identity: each.in_one_dimension(
-                everyone, part, 1 if part is None else copies[part], outlines, foreign
-            )
-            for each, part in found
+            each.identity: each.in_one_dimension(everyone, ranks, foreign)
+            for each, ranks in zip(self._found, holders, strict=True)
         }
         return Topology([everyone], meshes, holdings, is_grid=False)
+
+    def _holders(self, outlines: Mapping[int, Outline] | None) -> list[frozenset[int]]:
+        """Return, for each parameter, which ranks have the part of it that this one has."""
+        known: dict[tuple[object, ...], frozenset[int]] = {}
+        for key, (found, part) in self._parts().items():
+            if outlines is None:
+                known[key] = self._twins(found)
+            else:
+                known[key] = frozenset(r for r, each in outlines.items() if part in each.parts)
+        # A rank that has no part of a parameter may hold others in just that way.
+        return [frozenset() if each.absent else known[each.key] for each in self._found]
+
+    def _twins(self, found: Found) -> frozenset[int]:
+        """Return which ranks stand where this one does, as far as meshes here tell.
+
+        Every mesh that has all the groups that split a parameter tells, and no other one.
+        """
+        groups = {group for group in found.groups if self._dimension(group).size > 1}
+        if not groups:
+            return frozenset(range(dist.get_world_size()))
+        twins: set[int] = set()
+        for mesh in self._grids.values():
+            dims = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+            if groups <= set(dims):
+                at = tuple(
+                    place if group in groups else slice(None)
+                    for place, group in zip(mesh.get_coordinate(), dims, strict=True)
+                )
+                twins |= set(mesh.mesh[at].flatten().tolist())
+        return frozenset(twins)
 
     @property
     def _sizes(self) -> list[int]:
@@ -257,7 +288,9 @@ class Survey:
                 raise unknown_flat(self._names[number] or f"parameters[{number}]")
             if (group := self._flat[id(parameter)]) is not None:
                 found.split |= {self._number(group)}
+                found.groups = (group,)
                 found.position = (dist.get_group_rank(group, dist.get_rank()),)
+                found.axes = (-1,)
                 found.compared = False
         return found
 
@@ -277,8 +310,8 @@ class Survey:
         if coordinate is None:
             found.absent = True
             return found
+        self._grids[id(spec.mesh)] = spec.mesh
         cuts: dict[int, int] = {}
-        position: list[int] = []
         for mesh_dim, placement in enumerate(spec.placements):
             group = spec.mesh.get_group(mesh_dim)
             dimension = self._dimension(group)
@@ -289,18 +322,14 @@ class Survey:
                     "summands, and no rank the parameter"
                 )
             if placement.is_replicate():
+                found.whole += (group,)
                 continue
-            position.append(coordinate[mesh_dim])
-            cuts[self._number(group)] = getattr(placement, "dim", -1)
+            found.groups += (group,)
+            found.position += (coordinate[mesh_dim],)
+            axis = getattr(placement, "dim", -1)
+            found.axes += (axis,)
+            cuts[self._number(group)] = axis
         found.split, found.cuts = frozenset(cuts), cuts
-        found.position = tuple(position)
-        twins = spec.mesh.mesh[
-            tuple(
-                slice(None) if placement.is_replicate() else at
-                for at, placement in zip(coordinate, spec.placements, strict=True)
-            )
-        ]
-        found.others = frozenset(ranks) - frozenset(twins.flatten().tolist())
         return found
 
     def _declare(self, number: int) -> "Found":
@@ -310,10 +339,12 @@ class Survey:
         for pattern, groups in self._duplicated.of(name, where).items():
             self.matched.add(pattern)
             once += [set(self._dimension(group).ranks) for group in groups]
+        declared: list[ProcessGroup] = []
         for pattern, groups in self._partitioned.of(name, where).items():
             self.matched.add(pattern)
-            found.declared |= {self._number(group) for group in groups}
+            declared += groups
             found.compared = False
+        found.declared = frozenset(self._number(group) for group in declared)
         among = [set(self.dimensions[n].ranks) for n in found.declared]
         for ranks in once:
             if not any(ranks <= others for others in among):
@@ -325,11 +356,13 @@ class Survey:
                 )
             found.copies *= len(ranks)
         rank = dist.get_rank()
-        for n in sorted(found.declared):
-            members = self.dimensions[n].ranks
+        for group in declared:
+            members = self._dimension(group).ranks
             # Copies have the position of the first of them.
             twins = [each for each in once if rank in each and each <= set(members)]
             found.position += (members.index(min(twins[0]) if twins else rank),)
+            found.axes += (None,)
+        found.groups += tuple(declared)
         return found
 
     def _dimension(self, group: ProcessGroup) -> Dimension:

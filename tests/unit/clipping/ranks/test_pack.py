@@ -1,5 +1,6 @@
 """The vector that ranks reduce: what is in it, and which numbers take part in which dimension."""
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -120,6 +121,22 @@ def test_copies_that_are_alike_are_told_from_copies_that_differ():
 
 def test_rounding_is_no_difference():
     assert Grid([3, 5], [4, 5], [3.003, 6], [4, 6.006]).differing == [False, False]
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 64, 512, 4096])
+def test_one_replica_that_is_off_by_one_per_cent_is_found_among_any_number(ranks):
+    pack = Pack([Doubling(ranks)], [], compares=True)
+    rounding = 1e-4 * torch.linspace(-1, 1, ranks, dtype=torch.float64)
+    for off, is_found in ((1.011, True), (0.989, True), (1.001, False), (1.0, False)):
+        copies = 0.1 * (1 + (rounding if off == 1.0 else 0 * rounding))
+        copies[0] *= off
+        added = torch.zeros(pack.size, dtype=torch.float64)
+        for each in copies:
+            vector = pack.join([], CPU, copies=each[None])
+            pack.before(0, vector)
+            added += vector
+        pack.after(0, added)
+        assert bool(pack.differing(added)) is is_found, off
 
 
 def test_a_nan_or_an_infinity_is_no_difference_by_itself():
