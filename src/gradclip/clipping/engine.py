@@ -27,6 +27,7 @@ from gradclip.clipping.measure.pattern import Pattern
 from gradclip.clipping.measure.step import Step, is_small
 from gradclip.clipping.policies import Decision, Measurement, Policy
 from gradclip.clipping.policies.checks import check_decision, decide_by_shared
+from gradclip.clipping.ranks import telling_others
 from gradclip.clipping.ranks.peers import Peers
 from gradclip.clipping.result import ClipResult, over_all
 from gradclip.clipping.state import STATE_VERSION, Histories, read_state
@@ -128,7 +129,8 @@ class Engine:
             if not peers.is_single:
                 sound, found = exchange_sums(peers, step.groups, found, step.tag)
             if peers.look_again:
-                peers = self._binding.find_again()
+                with telling_others():
+                    peers = self._binding.find_again(awaited=True)
         norms = [step.unscaled(each.norm) for each in found]
         if not peers.is_single:
             gradients = [group.gradients for group in step.groups]
@@ -179,7 +181,7 @@ class Engine:
     def _find_peers(self) -> Peers:
         """Find the processes that hold the parameters; what fails here, those of before hear."""
         known = self._binding.peers
-        with known.guarding():
+        with telling_others() if known.is_single else known.guarding():
             # Since the engine was made, FSDP1 may have put the same parameters into shards.
             return self._binding.find(anew=not self._settled)
         return known

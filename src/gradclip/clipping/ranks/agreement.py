@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch.distributed as dist
@@ -10,7 +11,6 @@ from torch import Tensor
 from gradclip.clipping.collect.shards import Placements, misplaced
 from gradclip.clipping.ranks.coverage import Outline, connected
 from gradclip.clipping.ranks.dimension import Dimension, gathered
-from gradclip.clipping.ranks.rollcall import wait_for
 from gradclip.errors import ArgumentValueError, ReplicaError
 
 
@@ -28,6 +28,7 @@ class Facts:
         unmatched: Patterns, by the argument that has them, that match none of its parameters.
         idle: Those for which it is in no process group, as None says.
         error: What is wrong with its arguments, in words.
+        groups: The ranks of each process group over which it talks.
     """
 
     policies: str
@@ -38,22 +39,46 @@ class Facts:
     unmatched: frozenset[tuple[str, str]]
     idle: frozenset[tuple[str, str]]
     error: str | None
+    groups: tuple[Sequence[int], ...]
 
 
 def gather_facts(dimensions: Sequence[Dimension], facts: Facts) -> dict[int, Facts]:
     """Return what every rank says that is reached over some dimensions, by rank.
 
-    A second round reaches those whom other ranks came to know only in the first.
-
-    Raises:
-        ArgumentValueError: GC010, if one of them was given no parameters.
+    Groups may form a chain, and a rank at one end has to hear of the other end.
     """
-    wait_for(dimension.ranks for dimension in dimensions)
-    known = gathered(dimensions, {dist.get_rank(): facts})
-    alike = len({each.outline.dimensions for each in known.values()}) == 1
-    if alike and len(dimensions) == 1:
-        return known
-    return gathered(dimensions, known)
+    # In an order that all ranks have: none waits for one that waits for another one.
+    in_order = sorted(dimensions, key=lambda dimension: _place(dimension.ranks))
+    known, rounds = {dist.get_rank(): facts}, 0
+    while rounds < _rounds({rank: each.groups for rank, each in known.items()}):
+        known, rounds = gathered(in_order, known), rounds + 1
+    return known
+
+
+def _place(ranks: Sequence[int]) -> tuple[int, Sequence[int]]:
+    """Return where a group comes: neighbours first, so that the rows of a grid are together."""
+    return ranks[-1] - ranks[0], tuple(ranks)
+
+
+def _rounds(groups: Mapping[int, Sequence[Sequence[int]]]) -> float:
+    """Return after how many rounds every rank knows all; the same on each that knows all.
+
+    Infinity where this rank does not know all yet.
+    """
+    every = sorted({tuple(each) for known in groups.values() for each in known}, key=_place)
+    if any(rank not in groups for each in every for rank in each):
+        return inf
+    # knows[b] is one large integer, in which the bit of rank a says whether b has heard of a.
+    knows = {rank: 1 << number for number, rank in enumerate(groups)}
+    all_known, rounds = (1 << len(groups)) - 1, 0
+    while any(known != all_known for known in knows.values()):
+        for each in every:
+            together = 0
+            for rank in each:
+                together |= knows[rank]
+            knows |= dict.fromkeys(each, together)
+        rounds += 1
+    return rounds
 
 
 def check_agreement(known: Mapping[int, Facts]) -> None:
@@ -65,7 +90,7 @@ def check_agreement(known: Mapping[int, Facts]) -> None:
     """
     for rank, each in known.items():
         if each.error is not None:
-            raise ArgumentValueError(f"rank {rank} cannot make its clipper: {each.error}")
+            raise ArgumentValueError(f"rank {rank} could not make its clipper: {each.error}")
     first, expected = next(iter(known.items()))
     for rank, other in known.items():
         if other.policies != expected.policies:

@@ -12,10 +12,12 @@ from gradclip.clipping.collect.shards import global_offset, local_part
 from gradclip.clipping.collect.sources import ParameterSource
 from gradclip.clipping.kernels.device import result_device_of
 from gradclip.clipping.ranks.agreement import Facts, check_agreement, gather_facts
-from gradclip.clipping.ranks.dimension import gathered
+from gradclip.clipping.ranks.coverage import compact
+from gradclip.clipping.ranks.dimension import Dimension, gathered
 from gradclip.clipping.ranks.fsdp1 import is_flattened
 from gradclip.clipping.ranks.peers import PatternShare, Rule
 from gradclip.clipping.ranks.ranks import Member, Ranks
+from gradclip.clipping.ranks.rollcall import meet
 from gradclip.clipping.ranks.share import Share
 from gradclip.clipping.ranks.topology import Declared, Survey, Topology
 from gradclip.errors import ArgumentValueError
@@ -64,8 +66,12 @@ class Rendezvous:
             agree=agree,
         )
         error = survey.error or _unable(bounded.values())
-        facts = self._facts(groups, survey, parameters, error, agree=agree)
-        everyone = gather_facts(survey.dimensions, facts) if agree else None
+        missed = meet(d.ranks for d in survey.dimensions) if agree else {}
+        if missed:
+            error = error or ArgumentValueError(next(iter(missed.values())))
+        there = [d for d in survey.dimensions if d.size > 1 and d.ranks not in missed]
+        facts = self._facts(groups, survey, there, parameters, error, agree=agree)
+        everyone = gather_facts(there, facts) if agree else None
         if error is not None:
             raise error
         if everyone is not None:
@@ -91,6 +97,7 @@ class Rendezvous:
         self,
         groups: Mapping[str, ParameterGroup],
         survey: Survey,
+        there: Sequence[Dimension],
         parameters: Sequence[Tensor],
         error: Exception | None,
         *,
@@ -113,6 +120,7 @@ class Rendezvous:
                 if not known
             ),
             error=None if error is None else str(error),
+            groups=tuple(compact(dimension.ranks) for dimension in there),
         )
 
     def _unagreed(self, parameters: Sequence[Tensor], survey: Survey, facts: Facts) -> str:

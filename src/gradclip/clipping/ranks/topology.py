@@ -343,7 +343,11 @@ class Survey:
         if dimension.ranks not in self._numbers:
             self._numbers[dimension.ranks] = len(self.dimensions)
             self.dimensions.append(dimension)
-        return self._numbers[dimension.ranks]
+        number = self._numbers[dimension.ranks]
+        # Of several groups of the same ranks all ranks take the same one, whichever they saw first.
+        if group.group_name < self.dimensions[number].group.group_name:
+            self.dimensions[number] = dimension
+        return number
 
 
 def _mesh_groups(parameters: Sequence[Tensor]) -> list[ProcessGroup]:
