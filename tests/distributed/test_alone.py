@@ -4,16 +4,19 @@ Every failure here is of one rank. The others hear of it at once, or at their ne
 """
 
 import time
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-from given import fails, line, plain, sharded
-from torch.distributed.tensor import Shard
+from given import fails, line, local, plain, sharded
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from gradclip import GradientClipper, NormClip
+from gradclip.clipping import engine
 from gradclip.clipping.ranks import rollcall
-from gradclip.errors import ArgumentValueError, RankError
+from gradclip.errors import ArgumentValueError, RankError, ReplicaError, UnsupportedGradientError
 from patience import seconds
 from processes import together
 
@@ -154,6 +157,44 @@ def test_counts_of_calls_survive_errors_and_new_groups():
     on_ranks(counts, 4)
 
 
+# gradients that are placed otherwise on one rank
+
+
+def misplaced(rank):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    weight = sharded(torch.full((8,), 2.0), mesh, Replicate(), Shard(0))
+    clipper = GradientClipper([("weight", weight)], 1e9)
+    assert clipper.clip().norm_pre.item() == pytest.approx(32**0.5)
+    for others in ("placed", "none"):
+        weight.grad = DTensor.from_local(
+            torch.full((4,), 3.0), mesh, [Replicate(), Shard(0)], run_check=False
+        )
+        if rank < 2:
+            weight.grad = DTensor.from_local(
+                torch.full((4,), 3.0), mesh, [Partial(), Shard(0)], run_check=False
+            )
+        elif others == "none":
+            weight.grad = None
+        assert clipper.clip().norm_pre.item() == pytest.approx(72**0.5), others
+        assert local(weight).eq(3).all()
+    # On another mesh, and in two ways at once.
+    there = mesh["shard"] if rank == 1 else mesh
+    where = [Shard(0)] if rank == 1 else [Replicate(), Shard(0)]
+    weight.grad = DTensor.from_local(torch.full((4,), 3.0), there, where, run_check=False)
+    error = UnsupportedGradientError if rank == 1 else RankError
+    fails(clipper.clip, error, "cannot be brought")
+    where = [Partial(), Shard(0)] if rank < 2 else [Replicate(), Replicate()]
+    length = 4 if rank < 2 else 8
+    weight.grad = DTensor.from_local(torch.full((length,), 3.0), mesh, where, run_check=False)
+    fails(clipper.clip, ReplicaError, "on one rank, and on rank 2 as")
+    assert weight.grad.placements == tuple(where)
+    weight.grad = None
+
+
+def test_placements_that_some_ranks_alone_have():
+    on_ranks(misplaced, 4)
+
+
 def replaced(rank, what):
     """Parameters are replaced on both ranks, and rank 1 cannot look again."""
     weight, bias = (sharded(torch.ones(8), line(), Shard(0)) for _ in range(2))
@@ -169,3 +210,71 @@ def replaced(rank, what):
 
 def test_looking_again_fails_on_one_rank():
     on_ranks(replaced, 2, "plain")
+
+
+# after ranks have agreed
+
+
+def broken(*args, **kwargs):
+    raise MemoryError("no room")
+
+
+def fails_late(rank):
+    weight = sharded(torch.full((8,), 2.0), line(), Shard(0))
+    clipper = GradientClipper([weight], 0.1)
+    clipper.clip()
+    kept, state = engine.scaling, clipper.state_dict()
+    for mend in ("nothing", "load"):
+        if rank == 1:
+            engine.scaling = broken
+            fails(clipper.clip, MemoryError, "no room")
+            engine.scaling = kept
+        else:
+            clipper.clip()
+        if mend == "load":
+            clipper.load_state_dict(state)
+        else:
+            fails(clipper.clip, RankError, "rank 1 .*step 1.*no room.*[Ll]oad")
+        clipper.clip()
+
+
+def test_an_error_after_the_agreement_is_told_at_the_next_call():
+    on_ranks(fails_late, 2)
+
+
+def strict(rank):
+    """A warning that is an error on rank 1 alone, whether it comes before the sums or after."""
+    for what in ("missing", "nan"):
+        weights = [sharded(torch.ones(8), line(), Shard(0)) for _ in range(2)]
+        if what == "missing" and rank == 0:
+            weights[1].grad = None
+        elif what == "nan":
+            weights[1].grad._local_tensor[0] = float("nan")
+        clipper = GradientClipper(weights, 1.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if rank else "ignore")
+            if rank:
+                with pytest.raises(UserWarning):
+                    clipper.clip()
+            else:
+                clipper.clip()
+        fails(clipper.clip, RankError, "rank 1 .*UserWarning")
+        assert clipper.clip() is not None
+
+
+def test_a_warning_that_is_an_error_on_one_rank():
+    on_ranks(strict, 2)
+
+
+def equal_policies(rank):
+    first, second = (
+        GradientClipper([sharded(torch.full((8,), value), line(), Shard(0))], 1.0)
+        for value in (3.0, 5.0)
+    )
+    for clipper in [first, second] if rank == 0 else [second, first]:
+        fails(clipper.clip, ReplicaError, "do not clip the same step")
+    assert bool(first.clip().clipped)
+
+
+def test_two_clippers_of_equal_policies_in_another_order():
+    on_ranks(equal_policies, 2)

@@ -131,6 +131,30 @@ class Engine:
             if peers.look_again:
                 with telling_others():
                     peers = self._binding.find_again(awaited=True)
+        try:
+            with peers.owing(self.step):
+                last = self._finish(
+                    step, found, sound, peers, expected=overflow_expected, defer=defer_scaling
+                )
+        except Exception:
+            self.step += peers.owes  # as on the ranks that made it
+            raise
+        self.step += 1
+        self.last = last
+        self.step_log.push(last, self.step - 1, overflow_expected, grad_scale is not None)
+        return last
+
+    def _finish(
+        self,
+        step: Step,
+        found: list[Found],
+        sound: Flag,
+        peers: Peers,
+        *,
+        expected: bool,
+        defer: bool,
+    ) -> ClipResult:
+        """Decide, judge and write. What fails here on one rank, others hear at their next call."""
         norms = [step.unscaled(each.norm) for each in found]
         if not peers.is_single:
             gradients = [group.gradients for group in step.groups]
@@ -144,7 +168,7 @@ class Engine:
             bounded=decided.bounded,
             committed=decided.committed,
             unwanted=decided.unwanted,
-            overflow_expected=overflow_expected,
+            overflow_expected=expected,
             may_skip=self._binding.may_skip,
             peers=peers,
             step=self.step,
@@ -154,7 +178,7 @@ class Engine:
         results = []
         for number in range(len(norms)):
             result, more = self._apply(
-                step, decided, number, found[number], norms[number], defer=defer_scaling
+                step, decided, number, found[number], norms[number], defer=defer
             )
             results.append(result)
             writes += more
@@ -169,11 +193,8 @@ class Engine:
         writing = [group for group in step.groups if group.of.writes]
         self._role.mark([(group.gradients.tensors, group.policy) for group in writing])
         self._settled = True
-        self.step += 1
-        self.last = last
         if decided.made is not False:
             self._judge.remember(last.measured_S)
-        self.step_log.push(last, self.step - 1, overflow_expected, grad_scale is not None)
         return last
 
     # collect
@@ -456,6 +477,7 @@ class Engine:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned; see ``GradientClipper.load_state_dict``."""
         saved = read_state(state, self.state_dict())
+        self._binding.peers.forget()
         self.step, self._judge.skips.in_a_row = saved.step, saved.consecutive_skips
         self._histories.load(saved.committed_steps, saved.histories)
 

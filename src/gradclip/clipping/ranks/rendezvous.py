@@ -89,7 +89,7 @@ class Rendezvous:
             singles=any(each.singles for each in known),
             result_device=device,
             module=self.source.module,
-            alike=facts.policies if agree else self._unagreed(parameters, survey, facts),
+            alike=_numbered(known) if agree else self._unagreed(parameters, survey, facts),
             agreed=agree,
         )
 
@@ -121,6 +121,7 @@ class Rendezvous:
             ),
             error=None if error is None else str(error),
             groups=tuple(compact(dimension.ranks) for dimension in there),
+            made=_made[0],
         )
 
     def _unagreed(self, parameters: Sequence[Tensor], survey: Survey, facts: Facts) -> str:
@@ -157,6 +158,16 @@ class Rendezvous:
             unused = declared.groups.keys() - matched
             empty |= {(declared.argument, pattern) for pattern in unused}
         return frozenset(empty)
+
+
+def _numbered(known: Sequence[Facts]) -> str:
+    """Say which clipper it is, so that one is told from another of equal policies."""
+    _made[0] = 1 + max(each.made for each in known)
+    return f"{known[0].policies}, number {_made[0]} of its clippers"
+
+
+_made = [0]
+"""How many clippers this process has made with other ranks, or a larger number that they agreed."""
 
 
 def _unable(
