@@ -91,7 +91,7 @@ def as_of_all(sizes: tuple[int, ...], order: list[int]) -> Callable[[Any], dict[
                 {(place, count, checksum): weight},
                 frozenset(),
             )
-            known[rank] = replace(fact, outline=outline)
+            known[rank] = replace(fact, outline=outline, groups=outline.dimensions)
         return known
 
     return everyone

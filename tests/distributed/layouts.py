@@ -255,7 +255,7 @@ def hsdp(rank: int) -> Held:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     module = Holder(SHAPES)
     fully_shard(module, mesh=mesh)
-    return of_module(module, SHAPES, 1)
+    return of_module(module, SHAPES, 2)
 
 
 def tp(rank: int) -> Held:

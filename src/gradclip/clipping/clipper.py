@@ -11,6 +11,7 @@ from gradclip.clipping.collect.sources import ParameterSource, as_source
 from gradclip.clipping.engine import Engine
 from gradclip.clipping.kernels.device import untraced
 from gradclip.clipping.policies import PolicyLike, any_writes, as_policies
+from gradclip.clipping.ranks import telling_others
 from gradclip.clipping.result import ClipResult
 from gradclip.clipping.step.loop import warn_of_zero
 from gradclip.clipping.step.ownership import Guest, Role
@@ -200,10 +201,9 @@ def _engine(
     called: str,
     role: Role,
 ) -> Engine:
-    given, checked = read_options(called, policy, options)
-    policies, by_pattern = as_policies(given)
-    engine = Engine(
-        as_source(params), policies, checked, role, by_pattern=by_pattern, called=called
-    )
-    warn_of_zero(called, policies)
-    return engine
+    with telling_others():
+        given, checked = read_options(called, policy, options)
+        policies, by_pattern = as_policies(given)
+        warn_of_zero(called, policies)
+        source = as_source(params)
+        return Engine(source, policies, checked, role, by_pattern=by_pattern, called=called)

@@ -23,10 +23,11 @@ from gradclip.clipping.kernels.device import is_capturing, result_device_of
 from gradclip.clipping.measure.binding import Binding
 from gradclip.clipping.measure.exchange import exchange_maxima, exchange_sums
 from gradclip.clipping.measure.group import Found, Group, read, read_again
-from gradclip.clipping.measure.norm import Sums, combine
 from gradclip.clipping.measure.pattern import Pattern
+from gradclip.clipping.measure.step import Step, is_small
 from gradclip.clipping.policies import Decision, Measurement, Policy
 from gradclip.clipping.policies.checks import check_decision, decide_by_shared
+from gradclip.clipping.ranks import telling_others
 from gradclip.clipping.ranks.peers import Peers
 from gradclip.clipping.result import ClipResult, over_all
 from gradclip.clipping.state import STATE_VERSION, Histories, read_state
@@ -39,32 +40,6 @@ if TYPE_CHECKING:
 
 _COARSE = 2.0**-80
 """A coefficient below this may not have a loss scale in float32."""
-
-_SMALL_SCALE = 2.0**-700
-"""Divided by less than this, the norm of float32 gradients may be beyond float64."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """What one call works on.
-
-    Args:
-        groups: The gradients of each pattern.
-        device: That of the results.
-        scale: What the gradients are still multiplied by.
-        tag: At which step this rank stands, in words that are the same on all ranks.
-        wide: Whether norms may be beyond float64, or coefficients below its normal numbers.
-    """
-
-    groups: list[Group]
-    device: torch.device
-    scale: float | Tensor | None
-    tag: str
-    wide: bool
-
-    def unscaled(self, sums: Sums) -> Tensor:
-        """Return norms, (S,), as if gradients were not multiplied by the scale."""
-        return sums.norms(self.scale, wide=self.wide)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +129,32 @@ class Engine:
             if not peers.is_single:
                 sound, found = exchange_sums(peers, step.groups, found, step.tag)
             if peers.look_again:
-                peers = self._binding.find_again()
+                with telling_others():
+                    peers = self._binding.find_again(awaited=True)
+        try:
+            with peers.owing(self.step):
+                last = self._finish(
+                    step, found, sound, peers, expected=overflow_expected, defer=defer_scaling
+                )
+        except Exception:
+            self.step += peers.owes  # as on the ranks that made it
+            raise
+        self.step += 1
+        self.last = last
+        self.step_log.push(last, self.step - 1, overflow_expected, grad_scale is not None)
+        return last
+
+    def _finish(
+        self,
+        step: Step,
+        found: list[Found],
+        sound: Flag,
+        peers: Peers,
+        *,
+        expected: bool,
+        defer: bool,
+    ) -> ClipResult:
+        """Decide, judge and write. What fails here on one rank, others hear at their next call."""
         norms = [step.unscaled(each.norm) for each in found]
         if not peers.is_single:
             gradients = [group.gradients for group in step.groups]
@@ -168,7 +168,7 @@ class Engine:
             bounded=decided.bounded,
             committed=decided.committed,
             unwanted=decided.unwanted,
-            overflow_expected=overflow_expected,
+            overflow_expected=expected,
             may_skip=self._binding.may_skip,
             peers=peers,
             step=self.step,
@@ -178,7 +178,7 @@ class Engine:
         results = []
         for number in range(len(norms)):
             result, more = self._apply(
-                step, decided, number, found[number], norms[number], defer=defer_scaling
+                step, decided, number, found[number], norms[number], defer=defer
             )
             results.append(result)
             writes += more
@@ -193,11 +193,8 @@ class Engine:
         writing = [group for group in step.groups if group.of.writes]
         self._role.mark([(group.gradients.tensors, group.policy) for group in writing])
         self._settled = True
-        self.step += 1
-        self.last = last
         if decided.made is not False:
             self._judge.remember(last.measured_S)
-        self.step_log.push(last, self.step - 1, overflow_expected, grad_scale is not None)
         return last
 
     # collect
@@ -205,12 +202,12 @@ class Engine:
     def _find_peers(self) -> Peers:
         """Find the processes that hold the parameters; what fails here, those of before hear."""
         known = self._binding.peers
-        with known.guarding():
+        with telling_others() if known.is_single else known.guarding():
             # Since the engine was made, FSDP1 may have put the same parameters into shards.
             return self._binding.find(anew=not self._settled)
         return known
 
-    def _collect(self, grad_scale: float | Tensor | None, peers: Peers) -> _Step:
+    def _collect(self, grad_scale: float | Tensor | None, peers: Peers) -> Step:
         """Find and check the gradients of every pattern. What fails here fails on every rank."""
         peers.prepare(self._binding.bounded)
         device, groups = peers.result_device, list[Group]()
@@ -236,9 +233,8 @@ class Engine:
                 tag = self._step_tag(device, scale)
             groups = collected
         assert device is not None
-        wide = isinstance(scale, float) and scale < _SMALL_SCALE
-        wide |= any(peers.precision(g.gradients)[0] is torch.float64 for g in groups)
-        return _Step(groups, device, scale, tag, wide)
+        doubles = any(peers.precision(g.gradients)[0] is torch.float64 for g in groups)
+        return Step(groups, device, scale, tag, wide=doubles or is_small(scale))
 
     def _check(self, groups: list[Group]) -> None:
         """Refuse gradients that cannot be clipped together, before any is written."""
@@ -263,7 +259,7 @@ class Engine:
 
     # measure
 
-    def _measure(self, step: _Step, peers: Peers) -> list[Found]:
+    def _measure(self, step: Step, peers: Peers) -> list[Found]:
         """Read all gradients; clamp them on the way where the host waits for no verdict."""
         found: list[Found] = []
         with peers.guarding():
@@ -295,7 +291,7 @@ class Engine:
     # decide
 
     def _decide_together(
-        self, step: _Step, found: list[Found], norms: list[Tensor], sound: Flag, peers: Peers
+        self, step: Step, found: list[Found], norms: list[Tensor], sound: Flag, peers: Peers
     ) -> _Decided:
         """Decide, and tell other ranks where a policy that is asked fails on this one alone."""
         if peers.is_single or not self._binding.asks:
@@ -310,9 +306,7 @@ class Engine:
             made=all_of([decided.made, sure]),
         )
 
-    def _decide(
-        self, step: _Step, found: list[Found], norms: list[Tensor], sound: Flag
-    ) -> _Decided:
+    def _decide(self, step: Step, found: list[Found], norms: list[Tensor], sound: Flag) -> _Decided:
         """Ask each policy, but for those that numbers say completely."""
         bounded = [
             each.is_bounded(group.of, norms_S)
@@ -325,7 +319,7 @@ class Engine:
         for group, each, norms_S in zip(step.groups, found, norms, strict=True):
             decision, limit = group.of.decision, group.of.limit
             if limit is not None and group.of.may_skip:
-                skip = _pattern_norm(step, group, each, norms_S) > limit.skip_above
+                skip = step.pattern_norm(group, each, norms_S) > limit.skip_above
                 decision = Decision(limit.threshold, limit.target, skip=skip)
             elif decision is None:
                 decision = self._ask(step, group, each, norms_S, committed)
@@ -338,10 +332,10 @@ class Engine:
         return _Decided(decisions, bounded, committed, unwanted, made)
 
     def _ask(
-        self, step: _Step, group: Group, found: Found, norms_S: Tensor, committed: Flag
+        self, step: Step, group: Group, found: Found, norms_S: Tensor, committed: Flag
     ) -> Decision:
         pattern = group.of
-        total = _pattern_norm(step, group, found, norms_S)
+        total = step.pattern_norm(group, found, norms_S)
         # Copies: what a policy writes into them by mistake is not what was measured.
         seen = Measurement(
             norms_S=norms_S.clone(),
@@ -360,7 +354,7 @@ class Engine:
         self._histories.check(pattern.name, pattern.policy, decision.state)
         return decision
 
-    def _commit(self, step: _Step, decided: _Decided) -> None:
+    def _commit(self, step: Step, decided: _Decided) -> None:
         """Write what policies remember, where the step is made."""
         made = decided.made
         new = {
@@ -377,7 +371,7 @@ class Engine:
 
     def _apply(
         self,
-        step: _Step,
+        step: Step,
         decided: _Decided,
         number: int,
         found: Found,
@@ -441,7 +435,7 @@ class Engine:
         return dtype is torch.float32 and (number is None or not 0 < number < _COARSE)
 
     def _summed_up(
-        self, step: _Step, found: list[Found], norms: list[Tensor], results: list[ClipResult]
+        self, step: Step, found: list[Found], norms: list[Tensor], results: list[ClipResult]
     ) -> ClipResult:
         """Return one result over those of all patterns."""
         if not self._by_pattern:
@@ -483,15 +477,9 @@ class Engine:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned; see ``GradientClipper.load_state_dict``."""
         saved = read_state(state, self.state_dict())
+        self._binding.peers.forget()
         self.step, self._judge.skips.in_a_row = saved.step, saved.consecutive_skips
         self._histories.load(saved.committed_steps, saved.histories)
-
-
-def _pattern_norm(step: _Step, group: Group, found: Found, norms_S: Tensor) -> Tensor:
-    """Return the norm of all parameters of a pattern, on all ranks: 0-d."""
-    if found.pattern_norm is not None:
-        return step.unscaled(found.pattern_norm)[0]
-    return combine(norms_S, group.of.order)
 
 
 def _is_zero(pattern: Pattern, decision: Decision) -> bool:

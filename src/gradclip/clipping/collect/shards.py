@@ -104,8 +104,12 @@ def misplaced(parameters: Sequence[Tensor], found: Sequence[Tensor | None]) -> l
 
 
 def _same(expected: Any, spec: Any) -> bool:
-    same_mesh = spec.mesh is expected.mesh or spec.mesh == expected.mesh
-    return bool(same_mesh and spec.placements == expected.placements)
+    return _is_on(spec, expected.mesh, expected.placements)
+
+
+def _is_on(spec: Any, mesh: Any, placements: Placements) -> bool:
+    same_mesh = spec.mesh is mesh or spec.mesh == mesh
+    return bool(same_mesh and tuple(spec.placements) == tuple(placements))
 
 
 def _misplaced(name: str, expected: Any, spec: Any) -> MisplacedGradientError:
@@ -144,21 +148,20 @@ def place(parameter: Tensor, placements: Placements) -> None:
 
     Args:
         parameter: A DTensor. Where it has no gradient, or one that is placed like the parameter
-            already, or a plain tensor, which is refused later, zeros take part.
+            already, zeros take part. So they do for one that is placed in a third way, is plain or
+            on another mesh: it is refused later, for a rank that raised here would leave the
+            others waiting.
         placements: Those that its gradient has on the ranks that have another one.
     """
     spec: Any = parameter._spec  # type: ignore[attr-defined]  # noqa: SLF001
     gradient: Any = parameter.grad
-    # A rank that raised here would leave the others waiting.
-    is_plain = gradient is not None and not hasattr(gradient, "_spec")
-    is_placed = gradient is not None and (is_plain or gradient.placements == spec.placements)
-    offered = _zeros(parameter, spec, placements) if is_placed or gradient is None else gradient
+    of_gradient: Any = getattr(gradient, "_spec", None)
+    is_so = of_gradient is not None and _is_on(of_gradient, spec.mesh, placements)
+    offered = gradient if is_so else _zeros(parameter, spec, placements)
     there = offered.redistribute(spec.mesh, spec.placements)
-    if is_placed:
-        return
-    if gradient is None and _is_plainly_zero(there):
-        return  # no rank had one, so there is none
-    parameter.grad = there
+    # Where no rank had one, there is none.
+    if is_so or (gradient is None and not _is_plainly_zero(there)):
+        parameter.grad = there
 
 
 def _zeros(parameter: Tensor, spec: Any, placements: Placements) -> Any:

@@ -1,6 +1,7 @@
 """The patterns of an engine, bound to parameters and ranks, and again when those were replaced."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from gradclip.clipping.kernels import SpecsCache
 from gradclip.clipping.measure.norm import reads_twice
 from gradclip.clipping.measure.pattern import Pattern, rule_of
 from gradclip.clipping.policies import Policy
-from gradclip.clipping.ranks import find_peers
+from gradclip.clipping.ranks import find_peers, pass_by
 from gradclip.clipping.ranks.peers import Peers, ReplacedError, SingleProcess
 
 if TYPE_CHECKING:
@@ -88,11 +89,19 @@ class Binding:
             self._bind(groups)
         return self.peers
 
-    def find_again(self) -> Peers:
-        """Bind anew; where ranks hold parameters together, all of them do."""
+    def find_again(self, *, awaited: bool = False) -> Peers:
+        """Bind anew; where ranks hold parameters together, all of them do.
+
+        Args:
+            awaited: Whether other ranks do so now, and wait for this one.
+        """
         groups = self._parameters.groups()
-        self.peers = self._find_peers(groups)
-        self._bind(groups)
+        self.peers = self._find_peers(groups, awaited=awaited)
+        if self._groups is None and self.peers.is_single and self._meet is None:
+            pass_by()
+        # At a step the ranks that were found now wait for this one.
+        with self.peers.guarding() if awaited else nullcontext():
+            self._bind(groups)
         return self.peers
 
     def bounded(self) -> list[Tensor]:
@@ -113,10 +122,8 @@ class Binding:
         groups = self._parameters.groups().values()
         return [group.parameters[0] for group in groups if group.parameters]
 
-    def _find_peers(self, groups: dict[str, ParameterGroup]) -> Peers:
+    def _find_peers(self, groups: dict[str, ParameterGroup], *, awaited: bool) -> Peers:
         options = self._options
-        if not (options.partitioned or options.duplicated):
-            self._parameters.require_matches()
         return find_peers(
             self._source,
             groups,
@@ -126,6 +133,8 @@ class Binding:
             partitioned=options.partitioned,
             duplicated=options.duplicated,
             meet=self._meet,
+            require_matches=self._parameters.require_matches,
+            awaited=awaited,
         )
 
     def _bind(self, groups: dict[str, ParameterGroup]) -> None:

@@ -5,7 +5,8 @@ Imported only where there are several; this module alone can be imported everywh
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch.distributed as dist
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from gradclip.clipping.collect.parameters import ParameterGroup
 from gradclip.clipping.collect.sources import ParameterSource
+from gradclip.clipping.ranks import rollcall
 from gradclip.clipping.ranks.peers import Peers, Rule, SingleProcess
+from gradclip.errors import ArgumentValueError
 
 if TYPE_CHECKING:
     from gradclip.clipping.ranks.dimension import GroupLike
@@ -34,6 +37,8 @@ def find_peers(
     partitioned: "Mapping[str, GroupLike] | None",
     duplicated: "Mapping[str, GroupLike] | None",
     meet: "Meet | None",
+    require_matches: Callable[[], None],
+    awaited: bool,
 ) -> Peers:
     """Find the processes that hold parameters together with this one.
 
@@ -46,6 +51,9 @@ def find_peers(
         partitioned: What ``GradientClipper`` was given.
         duplicated: Likewise.
         meet: Finds the ranks; None to agree with them anew, which is collective.
+        require_matches: Raises for a pattern that matches nothing here; ranks that hold parameters
+            together compare what matches.
+        awaited: Whether other ranks look again now, and wait for this one.
 
     Raises:
         ArgumentValueError: GC010, on every rank, if they do not mean the same thing, or one of them
@@ -53,10 +61,9 @@ def find_peers(
     """
     bounded = [each for name, group in groups.items() if rules[name] for each in group.parameters]
     if not (partitioned or duplicated or may_be_shared(bounded)):
-        if meet is None and _may_be_missed(source):
-            from gradclip.clipping.ranks.rollcall import leave_note  # noqa: PLC0415
-
-            raise leave_note()
+        if meet is None and (awaited or _may_be_missed(source)):
+            raise _has_nothing(source)
+        require_matches()
         return SingleProcess()
     # Slow to import, and not for one process.
     from gradclip.clipping.ranks.rendezvous import Rendezvous  # noqa: PLC0415
@@ -73,6 +80,24 @@ def find_peers(
     return rendezvous.ranks(groups) if meet is None else meet(rendezvous, groups)
 
 
+@contextmanager
+def telling_others() -> Iterator[None]:
+    """Leave a note where this rank fails: others may wait for it until their timeout."""
+    rollcall.begin()
+    try:
+        yield
+    except Exception as error:
+        if _is_one_of_several():
+            rollcall.leave_note(error)
+        raise
+
+
+def pass_by() -> None:
+    """Tell ranks that wait that this one made a clipper of what it holds alone."""
+    if _is_one_of_several():
+        rollcall.pass_by()
+
+
 def is_shared(parameter: Tensor) -> bool:
     """Return whether a parameter is a DTensor, or lies in a shard of FSDP1."""
     return hasattr(parameter, "_spec") or getattr(parameter, "_fsdp_flattened", False)
@@ -80,12 +105,15 @@ def is_shared(parameter: Tensor) -> bool:
 
 def is_debugging() -> bool:
     """Return whether the environment asks that ranks compare what they hold alike."""
-    asked = os.environ.get("GRADCLIP_DEBUG", "") not in ("", "0")
-    return asked and _have_peers() and dist.get_world_size() > 1
+    return os.environ.get("GRADCLIP_DEBUG", "") not in ("", "0") and _is_one_of_several()
 
 
 def _have_peers() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _is_one_of_several() -> bool:
+    return _have_peers() and dist.get_world_size() > 1
 
 
 def may_be_shared(parameters: Iterable[Tensor]) -> bool:
@@ -104,4 +132,15 @@ def _may_shard() -> bool:
 
 def _may_be_missed(source: ParameterSource) -> bool:
     """Return whether other ranks may hold parameters, and wait for this one, which has none."""
-    return _have_peers() and dist.get_world_size() > 1 and _may_shard() and not source.tensors()
+    return _is_one_of_several() and _may_shard() and not source.tensors()
+
+
+def _has_nothing(source: ParameterSource) -> ArgumentValueError:
+    given = "parameters that it holds alone" if source.tensors() else "no parameters"
+    return ArgumentValueError(
+        f"rank {dist.get_rank()} of {dist.get_world_size()} was given {given}, so it takes part in "
+        "nothing, and ranks that hold parameters together would wait for it. Give every rank all "
+        "parameters, those without a gradient too: they are skipped where they are. A rank that "
+        'has none of its own, such as a stage without weights, says so: partitioned={"*": group}. '
+        "No gradient was changed."
+    )

@@ -1,7 +1,9 @@
 """What ranks make sure of before the first step: that they mean the same thing."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch.distributed as dist
@@ -10,7 +12,6 @@ from torch import Tensor
 from gradclip.clipping.collect.shards import Placements, misplaced
 from gradclip.clipping.ranks.coverage import Outline, connected
 from gradclip.clipping.ranks.dimension import Dimension, gathered
-from gradclip.clipping.ranks.rollcall import wait_for
 from gradclip.errors import ArgumentValueError, ReplicaError
 
 
@@ -28,6 +29,8 @@ class Facts:
         unmatched: Patterns, by the argument that has them, that match none of its parameters.
         idle: Those for which it is in no process group, as None says.
         error: What is wrong with its arguments, in words.
+        groups: The ranks of each process group over which it talks.
+        made: How many clippers it has made with others.
     """
 
     policies: str
@@ -38,22 +41,49 @@ class Facts:
     unmatched: frozenset[tuple[str, str]]
     idle: frozenset[tuple[str, str]]
     error: str | None
+    groups: tuple[Sequence[int], ...]
+    made: int
 
 
 def gather_facts(dimensions: Sequence[Dimension], facts: Facts) -> dict[int, Facts]:
     """Return what every rank says that is reached over some dimensions, by rank.
 
-    A second round reaches those whom other ranks came to know only in the first.
-
-    Raises:
-        ArgumentValueError: GC010, if one of them was given no parameters.
+    Groups may form a chain, and a rank at one end has to hear of the other end.
     """
-    wait_for(dimension.ranks for dimension in dimensions)
-    known = gathered(dimensions, {dist.get_rank(): facts})
-    alike = len({each.outline.dimensions for each in known.values()}) == 1
-    if alike and len(dimensions) == 1:
-        return known
-    return gathered(dimensions, known)
+    # In an order that all ranks have: none waits for one that waits for another one.
+    in_order = sorted(dimensions, key=lambda dimension: _place(dimension.ranks))
+    known, rounds = {dist.get_rank(): facts}, 0
+    while rounds < _rounds({rank: each.groups for rank, each in known.items()}):
+        known, rounds = gathered(in_order, known), rounds + 1
+    return known
+
+
+def _place(ranks: Sequence[int]) -> tuple[int, Sequence[int]]:
+    """Return where a group comes: neighbours first, so that the rows of a grid are together."""
+    return ranks[-1] - ranks[0], tuple(ranks)
+
+
+def _rounds(groups: Mapping[int, Sequence[Sequence[int]]]) -> float:
+    """Return after how many rounds every rank knows all; the same on each that knows all.
+
+    Infinity where this rank does not know all yet.
+    """
+    every = sorted({tuple(each) for known in groups.values() for each in known}, key=_place)
+    if any(rank not in groups for each in every for rank in each):
+        return inf
+    # knows[b] is one large integer, in which the bit of rank a says whether b has heard of a.
+    knows = {rank: 1 << number for number, rank in enumerate(groups)}
+    all_known, rounds = (1 << len(groups)) - 1, 0
+    for _ in groups:
+        if all(known == all_known for known in knows.values()):
+            break
+        for each in every:
+            together = 0
+            for rank in each:
+                together |= knows[rank]
+            knows |= dict.fromkeys(each, together)
+        rounds += 1
+    return rounds
 
 
 def check_agreement(known: Mapping[int, Facts]) -> None:
@@ -65,7 +95,7 @@ def check_agreement(known: Mapping[int, Facts]) -> None:
     """
     for rank, each in known.items():
         if each.error is not None:
-            raise ArgumentValueError(f"rank {rank} cannot make its clipper: {each.error}")
+            raise ArgumentValueError(f"rank {rank} could not make its clipper: {each.error}")
     first, expected = next(iter(known.items()))
     for rank, other in known.items():
         if other.policies != expected.policies:
@@ -115,32 +145,89 @@ def agree_on_misplaced(
     """Find out which gradients some rank has with placements other than their parameter's.
 
     Args:
-        dimensions: Of the meshes: their ranks have parts of the same parameters.
+        dimensions: Those over which ranks heard that some gradient is placed otherwise.
         parameters: All, in the order that all ranks have.
 
     Returns:
         The placements, by number of the parameter, in order: the same on all those ranks.
 
     Raises:
-        ReplicaError: GC211, on all those ranks, if they were given other parameters.
+        ReplicaError: GC211, on all those ranks, if they were given other parameters, or a gradient
+            is placed in several other ways.
     """
-    found = [parameter.grad for parameter in parameters]
-    mine: dict[int, Placements] = {}
-    for number in misplaced(parameters, found):
-        spec: Any = getattr(found[number], "_spec", None)
-        if spec is not None:
-            mine[number] = tuple(spec.placements)
-    merged: dict[int, Placements] = {}
-    shapes = [tuple(parameter.shape) for parameter in parameters]
-    told = gathered(dimensions, {dist.get_rank(): (shapes, mine)})
-    for rank, (others, theirs) in told.items():
-        if others != shapes:
+    told = gathered(dimensions, {dist.get_rank(): _by_mesh(parameters)})
+    agreed: dict[tuple[int, ...], tuple[int, _OnMesh]] = {}
+    # All ranks look at all meshes, so that all raise.
+    for rank, (mesh, theirs) in [(r, each) for r, known in told.items() for each in known.items()]:
+        first, ours = agreed.setdefault(mesh, (rank, theirs))
+        if (ours.count, ours.checksum) != (theirs.count, theirs.checksum):
             raise ReplicaError(
-                f"ranks {dist.get_rank()} and {rank} were given {len(shapes)} and {len(others)} "
-                "parameters, or others, and some of their gradients are summands or placed "
+                f"ranks {first} and {rank} were given {ours.count} and {theirs.count} parameters "
+                "of one mesh, or others, and some of their gradients are summands or placed "
                 "otherwise than their parameters, which ranks reduce together, one by one. Give "
                 "every rank the same parameters, those without a gradient too. No gradient was "
                 "changed."
             )
-        merged = {**theirs, **merged}
+        for position, placements in theirs.misplaced.items():
+            if ours.misplaced.setdefault(position, placements) != placements:
+                raise ReplicaError(
+                    f"the gradient of one parameter (number {position} on its mesh) is placed as "
+                    f"{ours.misplaced[position]} on one rank, and on rank {rank} as {placements}, "
+                    "so ranks cannot bring it together to the placements of its parameter. No "
+                    "gradient was changed."
+                )
+    numbers = _numbers_on_meshes(parameters)
+    merged = {
+        numbers[mesh][position]: placements
+        for mesh in numbers
+        for position, placements in agreed[mesh][1].misplaced.items()
+    }
     return dict(sorted(merged.items()))
+
+
+@dataclass(frozen=True)
+class _OnMesh:
+    """What a rank has on one mesh.
+
+    Args:
+        count: How many parameters.
+        checksum: Of their shapes.
+        misplaced: Which of them have gradients with other placements, and those.
+    """
+
+    count: int
+    checksum: int
+    misplaced: dict[int, Placements]
+
+
+def _numbers_on_meshes(parameters: Sequence[Tensor]) -> dict[tuple[int, ...], list[int]]:
+    """Return which of some parameters are on each mesh of this rank, by the ranks of the mesh."""
+    known: dict[int, tuple[int, ...]] = {}
+    numbers: dict[tuple[int, ...], list[int]] = {}
+    for number, parameter in enumerate(parameters):
+        spec: Any = getattr(parameter, "_spec", None)
+        if spec is None or spec.mesh.get_coordinate() is None:
+            continue
+        if id(spec.mesh) not in known:
+            known[id(spec.mesh)] = tuple(spec.mesh.mesh.flatten().tolist())
+        numbers.setdefault(known[id(spec.mesh)], []).append(number)
+    return numbers
+
+
+def _by_mesh(parameters: Sequence[Tensor]) -> dict[tuple[int, ...], _OnMesh]:
+    wrong: dict[int, Placements] = {}
+    found = [parameter.grad for parameter in parameters]
+    for number in misplaced(parameters, found):
+        spec: Any = getattr(found[number], "_spec", None)
+        expected: Any = getattr(parameters[number], "_spec", None)
+        # What is on another mesh, or no DTensor, is refused later, and no rank waits for it.
+        if spec is not None and expected is not None and spec.mesh == expected.mesh:
+            wrong[number] = tuple(spec.placements)
+    return {
+        mesh: _OnMesh(
+            len(numbers),
+            zlib.crc32(repr([tuple(parameters[n].shape) for n in numbers]).encode()),
+            {place: wrong[number] for place, number in enumerate(numbers) if number in wrong},
+        )
+        for mesh, numbers in _numbers_on_meshes(parameters).items()
+    }

@@ -143,6 +143,19 @@ class Peers(Protocol):
         """Keep an error that happens on this rank alone until every rank knows of it."""
         ...
 
+    @property
+    def owes(self) -> bool:
+        """Whether there is an error that the others hear at the next call."""
+        ...
+
+    def owing(self, step: int) -> AbstractContextManager[None]:
+        """Keep an error that happens on this rank alone for the next call: the others go on."""
+        ...
+
+    def forget(self) -> None:
+        """Forget what other ranks were to hear at the next call."""
+        ...
+
     def maximise(self, maxima: Sequence[Tensor]) -> list[Tensor]:
         """Return the maxima of all ranks, where a norm asks for them before it sums powers.
 
@@ -181,7 +194,7 @@ class Peers(Protocol):
         nonfinite: Sequence[Tensor | None],
         states: Mapping[str, Mapping[tuple[str, str], Tensor]],
     ) -> None:
-        """Look for copies that differ by rank, if the environment asks for it."""
+        """Warn of what ``combine`` found; look for copies that differ, if the environment asks."""
         ...
 
     def gather(self, fact: Callable[[], _Fact]) -> list[_Fact]:
@@ -196,6 +209,7 @@ class SingleProcess:
     rank = 0
     result_device = None
     hear_first = False
+    owes = False
     look_again = False
 
     def share(self, pattern: str) -> PatternShare | None:  # noqa: ARG002
@@ -211,6 +225,13 @@ class SingleProcess:
     def guarding(self) -> AbstractContextManager[None]:
         """Let errors pass."""
         return _NOTHING
+
+    def owing(self, step: int) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Let errors pass."""
+        return _NOTHING
+
+    def forget(self) -> None:
+        """Do nothing."""
 
     def maximise(self, maxima: Sequence[Tensor]) -> list[Tensor]:
         """Return what was found here."""

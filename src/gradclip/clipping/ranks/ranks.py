@@ -43,7 +43,7 @@ from gradclip.clipping.ranks.verdict import (
     in_words,
     table_of,
 )
-from gradclip.errors import CollectiveError, RankError
+from gradclip.errors import CollectiveError, NonFiniteGradientError, RankError, ReplicaError
 
 _Fact = TypeVar("_Fact")
 
@@ -120,6 +120,8 @@ class Ranks:
         self._guard = COARSE_GUARD if singles else FINE_GUARD
         self._module = module
         self._error: Exception | None = None
+        self._owed: Exception | None = None
+        self._told: Exception | None = None
         self._compares = is_debugging()
         self._expected: dict[int, Placements] = {}
         self._must_agree = False
@@ -173,10 +175,11 @@ class Ranks:
         nonfinite: Sequence[Tensor | None],
         states: Mapping[str, Mapping[tuple[str, str], Tensor]],
     ) -> None:
-        """Look for copies that differ, if the environment asks for it.
+        """Warn of what ``combine`` found; look for copies that differ, if the environment asks.
 
         What is not finite is no difference: no rank makes such a step.
         """
+        self._verdict.say()
         if self._compares and not any(each is not None and bool(each) for each in nonfinite):
             shares = {pattern: member.share for pattern, member in self._members.items()}
             compare_replicas(gradients, norms, shares, self.gather, states)
@@ -199,6 +202,7 @@ class Ranks:
         words = None if error is None else in_words(error)
         told = gathered(self._topology.dimensions, {self.rank: (words, mine)})
         if error is not None:
+            self._told = error
             raise error
         for rank, (failed, _) in told.items():
             if failed is not None:
@@ -224,7 +228,7 @@ class Ranks:
             return
         known = parameters()
         if self._must_agree:
-            self._expected |= agree_on_misplaced(self._topology.meshes, known)
+            self._expected |= agree_on_misplaced(self._topology.dimensions, known)
         for number, placements in sorted(self._expected.items()):
             place(known[number], placements)
 
@@ -235,6 +239,32 @@ class Ranks:
             yield
         except Exception as error:  # noqa: BLE001 - whatever it was, the others must not wait for it
             self._error = self._error or error
+
+    @property
+    def owes(self) -> bool:
+        """Whether there is an error that the others hear at the next call."""
+        return self._owed is not None
+
+    @contextmanager
+    def owing(self, step: int) -> Iterator[None]:
+        """Keep an error of this rank for the next exchange: at this step the others go on."""
+        try:
+            yield
+        except (NonFiniteGradientError, RankError, ReplicaError, CollectiveError):
+            raise  # every rank has it
+        except Exception as error:
+            if error is self._told:
+                raise
+            self._owed = RankError(
+                f"rank {self.rank} failed at step {step} after ranks had agreed on it "
+                f"({in_words(error)}), so the others may have made that step, and it did not. Load "
+                "a checkpoint on every rank, or begin anew: they are not alike any more."
+            )
+            raise
+
+    def forget(self) -> None:
+        """Forget what other ranks were to hear: a state is loaded."""
+        self._owed = None
 
     def maximise(self, maxima: Sequence[Tensor]) -> list[Tensor]:
         """Return the maxima of all ranks, for those p that scale by them."""
@@ -269,6 +299,8 @@ class Ranks:
             CollectiveError: GC212, if another rank is gone.
         """
         offer: tuple[Status, Tensor, Tensor] | None = None
+        self._error = self._owed or self._error
+        self._owed = self._told = None
         with self.guarding():
             if self._error is None:
                 offer = self._offer(found, step_tag)
@@ -302,6 +334,7 @@ class Ranks:
         nothing = Pack(self._topology.dimensions, [])
         added, _ = self._reduced((self._failures, vector), (nothing, nothing.nothing(device)))
         error, self._error = self._error, None
+        self._told = error
         return self._verdict.of_failure(added, error)
 
     def _reduced(

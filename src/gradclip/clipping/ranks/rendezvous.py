@@ -12,10 +12,12 @@ from gradclip.clipping.collect.shards import global_offset, local_part
 from gradclip.clipping.collect.sources import ParameterSource
 from gradclip.clipping.kernels.device import result_device_of
 from gradclip.clipping.ranks.agreement import Facts, check_agreement, gather_facts
-from gradclip.clipping.ranks.dimension import gathered
+from gradclip.clipping.ranks.coverage import compact
+from gradclip.clipping.ranks.dimension import Dimension, gathered
 from gradclip.clipping.ranks.fsdp1 import is_flattened
 from gradclip.clipping.ranks.peers import PatternShare, Rule
 from gradclip.clipping.ranks.ranks import Member, Ranks
+from gradclip.clipping.ranks.rollcall import meet
 from gradclip.clipping.ranks.share import Share
 from gradclip.clipping.ranks.topology import Declared, Survey, Topology
 from gradclip.errors import ArgumentValueError
@@ -64,8 +66,12 @@ class Rendezvous:
             agree=agree,
         )
         error = survey.error or _unable(bounded.values())
-        facts = self._facts(groups, survey, parameters, error, agree=agree)
-        everyone = gather_facts(survey.dimensions, facts) if agree else None
+        missed = meet(d.ranks for d in survey.dimensions) if agree else {}
+        if missed:
+            error = error or ArgumentValueError(next(iter(missed.values())))
+        there = [d for d in survey.dimensions if d.size > 1 and d.ranks not in missed]
+        facts = self._facts(groups, survey, there, parameters, error, agree=agree)
+        everyone = gather_facts(there, facts) if agree else None
         if error is not None:
             raise error
         if everyone is not None:
@@ -83,7 +89,7 @@ class Rendezvous:
             singles=any(each.singles for each in known),
             result_device=device,
             module=self.source.module,
-            alike=facts.policies if agree else self._unagreed(parameters, survey, facts),
+            alike=_numbered(known) if agree else self._unagreed(parameters, survey, facts),
             agreed=agree,
         )
         if agree:
@@ -94,6 +100,7 @@ class Rendezvous:
         self,
         groups: Mapping[str, ParameterGroup],
         survey: Survey,
+        there: Sequence[Dimension],
         parameters: Sequence[Tensor],
         error: Exception | None,
         *,
@@ -116,6 +123,8 @@ class Rendezvous:
                 if not known
             ),
             error=None if error is None else str(error),
+            groups=tuple(compact(dimension.ranks) for dimension in there),
+            made=_made[0],
         )
 
     def _unagreed(self, parameters: Sequence[Tensor], survey: Survey, facts: Facts) -> str:
@@ -152,6 +161,16 @@ class Rendezvous:
             unused = declared.groups.keys() - matched
             empty |= {(declared.argument, pattern) for pattern in unused}
         return frozenset(empty)
+
+
+def _numbered(known: Sequence[Facts]) -> str:
+    """Say which clipper it is, so that one is told from another of equal policies."""
+    _made[0] = 1 + max(each.made for each in known)
+    return f"{known[0].policies}, number {_made[0]} of its clippers"
+
+
+_made = [0]
+"""How many clippers this process has made with other ranks, or a larger number that they agreed."""
 
 
 def _unable(

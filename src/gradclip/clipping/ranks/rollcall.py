@@ -1,103 +1,216 @@
-"""Ranks wait for each other before they first talk, since one that was given nothing never comes.
+"""Ranks wait for each other before they first talk, since one of them may never come.
 
-A rank without parameters knows no process group, so no collective reaches it. It leaves a note in
-the store that all ranks share instead. Whoever waits for it finds the note, leaves one of its own
-for those who wait for it in turn, and begins no collective that would never end.
+A collective would wait for it until the group's timeout. So who comes says so in the store that all
+ranks share, and who fails before that leaves a note there. Each meeting of a group gets one
+verdict, which its ranks have alike: they talk, or they do not, and why.
+
+A note does not say for which groups it is: who leaves it knows none. It counts for a group if the
+rank that left it has failed more often since that group met last than the rank that reads it.
 """
 
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from hashlib import blake2b
 from typing import Any
+from uuid import uuid4
 
 import torch.distributed as dist
-
-from gradclip.errors import ArgumentValueError
 
 _PATIENCE = 20.0
 """Seconds after which ranks talk all the same: the process group knows who is gone."""
 
-_SHORTEST, _LONGEST = 0.001, 0.5
-_NOTES = "gradclip/nothing"
-
-_CALLS: Counter[str] = Counter()
-"""Numbers of this process: of its roll call, of notes read, and of the roll call that failed."""
-
-_MEETINGS: Counter[tuple[int, ...]] = Counter()
-"""How often these ranks have met since then; the same on each of them."""
-
-_NOTED: dict[int, tuple[int, int]] = {}
-"""Who left a note: which rank has no parameters, and in which roll call that was."""
+_SHORTEST, _LONGEST = 0.001, 0.25
+_MET, _GIVEN_UP = "met", 1 << 40
+_NOTES = "gradclip/notes"
+_ALONE = (
+    "made a clipper of parameters that it holds alone, so it takes part in nothing, and other "
+    "ranks hold parameters together with it. Give every rank all parameters, those without a "
+    "gradient too: they are skipped where they are."
+)
 
 
-def leave_note() -> ArgumentValueError:
-    """Tell the others that this rank was given no parameters; return what to raise."""
-    _CALLS["own"] += 1
-    return _leave_note(_store(), dist.get_rank(), _CALLS["own"])
+class _World:
+    """What this process knows of one store.
 
-
-def wait_for(groups: Iterable[tuple[int, ...]]) -> None:
-    """Wait until the ranks of each group are here.
-
-    Raises:
-        ArgumentValueError: GC010, if one of them was given no parameters.
+    Args:
+        store: That all ranks share.
     """
-    _CALLS["own"] += 1
-    store = _store()
-    for ranks in groups:
-        if store is not None and len(ranks) > 1:
-            _meet(store, ranks)
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self.failed = 0
+        """How many clippers could not be made here."""
+        self.alone = 0
+        """How many were made here without any other rank."""
+        self.has_met = False
+        """Whether the ranks of the clipper that is made now have met."""
+        self.met: Counter[tuple[int, ...]] = Counter()
+        """How often the ranks of a group have met; the same on each of them."""
+        self.notes: dict[int, list[tuple[int, str]]] = {}
+        """By rank: how many clippers it could not make by then, and what it says of it."""
+        self._read = 0
+
+    def read_notes(self) -> None:
+        """Read what ranks have left since."""
+        while self._read < self.store.add(_NOTES, 0):
+            self._read += 1
+            note = _text(self.store.get(f"{_NOTES}/{self._read}"))
+            rank, failed, words = note.split(" ", 2)
+            self.notes.setdefault(int(rank), []).append((int(failed), words))
 
 
-def _meet(store: Any, ranks: tuple[int, ...]) -> None:
-    name = blake2b(repr(ranks).encode(), digest_size=8).hexdigest()
-    here = f"gradclip/met/{name}/{_CALLS['failed']}/{_MEETINGS[ranks]}"
-    store.add(here, 1)
-    deadline, pause = time.monotonic() + _PATIENCE, _SHORTEST
-    while True:
-        complete = store.add(here, 0) >= len(ranks)
-        # Also if all are here: who left a note since has not come to the groups that follow.
-        _read_notes(store)
-        for rank in ranks:
-            without, call = _NOTED.get(rank, (-1, -1))
-            if call >= _CALLS["own"]:
-                raise _leave_note(store, without, call)
-        if complete or time.monotonic() > deadline:
-            break
-        time.sleep(pause)
-        pause = min(1.5 * pause, _LONGEST)
-    _MEETINGS[ranks] += 1
+_WORLDS: dict[str, _World] = {}
+"""By what a store is called, which is written in it: groups may be made anew on the same one."""
+
+_NOW: "tuple[weakref.ref[Any], _World] | None" = None
 
 
-def _leave_note(store: Any, without: int, call: int) -> ArgumentValueError:
-    """Leave a note, and begin to count anew, as all do that heard of this roll call."""
-    if store is not None:
-        store.set(f"{_NOTES}/{store.add(_NOTES, 1)}", f"{dist.get_rank()} {without} {call}")
-    _CALLS["failed"] = call
-    _MEETINGS.clear()
-    return ArgumentValueError(
-        f"rank {without} of {dist.get_world_size()} was given no parameters, so it takes part in "
-        "nothing, and ranks that hold parameters together would wait for it. Give every rank all "
-        "parameters, those without a gradient too: they are skipped where they are. A rank that "
-        'has none of its own, such as a stage without weights, says so: partitioned={"*": group}. '
-        "No gradient was changed."
-    )
+def leave_note(error: Exception) -> None:
+    """Tell the others that this rank failed, if they could not hear of it in a meeting."""
+    world = _world()
+    if world is None:
+        return
+    world.failed += 1
+    if not world.has_met:
+        words = f"{type(error).__name__}: {error}"
+        number = world.store.add(_NOTES, 1)
+        world.store.set(f"{_NOTES}/{number}", f"{dist.get_rank()} {world.failed} {words}")
 
 
-def _read_notes(store: Any) -> None:
-    while _CALLS["read"] < store.add(_NOTES, 0):
-        _CALLS["read"] += 1
-        rank, without, call = map(int, store.get(f"{_NOTES}/{_CALLS['read']}").split())
-        _NOTED[rank] = without, call
+def pass_by() -> None:
+    """Tell the others that this rank made a clipper of parameters that it holds alone."""
+    world = _world()
+    if world is not None:
+        world.alone += 1
+        world.store.set(f"gradclip/alone/{dist.get_rank()}", str(world.alone))
 
 
-def _store() -> Any:
+def meet(groups: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], str]:
+    """Wait until the ranks of each group are here; return those that will not be, and why."""
+    world = _world()
+    if world is None:
+        return {}
+    missed: dict[tuple[int, ...], str] = {}
+    meetings = [_Meeting(world, ranks) for ranks in groups if len(ranks) > 1]
+    started, pause = time.monotonic(), _SHORTEST
+    while meetings:
+        waited = time.monotonic() - started
+        left = []
+        for meeting in meetings:
+            verdict = meeting.verdict(waited)
+            if verdict is None:
+                left.append(meeting)
+            elif verdict != _MET:
+                missed[meeting.ranks] = verdict
+        meetings = left
+        if meetings:
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST)
+    world.has_met = True
+    return missed
+
+
+def begin() -> None:
+    """Begin with a clipper: what fails now, other ranks have not heard in the meetings before."""
+    if _NOW is not None:
+        _NOW[1].has_met = False
+
+
+class _Meeting:
+    """One meeting of the ranks of a group, from the moment when this rank is there.
+
+    Ranks that failed together try again together: they meet under another name then.
+
+    Args:
+        world: The store, and what is known of it.
+        ranks: Who should come.
+    """
+
+    def __init__(self, world: _World, ranks: tuple[int, ...]) -> None:
+        self.ranks = ranks
+        self._world, self._store = world, world.store
+        self._group = f"gradclip/met/{blake2b(repr(ranks).encode(), digest_size=8).hexdigest()}"
+        self._then = self._counts_of(dist.get_rank())
+        own = str(dist.get_rank())
+        while True:
+            self._tries = world.failed - self._then[0]
+            self._here = f"{self._group}/{world.met[ranks]}/{self._tries}"
+            if _get(self._store, f"{self._here}/verdict").split(" ", 1)[0] != own:
+                break
+            world.failed += 1  # the others failed since this rank did not come
+        if self._is_missing(dist.get_rank()):  # else it left this meeting by Ctrl-C
+            self._store.set(f"{self._here}/{own}", "1")
+            self._store.add(self._here, 1)
+
+    def verdict(self, waited: float) -> str | None:
+        """Return whether all ranks met, or why not; None if that is not known yet."""
+        if self._store.add(self._here, 0) >= len(self.ranks):  # also where one rank gave up
+            return self._close(_MET)
+        self._world.read_notes()
+        known = [
+            (failed - self._counts_of(rank)[0], rank, words)
+            for rank in self._world.notes.keys() & set(self.ranks)
+            for failed, words in self._world.notes[rank]
+        ]
+        if later := [each for each in known if each[0] > self._tries]:
+            _, rank, words = min(later)
+            return f"rank {rank} could not make its clipper: {words}"
+        if waited < _PATIENCE:
+            return None
+        passed = self._world.alone - self._then[1]
+        for rank in filter(self._is_missing, self.ranks):
+            alone = int(_get(self._store, f"gradclip/alone/{rank}") or 0)
+            if alone - self._counts_of(rank)[1] > passed:
+                self._store.add(self._here, _GIVEN_UP)
+                return self._close(f"{rank} {_ALONE}")
+        return self._close(_MET)
+
+    def _close(self, verdict: str) -> str:
+        """Return the verdict that all have: the first one that a rank came to."""
+        first = _text(self._store.compare_set(f"{self._here}/verdict", "", verdict))
+        if first != _MET:
+            self._world.alone += 1  # the rank that did not come has counted it too
+            return f"rank {first}"
+        self._world.met[self.ranks] += 1
+        now = f"{self._world.failed} {self._world.alone}"
+        self._store.set(f"{self._group}/then/{dist.get_rank()}", now)
+        return first
+
+    def _is_missing(self, rank: int) -> bool:
+        return not self._store.check([f"{self._here}/{rank}"])
+
+    def _counts_of(self, rank: int) -> list[int]:
+        """Return what a rank had counted when this group met last: failures, clippers alone."""
+        known = _get(self._store, f"{self._group}/then/{rank}")
+        return [int(each) for each in known.split()] or [0, 0]
+
+
+def _get(store: Any, key: str) -> str:
+    """Return what a store has, or nothing; never wait for it."""
+    return _text(store.get(key)) if store.check([key]) else ""
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _world() -> _World | None:
     """Return the store that all ranks share; None where there is none that counts."""
+    global _NOW  # noqa: PLW0603 - the group that torch has is one for a process too
+    group = dist.group.WORLD
+    if _NOW is not None and _NOW[0]() is group:
+        return _NOW[1]
     find = getattr(dist.distributed_c10d, "_get_default_store", None)
     store: Any = None if find is None else find()
-    try:
+    # torch's fake process group has a store without these.
+    with suppress(AttributeError, RuntimeError, NotImplementedError):
         store.add(_NOTES, 0)
-    except (AttributeError, RuntimeError):  # such as that of torch's fake process group
-        return None
-    return store
+        name = _text(store.compare_set("gradclip/name", "", uuid4().hex))
+        world = _WORLDS.setdefault(name, _World(store))
+        world.store = store
+        _NOW = weakref.ref(group), world
+        return world
+    return None

@@ -144,10 +144,11 @@ class Survey:
         marked = bool(self._flat) or any(map(is_flattened, parameters))
         self._names = names() if declared or marked else [None] * len(parameters)
         if not agree:
-            for group in _mesh_groups(parameters):
-                self._number(group)
+            self._number_meshes()
         # Meshes before declarations: ranks of one stage share the former, and all know the latter.
         self._found = [self._guarded(self._placed, number) for number in range(len(parameters))]
+        # What splits nothing too: a gradient may be a summand there, on some ranks alone.
+        self._number_meshes()
         for groups in partitioned.groups.values():
             for group in groups:
                 self._number(group)
@@ -158,13 +159,15 @@ class Survey:
 
     def _number_all(self, module: nn.Module | None) -> None:
         """Reduce over all ranks that may have copies, whatever splits anything among them."""
-        for mesh in self._meshes.values():
-            self._number(mesh.group)
         everyone = dist.group.WORLD
         if isinstance(module, nn.parallel.DistributedDataParallel):
             everyone = module.process_group
         assert everyone is not None
         self._number(everyone)
+
+    def _number_meshes(self) -> None:
+        for group in _mesh_groups(self._parameters):
+            self._number(group)
 
     def outline(self) -> Outline:
         """Return what the other ranks need to know."""
@@ -376,7 +379,11 @@ class Survey:
         if dimension.ranks not in self._numbers:
             self._numbers[dimension.ranks] = len(self.dimensions)
             self.dimensions.append(dimension)
-        return self._numbers[dimension.ranks]
+        number = self._numbers[dimension.ranks]
+        # Of several groups of the same ranks all ranks take the same one, whichever they saw first.
+        if group.group_name < self.dimensions[number].group.group_name:
+            self.dimensions[number] = dimension
+        return number
 
 
 def _mesh_groups(parameters: Sequence[Tensor]) -> list[ProcessGroup]:

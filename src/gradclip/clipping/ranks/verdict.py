@@ -100,6 +100,7 @@ class Verdict:
         self._ranks = ranks
         self._late: Ring[Status] = Ring()
         self._late_failures: Ring[bool] = Ring()
+        self._unsaid: str | None = None
         self.warned = False
         """Whether this rank has warned of missing gradients."""
         self.unexpected_placement = False
@@ -140,6 +141,12 @@ class Verdict:
         expected = table_of(tuple(numbers(status.whole, self._ranks))).on(sums.device)
         wrong = [sums[0] > 0, sums[FAILURE] > 0, (sums[_WHOLE] != expected).any()]
         return ~torch.stack([*wrong, (differing > 0).any()]).any()
+
+    def say(self) -> None:
+        """Warn of missing gradients, once: a warning may be an error, and ranks have agreed now."""
+        unsaid, self._unsaid = self._unsaid, None
+        if unsaid is not None:
+            warn(unsaid)
 
     def of_failure(self, sums: Tensor, error: Exception | None) -> Flag:
         """Return whether no rank failed, for an exchange that tells of nothing else.
@@ -204,7 +211,7 @@ class Verdict:
             missing = self._missing(status, late=copies is None)
             if not self.warned:
                 self.warned = True
-                warn(
+                self._unsaid = (
                     "some ranks have no gradient for parameters of which others have one; their "
                     f"parts count as zero:\n{missing}"
                 )

@@ -1,0 +1,46 @@
+"""What one call of a clipper works on."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradclip.clipping.measure.group import Found, Group
+from gradclip.clipping.measure.norm import Sums, combine
+
+_SMALL_SCALE = 2.0**-700
+"""Divided by less than this, the norm of float32 gradients may be beyond float64."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The gradients of one call.
+
+    Args:
+        groups: Those of each pattern.
+        device: That of the results.
+        scale: What the gradients are still multiplied by.
+        tag: At which step this rank stands, in words that are the same on all ranks.
+        wide: Whether norms may be beyond float64, or coefficients below its normal numbers.
+    """
+
+    groups: list[Group]
+    device: torch.device
+    scale: float | Tensor | None
+    tag: str
+    wide: bool
+
+    def unscaled(self, sums: Sums) -> Tensor:
+        """Return norms, (S,), as if gradients were not multiplied by the scale."""
+        return sums.norms(self.scale, wide=self.wide)
+
+    def pattern_norm(self, group: Group, found: Found, norms_S: Tensor) -> Tensor:
+        """Return the norm of all parameters of a pattern, on all ranks: 0-d."""
+        if found.pattern_norm is not None:
+            return self.unscaled(found.pattern_norm)[0]
+        return combine(norms_S, group.of.order)
+
+
+def is_small(scale: float | Tensor | None) -> bool:
+    """Return whether norms without a scale may be beyond float64."""
+    return isinstance(scale, float) and scale < _SMALL_SCALE
