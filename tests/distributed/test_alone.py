@@ -95,8 +95,12 @@ def chain(rank, what):
     mine = [links[n] for n in (rank - 1, rank) if 0 <= n < size - 1]
     if rank % 2:
         mine.reverse()
-    weights = [(f"weight.{rank}", plain(torch.ones(4)))]
-    if what == "nothing" and rank == 0:
+    name = "weight" if what == "names" else f"weight.{rank}"
+    weights = [(name, plain(torch.ones(4)))]
+    if what == "names":  # ranks in the middle are all first and second of their groups
+        call = lambda: GradientClipper(weights, 1.0, partitioned={"*": mine})  # noqa: E731
+        fails(call, ArgumentValueError, r"connect the ranks \[1, 3\]")
+    elif what == "nothing" and rank == 0:
         fails(lambda: GradientClipper([], 1.0), ArgumentValueError, "was given no parameters")
     elif what == "norm":
         clipper = GradientClipper(weights, 1e9, partitioned={"*": mine})
@@ -110,7 +114,7 @@ def chain(rank, what):
 
 
 def chains(rank):
-    for what in ("norm", "policies", "nothing", "norm"):
+    for what in ("norm", "policies", "names", "nothing", "norm"):
         chain(rank, what)
 
 

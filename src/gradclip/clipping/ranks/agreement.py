@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradclip.clipping.collect.shards import Placements, misplaced
-from gradclip.clipping.ranks.coverage import Outline, connected
+from gradclip.clipping.ranks.coverage import Outline, connected, taken_for_copies
 from gradclip.clipping.ranks.dimension import Dimension, gathered
 from gradclip.errors import ArgumentValueError, ReplicaError
 
@@ -118,12 +118,23 @@ def check_agreement(known: Mapping[int, Facts]) -> None:
             f"the pattern {pattern!r} of {argument} matches no parameter on any of the ranks "
             f"{list(known)[:_SHOWN]} (or earlier patterns took all of them)"
         )
-    outlines = {rank: each.outline for rank, each in known.items()}
-    strangers = {r for each in outlines.values() for mesh in each.foreign for r in mesh}
-    if not strangers <= known.keys() or not connected(outlines):
+    _check_groups({rank: each.outline for rank, each in known.items()})
+
+
+def _check_groups(outlines: Mapping[int, Outline]) -> None:
+    """Raise if the groups do not say which ranks hold what, or lead to ranks that are not here."""
+    if mistaken := taken_for_copies(outlines):
         raise ArgumentValueError(
-            f"ranks {list(known)[:_SHOWN]} hold parameters together, and others are on ranks "
-            f"{sorted(strangers - known.keys())[:_SHOWN]}, so that no norm is of all of them. Name "
+            f"groups of partitioned connect the ranks {mistaken[:_SHOWN]}, and these stand at the "
+            "same places of their groups, as copies do: the groups overlap. Name one group of all "
+            "ranks that hold different parameters, or give the parameters another name on each "
+            "rank."
+        )
+    strangers = {r for each in outlines.values() for mesh in each.foreign for r in mesh}
+    if not strangers <= outlines.keys() or not connected(outlines):
+        raise ArgumentValueError(
+            f"ranks {list(outlines)[:_SHOWN]} hold parameters together, and others are on ranks "
+            f"{sorted(strangers - outlines.keys())[:_SHOWN]}, so that no norm is of all of them. Name "
             'the group of all ranks: partitioned={"*": dist.group.WORLD}.'
         )
 

@@ -10,7 +10,7 @@ dimensions.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 Part: TypeAlias = tuple[tuple[int, ...], int, int]
@@ -26,12 +26,15 @@ class Outline:
         parts: What it holds, each kind once, and how often its dimensions would count each.
         foreign: Meshes of parameters of which it has nothing, by their ranks.
         groups: How many process groups it is in.
+        apart: For the parts that ``partitioned`` names, how many ranks of a group may hold one, and
+            the ranks of each of its groups.
     """
 
     dimensions: tuple[Sequence[int], ...]
     parts: Mapping[Part, int]
     foreign: frozenset[tuple[int, ...]]
     groups: int = 0
+    apart: Mapping[Part, tuple[int, tuple[Sequence[int], ...]]] = field(default_factory=dict)
 
 
 def compact(ranks: tuple[int, ...]) -> Sequence[int]:
@@ -44,6 +47,42 @@ def compact(ranks: tuple[int, ...]) -> Sequence[int]:
 def connected(outlines: Mapping[int, Outline]) -> bool:
     """Return whether all ranks that these ranks reduce with are among them."""
     return all(outlines.keys() >= set(d) for each in outlines.values() for d in each.dimensions)
+
+
+def taken_for_copies(outlines: Mapping[int, Outline]) -> list[int]:
+    """Return ranks that groups of ``partitioned`` connect, and that seem to hold copies.
+
+    On a grid, ranks that such groups connect stand at different places of them. Where groups
+    overlap, as in a chain, they need not, and nothing tells which ranks hold copies.
+    """
+    connected_to: dict[tuple[int, ...], dict[int, int]] = {}
+    seen: set[tuple[object, ...]] = set()
+    for outline in outlines.values():
+        for (_, *which), (_, groups) in outline.apart.items():
+            joined = connected_to.setdefault(tuple(which), {})
+            for ranks in groups:
+                if (*which, ranks) in seen:
+                    continue
+                seen.add((*which, ranks))
+                roots = {_root(joined, rank) for rank in ranks}
+                joined |= dict.fromkeys(roots, min(roots))
+    holders: dict[tuple[Part, int], list[int]] = {}
+    for rank, outline in outlines.items():
+        for part, (copies, _) in outline.apart.items():
+            root = _root(connected_to[part[1:]], rank)
+            found = holders.setdefault((part, root), [])
+            found.append(rank)
+            if len(found) > copies:
+                return found
+    return []
+
+
+def _root(joined: dict[int, int], rank: int) -> int:
+    """Return the rank that stands for all that are connected with one."""
+    while (above := joined.setdefault(rank, rank)) != rank:
+        joined[rank] = joined.setdefault(above, above)
+        rank = above
+    return rank
 
 
 def each_counts_once(outlines: Mapping[int, Outline]) -> bool:

@@ -6,7 +6,6 @@ and whatever goes wrong on it: for each dimension one sum, and one maximum where
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import inf, prod
 from typing import TypeVar
 
@@ -20,6 +19,7 @@ from gradclip.clipping.flags import Flag, host_waits_for
 from gradclip.clipping.kernels.blocks import widened
 from gradclip.clipping.ranks import is_debugging
 from gradclip.clipping.ranks.agreement import agree_on_misplaced
+from gradclip.clipping.ranks.columns import Member, columns_of
 from gradclip.clipping.ranks.digest import digest
 from gradclip.clipping.ranks.dimension import gathered
 from gradclip.clipping.ranks.fsdp1 import require_root
@@ -29,10 +29,9 @@ from gradclip.clipping.ranks.peers import (
     LocalSums,
     PatternShare,
     ReplacedError,
-    Rule,
 )
 from gradclip.clipping.ranks.replicas import compare_replicas
-from gradclip.clipping.ranks.share import Copies, Presence, Share
+from gradclip.clipping.ranks.share import Copies, Presence
 from gradclip.clipping.ranks.topology import Topology
 from gradclip.clipping.ranks.verdict import (
     FAILURE,
@@ -46,37 +45,6 @@ from gradclip.clipping.ranks.verdict import (
 from gradclip.errors import CollectiveError, NonFiniteGradientError, RankError, ReplicaError
 
 _Fact = TypeVar("_Fact")
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """A pattern that has a policy, whatever gradients there are.
-
-    Args:
-        pattern: Of the names.
-        rule: What its policy asks for.
-        share: How its parameters are held.
-        told: What the engine is told of that.
-    """
-
-    pattern: str
-    rule: Rule
-    share: Share
-    told: PatternShare
-
-
-@dataclass(frozen=True, eq=False)
-class _Column:
-    """One table of a pack: sums of one kind for the scopes of one pattern."""
-
-    member: Member
-    name: str
-    share: Share
-    order: float
-
-    @property
-    def reads_twice(self) -> bool:
-        return self.order not in {1.0, 2.0, inf} and self.name != "left"
 
 
 class Ranks:
@@ -127,7 +95,7 @@ class Ranks:
         self._must_agree = False
         self._count = prod(dimension.size for dimension in topology.dimensions)
         self._verdict = Verdict(self.gather, self._count)
-        self._columns = [c for member in members for c in _columns(member, total_order)]
+        self._columns = [c for member in members for c in columns_of(member, total_order)]
         added = [(column.share, self._width_of(column.order)) for column in self._columns]
         counts = sum(1 + m.share.is_apart + m.rule.clamps for m in members)
         self._added = Pack(topology.dimensions, added, STATUS + counts, compares=True)
@@ -487,20 +455,6 @@ class Ranks:
                 assert each.changed is not None
                 counts.append(each.changed)
         return torch.stack(counts)
-
-
-def _columns(member: Member, total_order: float) -> Iterator[_Column]:
-    """Yield what is added up of a pattern, under the names that ``Found.sums`` has."""
-    rule, share = member.rule, member.share
-    yield _Column(member, "norm", share, rule.order)
-    if total_order != rule.order:
-        yield _Column(member, "total", share, total_order)
-    if rule.needs_pattern_norm:
-        yield _Column(member, "pattern_norm", share.as_group(), rule.order)
-    if rule.weighs:
-        yield _Column(member, "weights", share, rule.order)
-    if rule.clamps:
-        yield _Column(member, "left", share, rule.order)
 
 
 def _without_nan(maxima_S: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ from gradclip.clipping.collect.shards import global_offset, local_part
 from gradclip.clipping.collect.sources import ParameterSource
 from gradclip.clipping.kernels.device import result_device_of
 from gradclip.clipping.ranks.agreement import Facts, check_agreement, gather_facts
+from gradclip.clipping.ranks.columns import Member
 from gradclip.clipping.ranks.coverage import compact
 from gradclip.clipping.ranks.dimension import Dimension, gathered
 from gradclip.clipping.ranks.fsdp1 import is_flattened
 from gradclip.clipping.ranks.peers import PatternShare, Rule
-from gradclip.clipping.ranks.ranks import Member, Ranks
+from gradclip.clipping.ranks.ranks import Ranks
 from gradclip.clipping.ranks.rollcall import meet
 from gradclip.clipping.ranks.share import Share
 from gradclip.clipping.ranks.topology import Declared, Survey, Topology

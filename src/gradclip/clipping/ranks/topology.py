@@ -177,6 +177,14 @@ class Survey:
             {part: found.weight(self._sizes) for found, part in self._parts().values()},
             frozenset(foreign),
             groups_here(),
+            {
+                part: (
+                    found.copies,
+                    tuple(compact(self.dimensions[n].ranks) for n in sorted(found.declared)),
+                )
+                for found, part in self._parts().values()
+                if found.declared
+            },
         )
 
     def fingerprints(self, named: Sequence[str]) -> dict[tuple[int, ...] | None, tuple[int, int]]:

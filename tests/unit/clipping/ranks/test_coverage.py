@@ -7,6 +7,7 @@ from gradclip.clipping.ranks.coverage import (
     compact,
     connected,
     each_counts_once,
+    taken_for_copies,
 )
 
 NONE = frozenset()
@@ -99,3 +100,34 @@ def test_ranks_are_told_as_a_range_where_they_are_one(ranks, expected):
     told = compact(ranks)
     assert type(told) is type(expected)
     assert tuple(told) == ranks
+
+
+def declared(*groups, copies=1):
+    """Outlines of ranks in groups of ``partitioned``, which have one name for what they hold."""
+    outlines = {}
+    for rank in sorted({rank for group in groups for rank in group}):
+        mine = [group for group in groups if rank in group]
+        held = part(7, *(group.index(rank) // copies for group in mine))
+        apart = {held: (copies, tuple(mine))}
+        outlines[rank] = Outline(tuple(mine), {held: 1}, NONE, apart=apart)
+    return outlines
+
+
+@pytest.mark.parametrize(
+    ("groups", "mistaken"),
+    [
+        ([(0, 1), (2, 3)], []),
+        ([(0, 1), (2, 3), (0, 2), (1, 3)], []),
+        ([(0, 3), (1, 2), (0, 1), (3, 2)], []),
+        ([(0, 1), (1, 2)], []),
+        ([(0, 1), (1, 2), (2, 3)], [1, 2]),
+        ([(0, 1, 2), (2, 3, 4)], [1, 3]),
+    ],
+)
+def test_ranks_of_overlapping_groups_are_not_taken_for_copies(groups, mistaken):
+    assert taken_for_copies(declared(*groups)) == mistaken
+
+
+def test_declared_copies_are_none_of_them():
+    assert taken_for_copies(declared((0, 1, 2, 3), copies=2)) == []
+    assert taken_for_copies(declared((0, 1, 2, 3, 4, 5), copies=3)) == []
