@@ -64,7 +64,6 @@ class Rendezvous:
             self.source.module,
             self.partitioned,
             self.duplicated,
-            agree=agree,
         )
         error = survey.error or _unable(bounded.values())
         missed = meet(d.ranks for d in survey.dimensions) if agree else {}

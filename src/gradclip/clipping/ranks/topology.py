@@ -34,14 +34,12 @@ class Topology:
 
     Args:
         dimensions: Every rank reduces over its own, in this order.
-        meshes: Dimensions of the parameters' meshes: their ranks hold parts of the same ones.
         holdings: By ``id`` of a parameter.
         is_grid: Whether reducing over one dimension after the other counts every rank once;
             otherwise there is one dimension of all ranks.
     """
 
     dimensions: list[Dimension] = field(default_factory=list)
-    meshes: list[Dimension] = field(default_factory=list)
     holdings: dict[int, Holding] = field(default_factory=dict)
     is_grid: bool = True
 
@@ -112,8 +110,6 @@ class Survey:
         module: Where FSDP1 is looked for.
         partitioned: Groups whose ranks hold different parameters under a pattern.
         duplicated: Groups whose ranks hold copies, which ``partitioned`` would count as different.
-        agree: Whether ranks compare notes. If they do not, dimensions follow from meshes alone, for
-            another rank may have been given others of the same parameters.
     """
 
     def __init__(
@@ -123,19 +119,16 @@ class Survey:
         module: nn.Module | None,
         partitioned: Declared,
         duplicated: Declared,
-        *,
-        agree: bool,
     ) -> None:
         self._parameters = parameters
         self._partitioned, self._duplicated = partitioned, duplicated
         self._flat = flat_groups(module)
         self._numbers: dict[tuple[int, ...], int] = {}
-        self._meshes: dict[tuple[int, ...], Dimension] = {}
         self._known: dict[ProcessGroup, Dimension] = {}
         self._by_spec: dict[Any, Found] = {}
         self._grids: dict[int, Any] = {}
         self.dimensions: list[Dimension] = []
-        """Those of this rank, in the order in which they appear."""
+        """Those of this rank, in the order in which it reduces over them."""
         self.matched: set[str] = set()
         """Which patterns of ``partitioned`` and ``duplicated`` have parameters here."""
         self.error: Exception | None = None
@@ -143,12 +136,11 @@ class Survey:
         declared = bool(partitioned.groups or duplicated.groups)
         marked = bool(self._flat) or any(map(is_flattened, parameters))
         self._names = names() if declared or marked else [None] * len(parameters)
-        if not agree:
-            self._number_meshes()
         # Meshes before declarations: ranks of one stage share the former, and all know the latter.
+        # Dimensions that split nothing too: a gradient may be a summand there, on some ranks alone.
+        for group in _mesh_groups(parameters):
+            self._number(group)
         self._found = [self._guarded(self._placed, number) for number in range(len(parameters))]
-        # What splits nothing too: a gradient may be a summand there, on some ranks alone.
-        self._number_meshes()
         for groups in partitioned.groups.values():
             for group in groups:
                 self._number(group)
@@ -164,10 +156,6 @@ class Survey:
             everyone = module.process_group
         assert everyone is not None
         self._number(everyone)
-
-    def _number_meshes(self) -> None:
-        for group in _mesh_groups(self._parameters):
-            self._number(group)
 
     def outline(self) -> Outline:
         """Return what the other ranks need to know."""
@@ -214,7 +202,6 @@ class Survey:
             outlines: Those of all ranks that can be reached, by rank; None to take it that
                 dimensions are those of a grid.
         """
-        meshes = list(self._meshes.values())
         holders = self._holders(outlines)
         # There are thousands of ranks, and of parameters: not for each of them anew.
         foreign = {mesh for each in (outlines or {}).values() for mesh in each.foreign}
@@ -223,13 +210,13 @@ class Survey:
                 each.identity: each.holding(self.dimensions, ranks, foreign)
                 for each, ranks in zip(self._found, holders, strict=True)
             }
-            return Topology(self.dimensions, meshes, holdings)
+            return Topology(self.dimensions, holdings)
         everyone = Dimension.among(sorted(outlines), max(each.groups for each in outlines.values()))
         holdings = {
             each.identity: each.in_one_dimension(everyone, ranks, foreign)
             for each, ranks in zip(self._found, holders, strict=True)
         }
-        return Topology([everyone], meshes, holdings, is_grid=False)
+        return Topology([everyone], holdings, is_grid=False)
 
     def _holders(self, outlines: Mapping[int, Outline] | None) -> list[frozenset[int]]:
         """Return, for each parameter, which ranks have the part of it that this one has."""
@@ -325,8 +312,6 @@ class Survey:
         cuts: dict[int, int] = {}
         for mesh_dim, placement in enumerate(spec.placements):
             group = spec.mesh.get_group(mesh_dim)
-            dimension = self._dimension(group)
-            self._meshes[dimension.ranks] = dimension
             if placement.is_partial():
                 raise ArgumentValueError(
                     f"a parameter of shape {shape} is placed as {placement}: its ranks hold "
