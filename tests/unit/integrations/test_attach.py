@@ -1,6 +1,7 @@
 """Clipping inside ``optimizer.step()``, for every kind of optimizer, with and without a scaler."""
 
 import copy
+import dataclasses
 import gc
 import math
 import pickle
@@ -281,11 +282,17 @@ def test_a_second_clipper_is_named(how):
     GradientClipper(optimizer, ObserveClip())  # to measure is fine
 
 
-@pytest.mark.parametrize("how", ["position", "keyword"])
+class Renamed(torch.optim.SGD):
+    def step(self, loss_of=None):
+        return super().step(loss_of)
+
+
+@pytest.mark.parametrize("how", ["position", "closure", "loss_of"])
 @pytest.mark.parametrize("bad", [False, True])
 def test_a_closure_runs_once_before_clipping(how, bad):
     weight = nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9)
+    kind = Renamed if how == "loss_of" else torch.optim.SGD
+    optimizer = kind([weight], lr=1.0, momentum=0.9)
     handle = attach(optimizer, 1.0)
     calls = []
 
@@ -297,7 +304,7 @@ def test_a_closure_runs_once_before_clipping(how, bad):
         return loss
 
     with torch.no_grad():
-        loss = optimizer.step(closure) if how == "position" else optimizer.step(closure=closure)
+        loss = optimizer.step(closure) if how == "position" else optimizer.step(**{how: closure})
     assert calls == [True]
     assert math.isnan(loss.detach()) if bad else loss == 6.0
     assert bool(handle.last.skipped) == bad
@@ -306,6 +313,24 @@ def test_a_closure_runs_once_before_clipping(how, bad):
     assert bool(optimizer.state) != bad
     optimizer.step(None)  # as Accelerate calls it
     assert handle.clipper.step == 2
+
+
+def test_optimizers_that_are_equal_are_two():
+    @dataclasses.dataclass
+    class Kept(torch.optim.SGD):
+        lr: float
+
+        def __post_init__(self):
+            self.weight = nn.Parameter(torch.zeros(2))
+            super().__init__([self.weight], lr=self.lr)
+
+    both = Kept(1.0), Kept(1.0)
+    handles = [attach(each, 1.0) for each in both]
+    for each in both:
+        each.weight.grad = torch.tensor([3.0, 4.0])
+        each.step()
+        assert each.weight.tolist() == pytest.approx([-0.6, -0.8], rel=1e-5)
+    assert [handle.clipper.step for handle in handles] == [1, 1]
 
 
 def test_what_computes_gradients_in_its_step_is_refused_by_name():
