@@ -412,6 +412,10 @@ def test_what_is_no_optimizer_or_steps_in_the_backward_pass():
     _apply_optimizer_in_backward(torch.optim.SGD, module.parameters(), {"lr": 0.1})
     with pytest.raises(ArgumentValueError, match="inside the backward pass"):
         attach(optimizer, 1.0)
+    released = torch.optim.SGD(model().parameters())
+    released.defaults["gradient_release"] = True  # as those of optimi
+    with pytest.raises(ArgumentValueError, match="gradient_release"):
+        attach(released, 1.0)
     attach(torch.optim.SGD(model().parameters()), 1.0)
     with pytest.raises(gradclip.errors.GradClipError):
         attach(torch.optim.SGD(model().parameters()), -1.0)
