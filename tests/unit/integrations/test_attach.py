@@ -283,15 +283,15 @@ def test_a_second_clipper_is_named(how):
 
 
 class Renamed(torch.optim.SGD):
-    def step(self, loss_of=None):
+    def step(self, model=None, loss_of=None):
         return super().step(loss_of)
 
 
-@pytest.mark.parametrize("how", ["position", "closure", "loss_of"])
+@pytest.mark.parametrize("how", ["position", "closure", "other position", "loss_of"])
 @pytest.mark.parametrize("bad", [False, True])
 def test_a_closure_runs_once_before_clipping(how, bad):
     weight = nn.Parameter(torch.ones(2))
-    kind = Renamed if how == "loss_of" else torch.optim.SGD
+    kind = Renamed if how in {"other position", "loss_of"} else torch.optim.SGD
     optimizer = kind([weight], lr=1.0, momentum=0.9)
     handle = attach(optimizer, 1.0)
     calls = []
@@ -304,7 +304,8 @@ def test_a_closure_runs_once_before_clipping(how, bad):
         return loss
 
     with torch.no_grad():
-        loss = optimizer.step(closure) if how == "position" else optimizer.step(**{how: closure})
+        given = {"position": (closure,), "other position": (nn.ReLU(), closure)}.get(how, ())
+        loss = optimizer.step(*given, **({} if given else {how: closure}))
     assert calls == [True]
     assert math.isnan(loss.detach()) if bad else loss == 6.0
     assert bool(handle.last.skipped) == bad

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gradclip.clipping.flags import Flag, any_of
@@ -69,8 +69,7 @@ class HeldStep:
         plain = self._had["step"] is _UNSET and hasattr(type(optimizer), "step")
         self._before = None if plain else before
         names = list(arguments_of(before))
-        self._closure_at = names.index("closure") if "closure" in names else 0
-        self._closure_name = next(iter(names[self._closure_at :]), "closure")
+        self._closure_at = names.index("closure") if "closure" in names else None
         self._is_torchs = _is_torchs(optimizer, before)
         self._is_whole = False
         self._hook: Any = None
@@ -158,14 +157,19 @@ class HeldStep:
         The gradients are clipped between the closure and the step, so the step may ask for the
         loss once, where its weights still are, and not for new gradients.
         """
-        at, name = self._closure_at, self._closure_name
-        closure = args[at] if at < len(args) else kwargs.get(name)
-        if not callable(closure):
+        if not (args or kwargs):
+            return None, args, kwargs
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        at = self._closure_at
+        # Where a step has another name for it, it is the first that can be called, and no model.
+        keys = given if at is None else (at, "closure")
+        found = ((key, given[key]) for key in keys if callable(given.get(key)))
+        key, closure = next((p for p in found if not isinstance(p[1], nn.Module)), (None, None))
+        if closure is None:
             return None, args, kwargs
         known = _Known(optimizer, closure)
-        if at < len(args):
-            return known.loss, (*args[:at], known, *args[at + 1 :]), kwargs
-        return known.loss, args, {**kwargs, name: known}
+        args = tuple(known if n == key else each for n, each in enumerate(args))
+        return known.loss, args, {k: known if k == key else each for k, each in kwargs.items()}
 
     def _see(self, optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG002
         """Refuse a step that comes past ``run``."""
