@@ -19,7 +19,8 @@
     |-- ReplicaError (RuntimeError)              GC211  copies of a gradient differ by rank
     |-- CollectiveError (RuntimeError)           GC212  a collective failed: a rank died, or is late
     |-- CheckpointError (RuntimeError)           GC301  a checkpoint: damaged, or not to be written
-    `-- MissingDependencyError (ImportError)     GC401  an extra that is not installed
+    |-- MissingDependencyError (ImportError)     GC401  an extra that is not installed
+    `-- AbsentNameError (ImportError)            GC402  a name of RoboOrchardLab that is not here
 
 A code never changes its meaning; ``docs/errors.md`` has a paragraph for each.
 """
@@ -29,6 +30,7 @@ import warnings
 from typing import ClassVar
 
 __all__ = [
+    "AbsentNameError",
     "ArgumentTypeError",
     "ArgumentValueError",
     "CaptureError",
@@ -167,3 +169,9 @@ class MissingDependencyError(GradClipError, ImportError):
     """A feature needs an extra that is not installed; the message has the command."""
 
     code = "GC401"
+
+
+class AbsentNameError(GradClipError, ImportError):
+    """RoboOrchardLab has this name and gradclip does not; the message says what to use."""
+
+    code = "GC402"

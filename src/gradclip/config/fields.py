@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from math import inf, isnan
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
-__all__ = ["make_numbers_strict", "refuse_unknown_fields"]
+__all__ = ["allow_infinite_defaults", "make_numbers_strict", "refuse_unknown_fields"]
 
 _SUGGESTIONS = 10
 
@@ -29,6 +30,46 @@ def make_numbers_strict(schema: Any) -> None:
         for key, part in schema.items():
             if key not in {"default", "metadata", "config", "serialization", "expected"}:
                 make_numbers_strict(part)
+
+
+def allow_infinite_defaults(schema: Any) -> None:
+    """Let a float be infinite where its default is, and "inf" in a file, in place.
+
+    Args:
+        schema: A model's core schema, or a part of it. Other models in it are only references.
+    """
+    if isinstance(schema, list | tuple):
+        for item in schema:
+            allow_infinite_defaults(item)
+    elif isinstance(schema, dict):
+        if schema.get("type") == "default" and schema.get("default") in (inf, -inf):
+            number = schema["schema"]
+            if number["type"] == "nullable":
+                number = number["schema"]
+            if number["type"] == "float":
+                number["allow_inf_nan"] = True
+                schema["schema"] = core_schema.no_info_before_validator_function(
+                    _read_number,
+                    schema["schema"],
+                    serialization=core_schema.plain_serializer_function_ser_schema(
+                        _write_number, when_used="json"
+                    ),
+                )
+        for key, part in schema.items():
+            if key not in {"default", "metadata", "config", "serialization", "expected"}:
+                allow_infinite_defaults(part)
+
+
+def _read_number(value: Any) -> Any:
+    if value in ("inf", "-inf") and isinstance(value, str):
+        return float(value)
+    if isinstance(value, float) and isnan(value):
+        raise PydanticCustomError("finite_number", "NaN is no value: expected a number")
+    return value
+
+
+def _write_number(value: Any) -> Any:
+    return str(value) if value in (inf, -inf) else value
 
 
 def refuse_unknown_fields(cls: type[BaseModel], data: Mapping[Any, Any]) -> None:

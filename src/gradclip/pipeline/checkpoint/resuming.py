@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradclip.errors import ArgumentValueError, CheckpointError
+from gradclip.pipeline.checkpoint import robo_orchard
 from gradclip.pipeline.checkpoint.store import holds_checkpoints, last_step
 from gradclip.pipeline.processes import together
 
@@ -42,6 +43,7 @@ def resumed_path(
     with together(accelerator) as all_processes:
         if accelerator.is_main_process:
             found = max(filter(holds_checkpoints, roots), key=last_step, default=None)
+            found = found or next(filter(robo_orchard.find, roots), None)
     return all_processes.from_main(found)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints as a hook: when they are taken."""
 
+import logging
 import os
 import shlex
 import signal
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Self
 from pydantic import Field, model_validator
 
 from gradclip.config import ClassType
-from gradclip.errors import ArgumentValueError
+from gradclip.errors import ArgumentValueError, warn
 from gradclip.hook import HookContext
+from gradclip.pipeline.absent import refusing, warn_of_idle
 from gradclip.pipeline.checkpoint import store as checkpoint_store
 from gradclip.pipeline.checkpoint.progress import TrainerProgressState
 from gradclip.pipeline.checkpoint.resuming import AUTO, refuse_another_run
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
     from gradclip.pipeline.stopping import StopRequest
 
 __all__ = ["SaveCheckpoint", "SaveCheckpointConfig"]
+
+__getattr__ = refusing(__name__)
+
+logger = logging.getLogger(__name__)
 
 
 class SaveCheckpoint(PipelineHooks):
@@ -83,7 +89,7 @@ class SaveCheckpoint(PipelineHooks):
                 root,
                 progress,
                 partial(save_training_state, arg=arg, progress=progress),
-                keep_last=self.cfg.keep_last,
+                keep_last=_kept(self.cfg, accelerator),
                 main=accelerator.is_main_process,
                 together=partial(together, accelerator),
             )
@@ -93,7 +99,8 @@ class SaveCheckpoint(PipelineHooks):
         # What cannot be saved is better known now than after the first hour.
         accelerator = _accelerator(arg)
         root = self.root(accelerator)
-        check_checkpointable(accelerator)
+        check_checkpointable(accelerator, arg.hooks)
+        _warn_of_workers(arg.dataloader)
         with together(accelerator):
             # A run goes on after an error, or was resumed by a loop of the user's own.
             goes_on = arg.stop is self._run or (arg.resume_from is None and arg.global_step_id > 0)
@@ -108,6 +115,7 @@ class SaveCheckpoint(PipelineHooks):
         self._due = self.is_due(arg.global_step_id)
         if self._due and arg.exception is None and arg.is_optimizer_step_boundary:
             self.save(arg, TrainerProgressState.after_step(arg))
+            self._say(arg, f"step {arg.global_step_id}")
 
     def _after_epoch(self, arg: PipelineHookArgs) -> None:
         cut = arg.data_position is not None and arg.data_position.batches > 0
@@ -123,6 +131,7 @@ class SaveCheckpoint(PipelineHooks):
         progress = TrainerProgressState.of(arg)
         progress.update_epoch()
         self.save(arg, progress)
+        self._say(arg, f"epoch {arg.epoch_id}")
 
     def _after_loop(self, arg: PipelineHookArgs) -> None:
         interrupted = _was_interrupted(arg)
@@ -132,8 +141,13 @@ class SaveCheckpoint(PipelineHooks):
             return
         if wanted and progress != self._saved:
             self.save(arg, progress)
+            self._say(arg, "training")
         if interrupted and _accelerator(arg).is_main_process:
             _say_how_to_go_on(self._place, self.root(_accelerator(arg)), arg.resume_from)
+
+    def _say(self, arg: PipelineHookArgs, what: str) -> None:
+        if self._place is not None and _accelerator(arg).is_main_process:
+            logger.info("Save checkpoint at the end of %s to %s", what, self._place)
 
     def root(self, accelerator: "Accelerator") -> Path:
         """Return the folder that checkpoints go to.
@@ -165,7 +179,14 @@ class SaveCheckpointConfig(PipelineHooksConfig[SaveCheckpoint]):
     save_when_loop_end: bool = True
     """Save when training ends, if that was not just done; one of the frequencies is needed too."""
     keep_last: int | None = Field(default=3, ge=1)
-    """How many checkpoints to keep, the last ones; None for all."""
+    """How many checkpoints to keep, the last ones; None for all. Where it is left out and the
+    accelerator names checkpoints (``automatic_checkpoint_naming``), its ``total_limit`` counts."""
+    save_model: bool = True
+    """Does nothing: the weights are in every checkpoint, in ``model.safetensors``."""
+
+    def __post_init__(self) -> None:
+        """Warn of a field that does nothing."""
+        warn_of_idle(self, "save_model")
 
     @model_validator(mode="after")
     def _some_time(self) -> Self:
@@ -175,6 +196,24 @@ class SaveCheckpointConfig(PipelineHooksConfig[SaveCheckpoint]):
                 "before its end would have saved nothing"
             )
         return self
+
+
+def _warn_of_workers(dataloader: object) -> None:
+    """Warn of workers whose random numbers a run that resumes does not repeat."""
+    if getattr(dataloader, "persistent_workers", False) and getattr(dataloader, "num_workers", 0):
+        warn(
+            "the dataloader has persistent_workers=True: what its workers draw from random "
+            "generators goes on from epoch to epoch, and a run that resumes draws other numbers. "
+            "Its batches come in the same order. For an exact resume set it to False."
+        )
+
+
+def _kept(cfg: "SaveCheckpointConfig", accelerator: "Accelerator") -> int | None:
+    """Return how many checkpoints to keep; None for all."""
+    project = accelerator.project_configuration
+    if "keep_last" in cfg.model_fields_set or not project.automatic_checkpoint_naming:
+        return cfg.keep_last
+    return project.total_limit  # type: ignore[no-any-return]
 
 
 def _accelerator(arg: PipelineHookArgs) -> "Accelerator":

@@ -4,7 +4,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from textwrap import indent
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar, get_args
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    Protocol,
+    Self,
+    TypeAlias,
+    TypeVar,
+    get_args,
+    runtime_checkable,
+)
 
 from gradclip.config import ClassConfig, ClassInitFromConfigMixin, ClassType, ConfigOf
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
@@ -19,9 +29,12 @@ if TYPE_CHECKING:
     from gradclip.pipeline.checkpoint.data_position import DataPosition
 
 __all__ = [
+    "ClassType",
     "HookContext",
     "HookContextChannel",
     "HookListConfig",
+    "ModelOutput",
+    "ModelOutputHasLossKeys",
     "PipelineHookArgs",
     "PipelineHookChanelType",
     "PipelineHookChannelType",
@@ -29,6 +42,30 @@ __all__ = [
     "PipelineHooksConfig",
     "RemoveableHandle",
 ]
+
+
+@runtime_checkable
+class ModelOutput(Protocol):
+    """What a model returns by name, as a dictionary does."""
+
+    def __getitem__(self, key: str) -> Any: ...
+
+    def keys(self) -> Iterable[Any]:
+        """Return the names."""
+
+    def items(self) -> Iterable[tuple[Any, Any]]:
+        """Return pairs of a name and a value."""
+
+    def values(self) -> Iterable[Any]:
+        """Return the values."""
+
+
+@runtime_checkable
+class ModelOutputHasLossKeys(ModelOutput, Protocol):
+    """What a model returns, if it says which of it are losses."""
+
+    def loss_keys(self) -> Iterable[str]:
+        """Return the names of the losses."""
 
 
 @dataclass(eq=False)
@@ -140,14 +177,14 @@ class PipelineHooks(ClassInitFromConfigMixin):
         self.hooks: dict[PipelineHookChanelType, HookContextChannel[PipelineHookArgs]] = {
             name: HookContextChannel(name) for name in _CHANNELS
         }
-        self._children: tuple[PipelineHooks, ...] = ()
+        self._registered: tuple[PipelineHooks, ...] = ()
         for hook_config in () if cfg is None else cfg.hooks:
             self.register_pipeline_hooks(hook_config())
 
     @property
-    def children(self) -> "tuple[PipelineHooks, ...]":
+    def registered_sets(self) -> "tuple[PipelineHooks, ...]":
         """The sets of hooks that were registered here, in order."""
-        return self._children
+        return self._registered
 
     def begin(self, channel: PipelineHookChanelType, arg: PipelineHookArgs) -> "_Begin":
         """Run the hooks of a channel around a ``with`` block, which is given ``arg``.
@@ -170,10 +207,10 @@ class PipelineHooks(ClassInitFromConfigMixin):
     def register_pipeline_hooks(
         self, hooks: "PipelineHooks"
     ) -> RemoveableHandle[Callable[[], None]]:
-        """Add the hooks of another set, those of now and of later, and the set to ``children``.
+        """Add the hooks of another set, those of now and of later.
 
         Returns:
-            A handle that removes both.
+            A handle that removes them.
 
         Raises:
             ArgumentTypeError: ``hooks`` is not a ``PipelineHooks``.
@@ -186,13 +223,13 @@ class PipelineHooks(ClassInitFromConfigMixin):
         handles = [
             self.hooks[name].register_hook_channel(channel) for name, channel in hooks.hooks.items()
         ]
-        if not any(child is hooks for child in self._children):
-            self._children += (hooks,)
+        if not any(each is hooks for each in self._registered):
+            self._registered += (hooks,)
 
         def remove() -> None:
             for handle in handles:
                 handle.remove()
-            self._children = tuple(child for child in self._children if child is not hooks)
+            self._registered = tuple(each for each in self._registered if each is not hooks)
 
         return RemoveableHandle(remove)
 
@@ -204,11 +241,11 @@ class PipelineHooks(ClassInitFromConfigMixin):
         """Remove every hook from every channel."""
         for channel in self.hooks.values():
             channel.unregister_all()
-        self._children = ()
+        self._registered = ()
 
-    def move_to_end(self, child: "PipelineHooks") -> None:
+    def move_to_end(self, registered: "PipelineHooks") -> None:
         """Let the hooks of a set that is registered here run after all others."""
-        for name, channel in child.hooks.items():
+        for name, channel in registered.hooks.items():
             self.hooks[name].move_to_end(channel)
 
     def walk(self) -> "Iterator[PipelineHooks]":
@@ -220,7 +257,7 @@ class PipelineHooks(ClassInitFromConfigMixin):
             if id(hooks) not in seen:
                 seen.add(id(hooks))
                 yield hooks
-                waiting.extend(reversed(hooks.children))
+                waiting.extend(reversed(hooks.registered_sets))
 
     @classmethod
     def from_hooks(cls, hooks: "PipelineHooksLike") -> Self:
