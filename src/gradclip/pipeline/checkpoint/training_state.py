@@ -38,22 +38,26 @@ if TYPE_CHECKING:
     from gradclip.pipeline.checkpoint.progress import TrainerProgressState
     from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks
 
-__all__ = ["check_checkpointable", "keepable", "load_training_state", "save_training_state"]
+__all__ = [
+    "check_checkpointable",
+    "hooks_state",
+    "keepable",
+    "load_training_state",
+    "save_training_state",
+]
 
 _HOOKS = "hooks.pt"
 _WRITTEN = {"state", "kinds"}
 
 
-def check_checkpointable(accelerator: "Accelerator", hooks: "PipelineHooks | None" = None) -> None:
+def check_checkpointable(accelerator: "Accelerator") -> None:
     """Refuse what could only be restored by unpickling it.
 
     Raises:
         ArgumentValueError: GC010, objects were registered for checkpointing, or DeepSpeed has the
             state.
-        ArgumentTypeError: GC011, the state of a hook holds an object.
     """
     refuse_checkpoints(accelerator)
-    _hooks_state(hooks)
     registered = accelerator._custom_objects  # noqa: SLF001 - there is no other way to ask
     if registered:
         names = ", ".join(sorted({type(each).__name__ for each in registered}))
@@ -98,7 +102,7 @@ def save_training_state(
     # From here on a process that fails leaves no other one waiting in a collective.
     write_weights(folder, weights)
     if accelerator.is_main_process:
-        write_state(_hooks_state(arg.hooks), folder / _HOOKS)
+        write_state(hooks_state(arg.hooks), folder / _HOOKS)
     own: dict[str, Any] = {"gradients": {}}
     if arg.data_position is None:
         own["random"] = RandomState.capture().state_dict()
@@ -235,7 +239,12 @@ def _named_hooks(hooks: "PipelineHooks | None") -> "Iterator[tuple[str, Pipeline
         yield f"{name}:{number}", each
 
 
-def _hooks_state(hooks: "PipelineHooks | None") -> dict[str, Any]:
+def hooks_state(hooks: "PipelineHooks | None") -> dict[str, Any]:
+    """Return the states of all hooks as a file can hold them.
+
+    Raises:
+        ArgumentTypeError: GC011, one holds an object that could only be unpickled.
+    """
     states = {name: each.state_dict() for name, each in _named_hooks(hooks)}
     return {
         name: to_plain(state, f"{name.partition(':')[0]}.state_dict()")

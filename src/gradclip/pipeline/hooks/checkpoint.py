@@ -20,6 +20,7 @@ from gradclip.pipeline.checkpoint.progress import TrainerProgressState
 from gradclip.pipeline.checkpoint.resuming import AUTO, refuse_another_run
 from gradclip.pipeline.checkpoint.training_state import (
     check_checkpointable,
+    hooks_state,
     keepable,
     save_training_state,
 )
@@ -99,13 +100,15 @@ class SaveCheckpoint(PipelineHooks):
         # What cannot be saved is better known now than after the first hour.
         accelerator = _accelerator(arg)
         root = self.root(accelerator)
-        check_checkpointable(accelerator, arg.hooks)
+        check_checkpointable(accelerator)
         _warn_of_workers(arg.dataloader)
         with together(accelerator):
             # A run goes on after an error, or was resumed by a loop of the user's own.
             goes_on = arg.stop is self._run or (arg.resume_from is None and arg.global_step_id > 0)
-            if accelerator.is_main_process and not goes_on:
-                refuse_another_run(root, arg.resume_from)
+            if accelerator.is_main_process:
+                hooks_state(arg.hooks)
+                if not goes_on:
+                    refuse_another_run(root, arg.resume_from)
         self._run = arg.stop  # every run has one of its own
         self._due, self._place = False, None
         # Where a run resumes need not be written again.
