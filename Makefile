@@ -16,9 +16,12 @@ help:  ## say what there is
 demo: $(VENV)/.demo  ## train a small model without and with clipping, under a minute
 	$(BIN)/gradclip demo
 
-# One thread each: two processes with threads of their own on two cores wait for each other.
+# One thread each: two processes with threads of their own on two cores wait for each other. Processes
+# that tests start find compiled modules, whatever this variable says outside.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2
+
 test: $(VENV)/.dev  ## run the tests; where arguments are independent, on every pair of their values
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not framework" \
+	$(PYTEST) --dist worksteal -m "not framework" \
 		--ignore tests/integrations --ignore tests/robo_orchard --ignore tests/optimizers
 
 test-all:  ## run the same tests on every combination of values
@@ -26,14 +29,14 @@ test-all:  ## run the same tests on every combination of values
 
 # The folders that have such tests: to collect the others takes longer than to run these.
 smoke: $(VENV)/.dev  ## run one test of each kind, while you work: half a minute
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m smoke tests/contract tests/distributed tests/unit
+	$(PYTEST) -m smoke tests/contract tests/distributed tests/unit
 
 test-integrations: $(VENV)/.integrations  ## run the tests of the frameworks that gradclip meets
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/integrations tests/contract/test_ways_in.py \
+	$(PYTEST) --dist worksteal tests/integrations tests/contract/test_ways_in.py \
 		tests/unit/clipping/test_arguments.py
 
 test-optimizers: $(VENV)/.optimizers  ## run the optimizers of other libraries, and write docs/optimizers.md
-	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/optimizers $(BIN)/python -m pytest -n 2 tests/optimizers
+	PYTHONPATH=$(VENV)/optimizers $(PYTEST) tests/optimizers
 	PYTHONPATH=$(VENV)/optimizers $(BIN)/python tests/optimizers/table.py
 
 test-robo-orchard: $(ROBO)/.installed  ## run gradclip inside RoboOrchardLab 0.4.0, and its scripts under both

@@ -1,9 +1,16 @@
 """Runs the examples, as their docstrings say."""
 
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
 
 import gradclip
 from patience import seconds
@@ -13,7 +20,18 @@ SOURCE = Path(gradclip.__file__).parents[1]
 
 
 def run(name, folder):
-    return execute([sys.executable, "-W", "error", str(EXAMPLES / name)], folder)
+    """Run an example in this process, where every warning is an error; return what it wrote."""
+    written = io.StringIO()
+    with (
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(written),
+        warnings.catch_warnings(action="error"),
+        torch.random.fork_rng(),
+    ):
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return written.getvalue()
 
 
 def launched(processes, command, folder):

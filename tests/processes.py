@@ -1,6 +1,7 @@
 """Real processes that talk over gloo: ``together(function, 4)`` runs it on four ranks."""
 
 import faulthandler
+import gc
 import os
 import pickle
 import sys
@@ -20,9 +21,19 @@ _PRELOADED = [
     "torch.distributed.tensor",
     "torch.distributed.fsdp",
     "torch._dynamo",
-    "gradclip",
-    "gradclip.clipping",
+    "torch.distributed.tensor.debug",
+    "torch.distributed.tensor.parallel",
     "accelerate",
+    "gradclip.clipping.kernels.foreach",
+    "gradclip.clipping.kernels.rows",
+    "gradclip.clipping.ranks.fsdp1",
+    "gradclip.clipping.ranks.rendezvous",
+    "gradclip.clipping.ranks.share",
+    "gradclip.clipping.ranks.topology",
+    "gradclip.clipping.ranks.verdict",
+    "gradclip.pipeline.trainer",
+    "gradclip.pipeline.hooks.record",
+    "pytest",
 ]
 _processes = get_context("forkserver")
 _processes.set_forkserver_preload(_PRELOADED)
@@ -76,6 +87,18 @@ class Outcome:
         self.seconds = 0.0
 
 
+def alone(function: Callable[..., Any], *args: Any) -> Any:
+    """Run ``function(*args)`` in a process of its own, without a group; return what it returned."""
+    (outcome,) = outcomes_of(_without_rank, 1, function, args, grouped=False)
+    if outcome.problem:
+        raise RanksFailedError(outcome.problem)
+    return outcome.value
+
+
+def _without_rank(rank: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return function(*args)
+
+
 def outcomes_of(
     function: Callable[..., Any],
     ranks: int,
@@ -83,15 +106,20 @@ def outcomes_of(
     limit: float | None = None,
     env: dict[str, str] | None = None,
     group_timeout: float | None = None,
+    grouped: bool = True,
 ) -> list[Outcome]:
-    """Run a function as ``together`` does, where ranks are expected to fail."""
+    """Run a function as ``together`` does, where ranks are expected to fail.
+
+    ``grouped``: whether they make a process group, before the function is called.
+    """
     limit = seconds() if limit is None else limit
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
         running = []
         for rank in range(ranks):
             ours, theirs = _processes.Pipe(duplex=False)
-            setting = (rank, ranks, f"{folder}/store", group_timeout or limit, env or {}, limit)
+            store = f"{folder}/store" if grouped else None
+            setting = (rank, ranks, store, group_timeout or limit, env or {}, limit)
             process = _processes.Process(target=_rank, args=(theirs, setting, function, args))
             process.start()
             theirs.close()
@@ -124,11 +152,13 @@ def _rank(
     pipe: Connection, setting: tuple[Any, ...], function: Callable[..., Any], args: Any
 ) -> None:
     """Be one rank. An ordinary exit of a process with a group aborts now and then: avoid it."""
+    gc.freeze()  # what was loaded before is nobody's garbage: its memory stays shared
     rank, ranks, store, group_timeout, env, limit = setting
     os.environ.update(env)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
-    # What launchers set too, and Accelerate asks for; the group is made by then.
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", LOCAL_WORLD_SIZE=str(ranks))
+    if store is not None:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+        # What launchers set too, and Accelerate asks for; the group is made by then.
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", LOCAL_WORLD_SIZE=str(ranks))
     faulthandler.dump_traceback_later(max(1.0, limit - 2), exit=False)
     import torch  # noqa: PLC0415 - not before the environment is set
     import torch.distributed as dist  # noqa: PLC0415
@@ -136,15 +166,17 @@ def _rank(
     torch.set_num_threads(1)
     code = 0
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=ranks,
-            timeout=timedelta(seconds=group_timeout),
-        )
+        if store is not None:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=ranks,
+                timeout=timedelta(seconds=group_timeout),
+            )
         pipe.send_bytes(pickle.dumps((function(rank, *args), "")))
-        dist.barrier()
+        if store is not None:
+            dist.barrier()
     except BaseException as error:  # noqa: BLE001 - whatever it was, the parent must know
         code = 1
         try:

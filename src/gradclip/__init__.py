@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gradclip.clipping import get_total_norm as get_total_norm
     from gradclip.clipping import withhold as withhold
     from gradclip.integrations.torch_optim import attach as attach
+    from gradclip.integrations.torch_optim import attached as attached
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "ValueClip",
     "__version__",
     "attach",
+    "attached",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
@@ -45,8 +47,8 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Import the engine, and torch with it, on the first use of one of its names."""
-    if name == "attach":
-        return import_module("gradclip.integrations.torch_optim").attach
+    if name in ("attach", "attached"):
+        return getattr(import_module("gradclip.integrations.torch_optim"), name)
     if name in __all__:
         return getattr(import_module("gradclip.clipping"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

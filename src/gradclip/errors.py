@@ -19,6 +19,7 @@
     |-- ReplicaError (RuntimeError)              GC211  copies of a gradient differ by rank
     |-- CollectiveError (RuntimeError)           GC212  a collective failed: a rank died, or is late
     |-- CheckpointError (RuntimeError)           GC301  a checkpoint: damaged, or not to be written
+    |-- RecordError (OSError)                    GC302  a record of a run that cannot be written
     |-- MissingDependencyError (ImportError)     GC401  an extra that is not installed
     `-- AbsentNameError (ImportError)            GC402  a name of RoboOrchardLab that is not here
 
@@ -45,6 +46,7 @@ __all__ = [
     "NonFiniteGradientError",
     "OverlappingGradientsError",
     "RankError",
+    "RecordError",
     "ReplicaError",
     "StateError",
     "TooManySkipsError",
@@ -163,6 +165,12 @@ class CheckpointError(GradClipError, RuntimeError):
     """A checkpoint is missing, incomplete or damaged, or cannot be written."""
 
     code = "GC301"
+
+
+class RecordError(GradClipError, OSError):
+    """A record of a run cannot be written: the disk is full, say."""
+
+    code = "GC302"
 
 
 class MissingDependencyError(GradClipError, ImportError):

@@ -120,6 +120,23 @@ def moments(optimizer):
     ]
 
 
+class ZerosForNone(torch.optim.SGD):
+    """Makes zeros where there is no gradient, as Muon: KellerJordan/Muon#56."""
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        super().step()
+        return loss
+
+
+def zeros_for_none(parameters):
+    return ZerosForNone(parameters, lr=0.1, momentum=0.9)
+
+
 class Manual(Net):
     """Steps two optimizers by itself, of which the second has a limit that never clips."""
 

@@ -20,6 +20,7 @@ from lightning_runs import (
     same,
     steps,
     weights,
+    zeros_for_none,
 )
 
 from gradclip.errors import NonFiniteGradientError, TooManySkipsError
@@ -112,7 +113,7 @@ def test_lightning_spreads_a_nan_to_all_weights():
 
 
 @pairwise(
-    make=[adamw, fused_adamw, momentum, fused_momentum],
+    make=[adamw, fused_adamw, momentum, fused_momentum, zeros_for_none],
     value=[torch.nan, -torch.inf],
     when=[0, 3],
 )

@@ -42,7 +42,7 @@ def run(code):
 @pytest.mark.smoke
 def test_the_public_names_are_these():
     assert sorted(gradclip.__all__) == sorted(
-        [*ENGINE, "__version__", "attach", "config", "errors"]
+        [*ENGINE, "__version__", "attach", "attached", "config", "errors"]
     )
     assert all(getattr(gradclip, name) is not None for name in gradclip.__all__)
     assert set(gradclip.__all__) <= set(dir(gradclip))

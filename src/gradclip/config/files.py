@@ -7,7 +7,7 @@ from pathlib import Path
 from gradclip.config.base import Config, read
 from gradclip.config.parse import MAX_BYTES, Format, parse
 from gradclip.config.report import file_error
-from gradclip.whole_file import write_whole
+from gradclip.whole_file import read_whole, write_whole
 
 __all__ = ["dump", "load"]
 
@@ -61,11 +61,11 @@ def _format(path: Path) -> Format:
 
 def _text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        text = data.decode("utf-8-sig")
+        text = read_whole(path, MAX_BYTES + 1).decode("utf-8-sig")
     except OSError as error:
         raise file_error(str(path), f"cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise file_error(str(path), f"not UTF-8 text: {error.reason}") from error
+    except ValueError as error:
+        raise file_error(str(path), f"cannot be read: {error}") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")

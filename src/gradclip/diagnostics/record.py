@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from reprlib import Repr
@@ -16,8 +17,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from gradclip import __version__
-from gradclip.errors import ArgumentValueError
-from gradclip.whole_file import write_whole
+from gradclip.errors import ArgumentValueError, RecordError
+from gradclip.whole_file import read_whole, write_whole
 
 if TYPE_CHECKING:
     from gradclip.clipping import ClipStats
@@ -122,30 +123,45 @@ class RunRecorder:
 
     Raises:
         ArgumentValueError: The run resumes on a file that is not a record; the file is left alone.
+        RecordError: GC302, the file cannot be written; an old one is left alone. So does ``write``.
     """
 
     def __init__(
         self, path: str | Path, *, start_step: int = 0, meta: Mapping[str, object] | None = None
     ) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         header: dict[str, object] = {"gradclip": __version__, "schema": _SCHEMA, **(meta or {})}
         kept: list[StepRecord] = []
-        if start_step > 0 and self.path.exists():
-            header = read_header(self.path)
-            kept = [record for record in read_record(self.path) if record.step < start_step]
-        # In one step: a kill here leaves the old record whole.
-        write_whole(self.path, _line(header) + "".join(map(_step_line, kept)))
-        self._file = self.path.open("a", encoding="utf-8", newline="\n")
+        with self._writing():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if start_step > 0 and self.path.exists():
+                header = read_header(self.path)
+                kept = [record for record in read_record(self.path) if record.step < start_step]
+            # In one step: a kill here leaves the old record whole.
+            write_whole(self.path, _line(header) + "".join(map(_step_line, kept)))
+            self._file = self.path.open("a", encoding="utf-8", newline="\n")
 
     def write(self, record: StepRecord) -> None:
         """Append one step, and flush it."""
-        self._file.write(_step_line(record))
-        self._file.flush()
+        with self._writing():
+            self._file.write(_step_line(record))
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file; harmless when it is closed."""
-        self._file.close()
+        with self._writing():
+            self._file.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn an error of the disk into one that says what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise RecordError(
+                f"the record {self.path} cannot be written: {error.strerror or error}. Make room "
+                "there, or give another path."
+            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -184,7 +200,10 @@ def read_header(path: str | Path) -> dict[str, object]:
 def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, object) of the header and of every complete line after it."""
     # Bytes, for a text would also be split at the line breaks of Unicode, which JSON allows inside.
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")[:-1]
+    try:
+        lines = read_whole(path).removeprefix(b"\xef\xbb\xbf").split(b"\n")[:-1]
+    except ValueError as error:
+        raise _not_a_record(path, 1, str(error)) from None
     if not lines:
         raise _not_a_record(path, 1, "the file is empty")
     for number, line in enumerate(lines, start=1):

@@ -12,7 +12,7 @@ from gradclip.clipping.arguments import ClipOptions
 from gradclip.clipping.collect.sources import OptimizerParameters
 from gradclip.clipping.flags import Flag
 from gradclip.clipping.kernels.device import copy_to_host
-from gradclip.clipping.step.held import HeldStep, lend
+from gradclip.clipping.step.held import gates_of, hooks_before, lend
 from gradclip.clipping.step.wrappers import unwrapped
 from gradclip.errors import ArgumentTypeError, DoubleClippingError, warn
 from gradclip.integrations.loss_scaling import SCALE_FLOOR
@@ -23,7 +23,7 @@ from gradclip.record.stats import Stats
 if TYPE_CHECKING:
     from gradclip.clipping.clipper import PoliciesLike
 
-__all__ = ["Attachment", "attach"]
+__all__ = ["Attachment", "attach", "attached"]
 
 _LABEL = "gradclip.attach"
 
@@ -57,7 +57,7 @@ def attach(
 
     Returns:
         What was attached: ``last`` is the result of the last step, ``remove()`` takes it off. As a
-        context manager it is removed where the context ends.
+        context manager it is removed where the context ends. ``attached`` finds one that was lost.
 
     Raises:
         ArgumentTypeError: GC011, something that is no torch optimizer, or whose step computes
@@ -81,6 +81,20 @@ def attach(
 clipped=True, skipped=False, nonfinite=0)
     """
     return Attachment(_checked(optimizer), policy, options)
+
+
+def attached(optimizer: torch.optim.Optimizer) -> "tuple[Attachment, ...]":
+    """Return what is attached to an optimizer, oldest first: where a handle was lost.
+
+    .. code-block:: python
+
+        for handle in gradclip.attached(optimizer):
+            handle.remove()
+
+    Args:
+        optimizer: A torch optimizer, or a wrapper of one.
+    """
+    return tuple(each for each in gates_of(optimizer) if isinstance(each, Attachment))
 
 
 class Attachment:
@@ -221,12 +235,8 @@ def _checked(optimizer: object) -> Any:
 
 
 def _warn_of_hooks(optimizer: Any) -> None:
-    """Warn of step hooks that see clipped gradients from now on."""
-    hooks = [
-        hook
-        for hook in getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
-        if not isinstance(getattr(hook, "__self__", None), HeldStep)
-    ]
+    """Warn of step hooks, its own and those of all optimizers, that see clipped gradients now."""
+    hooks = hooks_before(optimizer)
     if hooks:
         names = ", ".join(getattr(hook, "__qualname__", repr(hook)) for hook in hooks)
         warn(

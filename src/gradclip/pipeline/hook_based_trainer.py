@@ -179,7 +179,7 @@ class HookBasedTrainer:
         self._checkpoints = checkpoints
         self._position = DataPosition(
             () if self.dataloader is None else self.dataloader,
-            self._may_save if checkpoints else None,
+            self._may_save,
             look_ahead=self.accelerator.gradient_accumulation_steps > 1,
         )
         self.trainer_progress_state = self._loaded(resume_path)
@@ -337,7 +337,7 @@ class HookBasedTrainer:
         return self._arg.copy_with_updates(**vars(self.trainer_progress_state))
 
     def _may_save(self) -> bool:
-        """Whether a checkpoint may be taken after the next batch."""
+        """Whether a checkpoint is due after the next batch."""
         step = self.trainer_progress_state.global_step_id
         return step + 1 == self.max_step or any(each.is_due(step) for each in self._checkpoints)
 

@@ -3,7 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isfinite, nan
 
 from gradclip.record.ring import StepNumbers
@@ -44,6 +44,10 @@ class Stats:
     p99: float = nan
     max: float = nan
     since: int = 0
+
+    def __repr__(self) -> str:
+        numbers = ((each.name, getattr(self, each.name)) for each in fields(self))
+        return f"Stats({', '.join(f'{name}={_short(value)}' for name, value in numbers)})"
 
 
 class StepStats:
@@ -124,6 +128,10 @@ def together(counted: Iterable[StepStats]) -> Stats:
         max=norms[-1] if norms else nan,
         since=min((window[0][0] for window in windows), default=0),
     )
+
+
+def _short(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 def _quantile(ordered: list[float], share: float) -> float:

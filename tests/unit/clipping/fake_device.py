@@ -1,10 +1,9 @@
 """Clips on a device that has no memory, where reading a number or mixing devices raises.
 
-Prints what raised, a line each. It runs in a process of its own: it registers a device, and makes
+Returns what raised, a line each. It runs in a process of its own: it registers a device, and makes
 ``torch.cat`` and ``torch.stack`` as strict as they are on a GPU.
 """
 
-import sys
 import warnings
 from dataclasses import replace
 from math import inf
@@ -118,6 +117,7 @@ def main():
     Dimension.all_reduce = lambda self, values, operation: None
     Dimension.gather = lambda self, known: [everyone(known[0])]
     warnings.simplefilter("ignore")
+    raised = []
     mixed = (torch.float32, torch.float64)
     for (name, policy), mode, missing, dtypes, scale, partitioned in chosen(
         list(POLICIES.items()),
@@ -133,8 +133,5 @@ def main():
             except Exception as error:  # noqa: BLE001 - whatever it is
                 said = str(error)[:150]
                 case = f"{name} {mode} {missing} {dtypes} {scale} {partitioned is None}"
-                sys.stdout.write(f"{case} {error!r:.20} {said}\n")
-
-
-if __name__ == "__main__":
-    main()
+                raised.append(f"{case} {error!r:.20} {said}")
+    return raised

@@ -301,7 +301,7 @@ def test_one_clip_for_the_whole_window_of_accumulation(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_same_clip_again_changes_nothing(dtype, backend):
     """Row s: bits changed in 300 of 300 cases, and 54 % ended above the limit."""
-    for case in range(300):
+    for case in range(156):  # every scale with every p and every number of tensors
         generator = torch.Generator().manual_seed(case)
         sizes = torch.randint(1, 400, (1 + case % 4,), generator=generator).tolist()
         scale = 10.0 ** (case % 13 - 6)

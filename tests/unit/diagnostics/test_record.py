@@ -244,8 +244,10 @@ def test_what_other_programs_do_to_a_file_is_read(tmp_path):
         finding(records)
 
 
-@pytest.mark.parametrize("loss", [1e308, -1e308, 1.7976931348623157e308, 5e-324])
-@pytest.mark.parametrize("norm", [1e308, 5e-324])
+@pytest.mark.parametrize(
+    ("loss", "norm"),
+    [(1e308, 5e-324), (-1e308, 1e308), (1.7976931348623157e308, 1e308), (5e-324, 5e-324)],
+)
 def test_numbers_at_the_ends_of_what_a_float_holds_are_summed_up_and_drawn(tmp_path, loss, norm):
     path = tmp_path / "run.jsonl"
     with RunRecorder(path) as recorder:

@@ -1,6 +1,9 @@
 """A loop on Accelerate: windows, scalers, skips, and its wrappers around optimizers."""
 
+import copy
+import itertools
 import math
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import nn
 
 from documented_policies import SpikeSkip
 from gradclip import ObserveClip, attach, withhold
-from gradclip.errors import ArgumentTypeError, DoubleClippingError
+from gradclip.errors import ArgumentTypeError, ArgumentValueError, DoubleClippingError
 from gradclip.integrations.accelerate import AcceleratorClipper
 
 
@@ -96,6 +99,38 @@ def test_a_step_that_is_no_number_is_not_made(scaler):
     _, _, _, before = train(ours, steps=2, scaler=scaler)
     assert skips == [False, False, False, True]
     assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+
+
+class ZerosForNone(torch.optim.SGD):
+    """Makes zeros where there is no gradient, and has momentum, as Muon."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("way", ["attach", "AcceleratorClipper"])
+def test_what_makes_zeros_of_no_gradient_is_withheld(way):
+    """KellerJordan/Muon#56: the momentum moved the weights at a skipped step."""
+    accelerator = Accelerator(cpu=True)
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = accelerator.prepare(ZerosForNone([weight], lr=1.0, momentum=0.9))
+    owner = (
+        attach(optimizer, 1.0)
+        if way == "attach"
+        else AcceleratorClipper(accelerator, optimizer, 1.0)
+    )
+    for value in (1.0, math.nan):
+        before = weight.detach().clone()
+        weight.grad = torch.full((2,), value)
+        if way == "AcceleratorClipper":
+            owner.clip()
+        optimizer.step()
+    assert bool(before.any())
+    assert torch.equal(weight, before)
 
 
 def test_it_unscales_once_also_where_the_loop_did():
@@ -278,3 +313,68 @@ def test_its_stats_count_optimizer_steps(scaler):
     assert (stats.steps, stats.skipped, stats.nonfinite) == (4, 1, 1)
     assert stats.clipped == 3
     assert stats.max > 1.0
+
+
+def take(way, accelerator, optimizer):
+    """Return how often this owner was asked, and how it lets the optimizer go."""
+    if way == "withhold":
+        stack = ExitStack()
+        stack.enter_context(withhold(optimizer, torch.tensor(False)))
+        return None, stack.close
+    if way == "attach":
+        handle = attach(optimizer, ObserveClip())
+        return (lambda: handle.clipper.step), handle.remove
+    clipper = AcceleratorClipper(accelerator, optimizer, 1.0)
+    return (lambda: clipper.clip() and clipper.clipper.step), clipper.remove
+
+
+def test_owners_may_come_and_go_in_any_order():
+    """Accelerate's wrapper under a scaler kept the step of one that had left, or lost another's."""
+    ways = ("attach", "withhold", "AcceleratorClipper")
+    orders = list(itertools.permutations(ways))
+    for scaled, come, go in itertools.product([False, True], orders, orders):
+        accelerator = Accelerator(cpu=True)
+        weight = nn.Parameter(torch.zeros(2))
+        inner = torch.optim.SGD([weight], lr=1.0)
+        optimizer = accelerator.prepare(inner)
+        if scaled:
+            give_scaler(accelerator, optimizer)
+            accelerator.scaler.scale(torch.zeros(()))
+        steps = inner.step, vars(optimizer).get("_optimizer_original_step_method")
+        names = vars(inner).keys() | {"step"}  # which Accelerate sets under a scaler
+        patched = vars(optimizer).get("_optimizer_patched_step_method")
+        owners = {way: take(way, accelerator, optimizer) for way in come}
+        asked = 0
+        for way in go:
+            weight.grad = torch.full((2,), 3.0)
+            if "AcceleratorClipper" in owners:
+                owners["AcceleratorClipper"][0]()
+            optimizer.step()
+            asked += "attach" in owners
+            if "attach" in owners:
+                assert owners["attach"][0]() == asked, (scaled, come, go)
+            owners.pop(way)[1]()
+        assert vars(inner).keys() <= names, (scaled, come, go)
+        assert inner._optimizer_step_pre_hooks == {}
+        found = inner.step, vars(optimizer).get("_optimizer_original_step_method")
+        assert found == steps, (scaled, come, go)
+        assert vars(optimizer).get("_optimizer_patched_step_method") is patched
+        AcceleratorState._reset_state()
+
+
+def test_a_step_that_a_wrapper_put_back_is_held_as_at_first():
+    accelerator = Accelerator(cpu=True)
+    weight = nn.Parameter(torch.zeros(2))
+    inner = torch.optim.SGD([weight], lr=1.0)
+    handle = attach(inner, 1.0)
+    optimizer = accelerator.prepare(inner)
+    give_scaler(accelerator, optimizer)
+    accelerator.scaler.scale(torch.zeros(()))
+    handle.remove()
+    weight.grad = torch.ones(2)
+    optimizer.step()  # puts the step that it knows on the optimizer
+    attach(inner, 1.0)
+    with pytest.raises(ArgumentValueError, match="was called past"):
+        type(inner).step(inner)
+    with pytest.warns(UserWarning, match="copied or pickled"):
+        copy.deepcopy(inner)

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 import gradclip
-from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip, attach
+from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip, attach, withhold
 from gradclip.errors import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -218,6 +219,26 @@ def test_removing_it_leaves_everything_as_it_was():
     attach(optimizer, 1.0)  # nobody owns it now
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_handle_that_was_lost_is_found(wrapped):
+    """A cell of a notebook that ran twice."""
+    inner = optimizer = torch.optim.SGD(model().parameters(), lr=0.1)
+    if wrapped:
+        optimizer = Accelerator(cpu=True).prepare(inner)
+    assert gradclip.attached(optimizer) == ()
+    attach(optimizer, 1.0)
+    with pytest.raises(DoubleClippingError, match=r"gradclip\.attached\(optimizer\)"):
+        attach(optimizer, 1.0)
+    with withhold(optimizer, torch.tensor(True)):  # is no attachment
+        (lost,) = gradclip.attached(optimizer)
+    watching = attach(optimizer, ObserveClip())
+    assert gradclip.attached(inner) == (lost, watching)
+    for handle in gradclip.attached(optimizer):
+        handle.remove()
+    assert gradclip.attached(optimizer) == ()
+    attach(optimizer, 1.0)
+
+
 def test_nothing_is_kept_alive():
     module = model()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
@@ -327,6 +348,32 @@ def test_parameters_that_an_optimizer_does_not_show_are_named(named):
     with pytest.raises(ArgumentValueError, match=rf"Pair\.parts steps parameters.*: {wrong}\. "):
         attach(Pair([first], [second], named), 1.0)
     attach(Pair([first, second], [second]), 1.0)
+
+
+def test_an_optimizer_that_only_knows_another_one_is_taken():
+    class Knows(torch.optim.SGD):
+        def __init__(self, params, other):
+            super().__init__(params, lr=1.0)
+            self.others = {"d": [other]}
+
+    first, second = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
+    other = torch.optim.SGD([second], lr=1.0)
+    set_from_outside = torch.optim.SGD([first], lr=1.0)
+    set_from_outside.other = other
+    for optimizer in (set_from_outside, Knows([first], other)):
+        with attach(optimizer, 1.0) as handle, attach(other, 1.0) as second_handle:
+            first.grad, second.grad = torch.ones(2), torch.ones(3)
+            optimizer.step()
+            other.step()
+            assert handle.clipper.step == second_handle.clipper.step == 1
+    Knows.step = lambda self, closure=None: step_all(self)
+    with pytest.raises(ArgumentValueError, match=r"Knows\.others steps parameters"):
+        attach(optimizer, 1.0)
+
+
+def step_all(optimizer):
+    for each in optimizer.others["d"]:
+        each.step()
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")

@@ -44,11 +44,19 @@ def at(step, function):
     return call
 
 
+class Noisy(TensorDataset):
+    """Draws from the generator of the process."""
+
+    def __getitem__(self, index):
+        (sample,) = super().__getitem__(index)
+        return (sample + 0.1 * torch.randn(2),)
+
+
 def trainer(hooks=(), accumulate=1, **fields):
-    """Five batches an epoch, with dropout."""
+    """Five batches an epoch, with dropout and noise in the data."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 1))
-    data = TensorDataset(torch.randn(10, 2, generator=torch.Generator().manual_seed(1)))
+    data = Noisy(torch.randn(10, 2, generator=torch.Generator().manual_seed(1)))
     return HookBasedTrainer(
         accelerator=Accelerator(cpu=True, gradient_accumulation_steps=accumulate),
         model=model,

@@ -27,6 +27,12 @@ def test_no_step():
     assert repr(stats) == repr(Stats())
 
 
+def test_it_is_shown_in_few_digits():
+    shown = repr(together([counted(*[1 / 3] * 123_456, NAN)]))
+    assert shown.startswith("Stats(steps=123457, clipped=0, skipped=1, nonfinite=1, p50=0.3333, ")
+    assert repr(Stats(max=1e300)).endswith("p99=nan, max=1e+300, since=0)")
+
+
 def test_quantiles_are_numpys_of_what_is_finite():
     norms = np.random.default_rng(3).lognormal(size=501)
     stats = together([counted(*norms, NAN, INF, NAN)])

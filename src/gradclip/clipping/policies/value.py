@@ -18,6 +18,8 @@ from gradclip.config import Ceiling
 class ValueClip(Policy):
     """Clamp each element to [-clip_value, clip_value], infinities included.
 
+    An accelerator clamps as it measures: an error that comes after that leaves gradients clamped.
+
     >>> ValueClip(clip_value=0.5)
     ValueClip(clip_mode='value', clip_value=0.5)
     """

@@ -6,17 +6,18 @@ instance gets a bound method in the place of ``step``, which LR schedulers, ``Gr
 profilers take for the one that they know.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from itertools import chain
-from threading import get_ident
+from threading import local
 from types import MethodType
 from typing import Any, Protocol
 from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gradclip.clipping.flags import Flag, any_of
 from gradclip.clipping.step.wrappers import arguments_of, is_replaceable, unwrapped, wrapped
@@ -58,8 +59,8 @@ class HeldStep:
 
     def __init__(self, optimizer: Any) -> None:
         self.gates: list[Gate] = []
-        self._running: set[int] = set()
-        """The threads that are within a step."""
+        self._running = local()
+        """Of each thread, whether it is ``inside`` a step."""
         self._warned = False
         self._optimizer = ref(optimizer)
         attributes = vars(optimizer)
@@ -68,14 +69,12 @@ class HeldStep:
         self._before = None if self._had["step"] is _UNSET else before
         names = list(arguments_of(before))
         self._closure_at = names.index("closure") if "closure" in names else 0
-        # An optimizer that does not call Optimizer.__init__ has no hooks.
-        self._hook = None
-        if hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            self._hook = optimizer.register_step_pre_hook(self._see)
+        self._is_whole = False
+        self._hook: Any = None
         self.bound = _asking(self, optimizer, before)
         # Past a __setattr__ of its own, which may hand attributes on.
-        attributes["__getstate__"] = _warning_copy(self, optimizer)
         attributes["step"] = self.bound
+        self._stored = ExitStack()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle as one that asks nobody: it is among the hooks of an optimizer."""
@@ -85,13 +84,13 @@ class HeldStep:
     def of_a_copy(cls) -> "HeldStep":
         """Return one without gates."""
         step = cls.__new__(cls)
-        step.gates, step._running = [], set()  # noqa: SLF001 - its own class
+        step.gates, step._running = [], local()  # noqa: SLF001 - its own class
         return step
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Ask the gates in their order; step, or do not."""
-        thread, gates = get_ident(), list(self.gates)
-        if thread in self._running or not gates:
+        gates = list(self.gates)
+        if not gates or self._is_inside():
             return self._call(args, kwargs)
         optimizer: Any = self._optimizer()
         loss = None
@@ -99,7 +98,7 @@ class HeldStep:
             loss, args, kwargs = self._evaluated(optimizer, args, kwargs)
         entered: list[Gate] = []
         error: BaseException | None = None
-        self._running.add(thread)
+        self._running.inside = True
         try:
             withheld: Flag = False
             for gate in gates:
@@ -112,10 +111,14 @@ class HeldStep:
         else:
             return loss if result is None else result
         finally:
-            self._running.discard(thread)
+            self._running.inside = False
             for gate in reversed(entered):
                 gate.after(error)
             error = None  # or this frame, and all that the error has, would wait for the collector
+
+    def _is_inside(self) -> bool:
+        """Return whether this thread is within a step."""
+        return bool(getattr(self._running, "inside", False))
 
     def _step(self, withheld: Flag, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Step under a flag: on the device where the optimizer takes one, else read by the host."""
@@ -142,9 +145,8 @@ class HeldStep:
         So it is if it is torch's own, and nobody has a hook on it: others do not look at the flag.
         """
         own = getattr(self.bound, "__module__", "").startswith("torch.optim.")
-        before = getattr(optimizer, "_optimizer_step_pre_hooks", ())
-        after = getattr(optimizer, "_optimizer_step_post_hooks", ())
-        return own and len(before) + len(after) == 1 and takes_found_inf(optimizer)
+        others = hooks_before(optimizer) or _hooks_after(optimizer)
+        return own and not others and takes_found_inf(optimizer)
 
     def _evaluated(
         self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -165,7 +167,7 @@ class HeldStep:
 
     def _see(self, optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG002
         """Refuse a step that comes past ``run``."""
-        if self.gates and get_ident() not in self._running:
+        if self.gates and not self._is_inside():
             label = self.gates[0].label
             raise ArgumentValueError(
                 f"{type(optimizer).__name__}.step was called past {label}, so its gradients are "
@@ -175,6 +177,19 @@ class HeldStep:
                 "name. Attach before optimizer.step is taken, or to the "
                 "prepared optimizer. No step was made."
             )
+
+    def enter(self, gate: Gate, wrappers: Iterable[Any]) -> None:
+        """Ask a gate from now on, also where the step comes through a wrapper."""
+        optimizer: Any = self._optimizer()
+        self.gates.append(gate)
+        if not self._is_whole:  # made now, or somebody put it back after all gates had left
+            self._is_whole = True
+            vars(optimizer)["__getstate__"] = _warning_copy(self, optimizer)
+            # An optimizer that does not call Optimizer.__init__ has no hooks.
+            if hasattr(optimizer, "_optimizer_step_pre_hooks"):
+                self._hook = optimizer.register_step_pre_hook(self._see)
+        for each in wrappers:
+            _hold_stored(each, self, self._stored)
 
     def see_copy(self) -> None:
         """Warn, once, that a copy is not clipped."""
@@ -193,6 +208,7 @@ class HeldStep:
         optimizer = self._optimizer()
         if self.gates or optimizer is None:
             return
+        self._stored.close()
         attributes = vars(optimizer)
         # Under what somebody put over it since, it stays, and asks nobody.
         if attributes.get("step") is self.bound:
@@ -201,6 +217,7 @@ class HeldStep:
                     attributes.pop(name, None)
                 else:
                     attributes[name] = had
+            self._is_whole = False
             if self._hook is not None:
                 self._hook.remove()
 
@@ -217,20 +234,42 @@ def held(optimizer: Any, gate: Gate) -> Iterator[None]:
         ArgumentTypeError: GC011, its ``step`` cannot be replaced.
     """
     inner = unwrapped(optimizer)
-    step = getattr(getattr(inner, "step", None), _HELD, None)
-    if not isinstance(step, HeldStep):
+    step = _step_of(inner)
+    if step is None:
         if not is_replaceable(inner):
             raise ArgumentTypeError(
                 f"the step of {type(inner).__qualname__} cannot be replaced, so it cannot be kept "
                 "from stepping on a NaN: give the optimizer that it wraps. Nothing was changed."
             )
         step = HeldStep(inner)
-    step.gates.append(gate)
-    with ExitStack() as stack:
-        stack.callback(step.leave, gate)
-        for each in _chain(optimizer):
-            _hold_stored(each, step, stack)
+    try:
+        step.enter(gate, _chain(optimizer))
         yield
+    finally:
+        step.leave(gate)
+
+
+def gates_of(optimizer: Any) -> list[Gate]:
+    """Return what is asked before each step of an optimizer, in that order."""
+    step = _step_of(unwrapped(optimizer))
+    return [] if step is None else list(step.gates)
+
+
+def _step_of(optimizer: Any) -> HeldStep | None:
+    step = getattr(getattr(optimizer, "step", None), _HELD, None)
+    return step if isinstance(step, HeldStep) else None
+
+
+def hooks_before(optimizer: Any) -> list[Any]:
+    """Return the hooks of others that run before a step: its own, and those of all optimizers."""
+    own = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
+    hooks = [*_global_optimizer_pre_hooks.values(), *own]
+    return [each for each in hooks if not isinstance(getattr(each, "__self__", None), HeldStep)]
+
+
+def _hooks_after(optimizer: Any) -> list[Any]:
+    own = getattr(optimizer, "_optimizer_step_post_hooks", {}).values()
+    return [*_global_optimizer_post_hooks.values(), *own]
 
 
 def takes_found_inf(optimizer: Any) -> bool:
@@ -332,9 +371,11 @@ def _hold_stored(wrapper: Any, step: HeldStep, stack: ExitStack) -> None:
     """Let Accelerate's wrapper find the held step where it keeps those that it took.
 
     Under a loss scaler it does not ask the optimizer for its ``step``: it puts one of two there.
+    It finds it as long as there are gates, in whatever order they leave.
     """
-    if "_optimizer_patched_step_method" not in getattr(wrapper, "__dict__", {}):
-        return
+    attributes = getattr(wrapper, "__dict__", {})
+    if attributes.get("_optimizer_original_step_method", step.bound) is step.bound:
+        return  # it keeps none, or this one
 
     def patched(*args: Any, **kwargs: Any) -> Any:
         wrapper._accelerate_step_called = True  # noqa: SLF001 - how it learns that the scaler stepped

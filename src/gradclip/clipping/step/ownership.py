@@ -71,8 +71,9 @@ def check_unclaimed(optimizer: torch.optim.Optimizer, owner: object, label: str)
         f"the gradients of this {type(inner).__name__} are already clipped before "
         f"every step, by {known[1]}; {label} would clip them again, and a second limit silently "
         "changes what the first one means. Keep one of them: remove() takes an attachment or a "
-        "callback off (where that object is lost, make the optimizer anew), and limits by "
-        "parameter go into one policy. No gradient was changed."
+        "callback off, and limits by parameter go into one policy. Where the handle of an "
+        "attachment is lost, gradclip.attached(optimizer) returns it; where a callback is lost, "
+        "make the optimizer anew. No gradient was changed."
     )
 
 

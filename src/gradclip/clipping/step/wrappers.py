@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -122,6 +123,52 @@ def _parameters(optimizer: Any) -> Iterator[Tensor]:
 
 
 def _inner(optimizer: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the optimizers that one steps, of those that it has in its attributes.
+
+    It steps one with which it shares a parameter, and one that is in an attribute which its
+    ``step`` reads. Any other is a neighbour, such as the second optimizer of a GAN.
+    """
+    known = {id(parameter) for parameter in _parameters(optimizer)}
+    kept = list(_kept(optimizer))
+    read = _names_in_step(type(optimizer)) if kept else None
+    for name, inner in kept:
+        shares = any(id(parameter) in known for parameter in _parameters(inner))
+        if shares or read is None or name in read:
+            yield name, inner
+
+
+def _names_in_step(kind: type) -> set[str] | None:
+    """Return every name and text in the code of ``step``, and of the functions that it names.
+
+    None where the code of a ``step`` cannot be read.
+    """
+    names = {"step"}
+    waiting = _methods(kind, "step")
+    if any(not isinstance(each, FunctionType) for each in waiting):
+        return None
+    while waiting:
+        function = waiting.pop()
+        if not isinstance(function, FunctionType) or function.__module__.startswith("torch."):
+            continue
+        codes = [function.__code__]
+        while codes:
+            code = codes.pop()
+            codes += [each for each in code.co_consts if isinstance(each, CodeType)]
+            found = {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))} - names
+            names |= found
+            for name in found:
+                waiting += [*_methods(kind, name), function.__globals__.get(name)]
+    return names
+
+
+def _methods(kind: type, name: str) -> list[Any]:
+    """Return the functions of a name in a class and its bases, without their decorators."""
+    found = [vars(each)[name] for each in kind.__mro__ if name in vars(each)]
+    plain = [getattr(each, "fget", None) or getattr(each, "__func__", each) for each in found]
+    return [inspect.unwrap(each) for each in plain]
+
+
+def _kept(optimizer: Any) -> Iterator[tuple[str, Any]]:
     """Yield the optimizers that one has in its attributes, and in lists and mappings of them."""
     attributes = getattr(optimizer, "__dict__", {})
     waiting = [(n, v) for n, v in attributes.items() if n not in ("state", "param_groups")]

@@ -41,8 +41,9 @@ class DataPosition:
 
     Args:
         dataloader: Anything that can be iterated once per epoch.
-        track: Whether a checkpoint may follow the next batch, so that the random state before it
-            must be kept; None for never.
+        track: Whether a checkpoint is due after the next batch. Where it is not, the run may end
+            there all the same, if a hook or a signal asks for it: the random state before each
+            batch is kept, and no copy of a loader's own state. None keeps neither.
         look_ahead: Whether to load a batch more than is handed out, so that the last one of an
             epoch is known. Accelerate's dataloaders do that themselves.
     """
@@ -63,11 +64,12 @@ class DataPosition:
         """Whether the batch in hand is known to be the last one of the epoch."""
         self._looks_ahead = look_ahead and not hasattr(dataloader, "end_of_dataloader")
         loads_here = not getattr(dataloader, "num_workers", 0)
-        self._track = track if loads_here and _can_skip(dataloader) else None
         self._own: OwnState | None = None
         if keeps_its_state(dataloader):
             self._own = OwnState(dataloader, track if loads_here else None)
-            self._track = None
+        self._keeps_asked = (
+            track is not None and loads_here and self._own is None and _can_skip(dataloader)
+        )
         self._active: Any = dataloader
         self._start: Moment | None = None
         self._place: Place | None = None
@@ -97,7 +99,7 @@ class DataPosition:
         if self._looks_ahead:
             batches = self._one_ahead(batches)
         while True:
-            if asked is None and self._track is not None and self._track():
+            if asked is None and self._keeps_asked:
                 asked = RandomState.capture()
             batch = next(batches, _END)
             if batch is _END:

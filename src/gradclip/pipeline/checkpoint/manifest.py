@@ -17,6 +17,7 @@ from typing import Any, Final, TypeGuard
 from gradclip import __version__
 from gradclip.errors import CheckpointError
 from gradclip.pipeline.checkpoint.progress import TrainerProgressState
+from gradclip.whole_file import read_whole
 
 __all__ = ["MANIFEST", "NAME", "Manifest", "file_entry", "read_manifest", "seal", "verify"]
 
@@ -129,10 +130,7 @@ def _signed(body: bytes) -> bytes:
 
 
 def _bytes(file: Path) -> bytes:
-    if file.exists() and not file.is_file():
-        raise ValueError("it is no file")  # to open a pipe would take until somebody writes to it
-    with file.open("rb") as stream:
-        data = stream.read(_MAX_BYTES + 1)
+    data = read_whole(file, _MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
         raise ValueError(f"it has more than {_MAX_BYTES} bytes")
     return data

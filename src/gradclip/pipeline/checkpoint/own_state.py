@@ -81,8 +81,8 @@ class OwnState:
 
     Args:
         loader: One that keeps its state.
-        track: Whether it may be asked after the next batch; None for never, or where what is loaded
-            ahead draws nothing from the generators of the process.
+        track: Whether it is due to be asked after the next batch; None if it is never asked, or
+            where what is loaded ahead draws nothing from the generators of the process.
     """
 
     def __init__(self, loader: Any, track: Callable[[], bool] | None) -> None:
@@ -103,8 +103,7 @@ class OwnState:
             self._behind.load_state_dict(self._behind.state_dict())
 
     def _note(self) -> None:
-        wanted = self._track is not None and self._track()
-        self._asked = RandomState.capture() if wanted else None
+        self._asked = None if self._track is None else RandomState.capture()
 
     def place(self, batches: int) -> Place:
         """Return where the loader is, after so many batches of the epoch."""

@@ -1,6 +1,7 @@
 """A record of the run as a hook: one JSON line per optimizer step."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradclip.config import ClassType
 from gradclip.diagnostics.record import RunRecorder, StepRecord, read_record
-from gradclip.errors import ArgumentValueError
+from gradclip.errors import ArgumentValueError, RecordError, warn
 from gradclip.hook import HookContext
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
 from gradclip.pipeline.processes import together
@@ -44,6 +45,9 @@ class RecordHook(PipelineHooks):
     goes on in the same file, without its lines beyond the checkpoint. One that starts from scratch
     is refused where the file has steps of another. Only the main process writes.
 
+    Where the file cannot be written any more (the disk is full, say), training goes on: a warning
+    says from which step lines are missing. The next loop opens the file again.
+
     Args:
         cfg: Where to.
     """
@@ -52,6 +56,8 @@ class RecordHook(PipelineHooks):
         super().__init__()
         self.path = Path(cfg.path)
         self._recorder: RunRecorder | None = None
+        self._is_broken = False
+        """Whether the file could not be written any more in this loop."""
         self._number: int | None = None
         self._losses: list[Tensor] = []
         self._waiting: list[_Step] = []
@@ -69,16 +75,19 @@ class RecordHook(PipelineHooks):
 
     def flush(self) -> None:
         """Write every step that is waiting."""
-        if self._recorder is not None:
-            for step in self._waiting:
+        waiting, self._waiting = self._waiting, []
+        for step in waiting:
+            if self._recorder is None:
+                return
+            with self._going_on(step.number):
                 self._recorder.write(_read(step))
-        self._waiting.clear()
 
     def close(self) -> None:
         """Write every step that is waiting, and close the file; the next step opens it again."""
         self.flush()
         if self._recorder is not None:
-            self._recorder.close()
+            with self._going_on(self._number or 0):
+                self._recorder.close()
         self._recorder = None
 
     def take_back(self) -> None:
@@ -95,6 +104,7 @@ class RecordHook(PipelineHooks):
         self._number = int(state["step"])
 
     def _before_loop(self, arg: PipelineHookArgs) -> None:
+        self._is_broken = False
         if not arg.micro_step_id:  # or it goes on inside a window
             self._losses = []
         if arg.accelerator is None:
@@ -140,12 +150,25 @@ class RecordHook(PipelineHooks):
         """Open the file if it is not, and return the number of the next step."""
         if self._number is None:
             self._number = arg.optimizer_step_id
-        if self._recorder is None and (arg.accelerator is None or arg.accelerator.is_main_process):
+        writes = arg.accelerator is None or arg.accelerator.is_main_process
+        if self._recorder is None and writes and not self._is_broken:
             if self._number == 0 and arg.resume_from is None:
                 _refuse_another_run(self.path)
             self._recorder = RunRecorder(self.path, start_step=self._number)
             self._since = perf_counter()
         return self._number
+
+    @contextmanager
+    def _going_on(self, number: int) -> Iterator[None]:
+        """Warn where the file cannot be written, and write no more: a record stops no training."""
+        try:
+            yield
+        except RecordError as error:
+            recorder, self._recorder, self._is_broken = self._recorder, None, True
+            if recorder is not None:
+                with suppress(RecordError):  # it tries once more what it could not write
+                    recorder.close()
+            warn(f"{error} Lines are missing from step {number} on; training goes on without them.")
 
 
 class RecordHookConfig(PipelineHooksConfig[RecordHook]):

@@ -25,7 +25,7 @@ DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 CHUNK, BLOCK = 64, 16
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # One element, the lengths around a block and a chunk, and several chunks with a ragged end.
-LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65, 80, 127, 128, 129, 200]
+LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65, 150]
 
 pytestmark = [
     pytest.mark.skipif(
@@ -112,7 +112,7 @@ def test_alignment_does_not_show_in_a_single_bit(kernels, dtype):
 def test_nothing_non_finite_is_lost_wherever_it_is(kernels, dtype, p, value):
     generator = torch.Generator().manual_seed(0)
     edges = [0, 1, BLOCK - 1, BLOCK, CHUNK - 1, CHUNK, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 8]
-    number = 32 if ALL_COMBINATIONS else 8
+    number = 32 if ALL_COMBINATIONS else 3
     anywhere = torch.randint(0, 2 * CHUNK + 9, (number,), generator=generator).tolist()
     tensors = []
     for position in edges + anywhere:

@@ -9,10 +9,15 @@ import sys
 import threading
 import warnings
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.weak import TensorWeakRef
 
 from gradclip import GradientClipper, ObserveClip, attach, clip_grad_norm_, withhold
@@ -119,6 +124,26 @@ def test_hooks_of_others_run_for_steps_that_are_made_and_after_clipping():
         attach(optimizer, ObserveClip())  # gradclip's own hook is none of others
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_hooks_of_all_optimizers_are_as_hooks_of_one(fused):
+    weight, optimizer = trainee(fused=fused)
+    seen = []
+    registered = [
+        register_optimizer_step_pre_hook(lambda *_: seen.append("before")),
+        register_optimizer_step_post_hook(lambda *_: seen.append("after")),
+    ]
+    try:
+        with pytest.warns(UserWarning, match=r"SGD has step hooks \(.*<lambda>\).*after gradclip"):
+            attach(optimizer, 1.0)
+        for value in (3.0, torch.inf):
+            give(weight, value)
+            optimizer.step()
+        assert seen == ["before", "after"]
+    finally:
+        for each in registered:
+            each.remove()
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize("where", ["pre", "post"])
 def test_an_error_in_a_hook_leaves_nothing_lent(error, where):
@@ -198,9 +223,12 @@ def test_a_compiled_step_has_the_graphs_that_it_has_alone():
         before = torch.compile(optimizer.step, backend="eager")
         handle = attach(optimizer, 1.0) if clips else None
         step = torch.compile(optimizer.step, backend="eager")
-        for value in (3.0, 3.0, torch.nan, 3.0) if clips else (0.5**0.5,) * 3:
-            give(weight, value)
-            step()
+        with warnings.catch_warnings():
+            # Dynamo says what it cannot trace once in a process, on several lines.
+            warnings.filterwarnings("error", "Dynamo does not know how to trace")
+            for value in (3.0, 3.0, torch.nan, 3.0) if clips else (0.5**0.5,) * 3:
+                give(weight, value)
+                step()
         found.append((weight.tolist(), counters["stats"]["unique_graphs"]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     assert found[0][1] == found[1][1]
@@ -250,6 +278,29 @@ class HandsOn(torch.optim.Optimizer):
 
     def step(self, closure=None):
         return self.optimizer.step(closure)
+
+
+def test_every_step_is_clipped_where_torch_has_not_put_hooks_into_it():
+    """timm's Lookahead does not call torch's ``__init__``: only ``zero_grad`` puts hooks in."""
+
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.inner, self.param_groups = optimizer, optimizer.param_groups
+            self._optimizer_step_pre_hooks = OrderedDict()
+            self._optimizer_step_post_hooks = OrderedDict()
+
+        def step(self, closure=None):
+            return self.inner.step(closure)
+
+    weight, inner = trainee()
+    inner.param_groups[0]["momentum"] = 0.0
+    optimizer = Lookahead(inner)
+    handle = attach(optimizer, 1.0)
+    for number in range(1, 3):
+        give(weight)
+        optimizer.step()  # and the model's zero_grad, not the optimizer's
+        assert handle.clipper.step == number
+        assert float(weight.detach().norm()) == pytest.approx(number, rel=1e-5)
 
 
 class Averages(torch.optim.AdamW):

@@ -102,7 +102,7 @@ def finish(*arguments) -> None:
     assert status == 0
 
 
-def main(folder: Path, seed: int, kills: int) -> None:
+def main(folder: Path, seed: int, kills: int) -> dict[str, int]:
     train(folder / "warm", folder / "warm.log", 0, 1)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -122,8 +122,4 @@ def main(folder: Path, seed: int, kills: int) -> None:
     last = find(root)[1].progress.global_step_id if any(root.glob("epoch*")) else 0
     finish(root, folder / "last.log", 99, last + 50)
     finish(folder / "whole", folder / "whole.log", 0, last + 50)
-    print(json.dumps({"resumed_at": last, "drafts": drafts}))  # noqa: T201
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    return {"resumed_at": last, "drafts": drafts}

@@ -381,7 +381,7 @@ def stops_and_goes_on(kind):
     steps = go(DataPosition(prepared(kind), lambda: True), 2)
     for stop in range(1, len(steps) // 2 + 1):
         seed(1)
-        position = DataPosition(prepared(kind), lambda: True)
+        position = DataPosition(prepared(kind), lambda: False)
         first = []
         for batch in position.epoch():
             first.append(step(batch))
@@ -534,7 +534,7 @@ def test_a_shorter_dataloader_is_an_error(kind):
         list(again.epoch())
 
 
-def test_nothing_is_kept_per_batch_where_no_checkpoint_may_follow():
-    position = DataPosition(prepared("drawing"), lambda: False)
+def test_nothing_is_kept_per_batch_where_nobody_goes_on():
+    position = DataPosition(prepared("drawing"))
     next(position.epoch())
     assert position.state_dict()["asked"] is None

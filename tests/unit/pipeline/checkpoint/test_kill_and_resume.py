@@ -1,13 +1,11 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
+import killed_run
 import pytest
 
 from gradclip.diagnostics.record import read_record
 from pairwise import ALL_COMBINATIONS
-from patience import seconds
+from processes import alone
 
 KILLS = 10 if ALL_COMBINATIONS else 5
 
@@ -19,16 +17,7 @@ def steps(log):
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="the runs are forks")
 def test_a_run_killed_at_random_moments_is_the_run_that_was_not(tmp_path):
     """SIGKILL, again and again; then the next 50 steps and more, losses and weights as hex."""
-    script = Path(__file__).with_name("killed_run.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "4", str(KILLS)],
-        capture_output=True,
-        text=True,
-        timeout=seconds(),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    outcome = json.loads(done.stdout.splitlines()[-1])
+    outcome = alone(killed_run.main, tmp_path, 4, KILLS)
     whole = {number: rest for number, *rest in steps(tmp_path / "whole.log")}
     assert len(whole) == outcome["resumed_at"] + 50
     starts = []

@@ -1,11 +1,12 @@
 import math
+import warnings
 
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
 
 from gradclip.diagnostics.record import read_record
-from gradclip.errors import ArgumentValueError
+from gradclip.errors import ArgumentValueError, RecordError
 from gradclip.pipeline.hooks import (
     GradientClippingHookConfig,
     HookContext,
@@ -244,3 +245,37 @@ def test_only_the_main_process_writes(path, linear):
         loop.step(1.0, 1.0, 1.0)
     assert not path.exists()
     assert isinstance(loop.record, RecordHook)
+
+
+def test_a_disk_that_is_full_stops_no_training(path, linear):
+    """It was a raw OSError, and the steps that waited were lost with the run."""
+    resource = pytest.importorskip("resource", reason="limits of a process are a thing of Unix")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    loop = Loop(path, linear)
+    try:
+        with loop.hooks.begin("on_loop", loop.arg.copy_with_updates()):
+            for number in range(70):
+                loop.step(float(number), 1.0, 1.0)
+            room = path.stat().st_size + 10
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+            with pytest.warns(UserWarning, match=r"run\.jsonl cannot .*from step 64 on"):
+                loop.record.flush()
+            with warnings.catch_warnings(action="error"):
+                loop.step(70.0, 1.0, 1.0)
+                state = loop.record.state_dict()
+        before = path.read_bytes()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        with (  # where a loop begins it is an error, and the old file stays
+            pytest.raises(RecordError, match=r"run\.jsonl cannot be written: .*Make room there"),
+            loop.hooks.begin("on_loop", loop.arg.copy_with_updates()),
+        ):
+            pytest.fail("it ran")
+        assert path.read_bytes() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [record.step for record in read_record(path)] == list(range(64))
+    assert state == {"step": 71}
+    # The next loop writes again.
+    with loop.hooks.begin("on_loop", loop.arg.copy_with_updates()):
+        loop.step(71.0, 1.0, 1.0)
+    assert [record.step for record in read_record(path)] == [*range(64), 71]
