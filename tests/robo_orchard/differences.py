@@ -27,6 +27,16 @@ ROWS = [
         "tests/robo_orchard/test_scripts.py::test_a_checkpoint_that_it_wrote_goes_on_bit_for_bit",
     ),
     Row(
+        "a run that `max_step` ends inside an epoch counts that epoch as done",
+        "it does not, and a longer run goes on inside the epoch",
+        "tests/unit/pipeline/test_trainer.py::test_max_step_counts_batches_over_epochs",
+    ),
+    Row(
+        "`resume_from` may be a URL",
+        "a folder; a URL is an error that says so",
+        f"{_CHECKPOINTS}/test_resuming.py::test_a_checkpoint_on_another_machine_is_refused",
+    ),
+    Row(
         "`total_limit` of the accelerator says how many checkpoints stay",
         "likewise where the accelerator names them (`automatic_checkpoint_naming`), and "
         "`keep_last` (3) elsewhere; never those of another run",
@@ -77,6 +87,12 @@ ROWS = [
         "the order does not matter; two are an error",
         "tests/unit/pipeline/test_trainer.py::"
         "test_bad_arguments_are_refused_before_anything_is_prepared",
+    ),
+    Row(
+        "the limits of the clipping hook may be set during the run (`hook.max_norm = 2`)",
+        "an error: they are those of its configuration",
+        "tests/unit/pipeline/test_expected_of_hooks.py::"
+        "test_a_limit_that_is_set_on_the_clipping_hook_is_refused",
     ),
     Row(
         "with `step_scheduler_with_optimizer=False` the scheduler steps with every batch",

@@ -140,9 +140,12 @@ class SimpleTrainer(HookBasedTrainer):
         if self.val_dataloader is None or self.metric is None:
             raise ArgumentValueError("eval() needs val_dataloader and metric, and one is None")
         takes_accelerator = "accelerator" in signature(self.metric.compute).parameters
+        self._log("BEGIN EVAL")
         with evaluating_optimizer(self.optimizer), evaluating(self.model):
-            for batch in self.val_dataloader:
+            for number, batch in enumerate(self.val_dataloader, 1):
                 self.metric.update(batch, self.model(batch))
+                if number % 10 == 0:
+                    self._log(f"eval: {number}")
             self.accelerator.wait_for_everyone()
             given = {"accelerator": self.accelerator} if takes_accelerator else {}
             result = self.metric.compute(**given)

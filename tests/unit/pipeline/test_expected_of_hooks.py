@@ -9,12 +9,18 @@ from accelerate import Accelerator
 
 from gradclip.pipeline import SimpleBatchProcessor, SimpleTrainer
 from gradclip.pipeline.hooks import (
+    GradientClippingHookConfig,
     HookContext,
+    LossTracker,
+    LossTrackerConfig,
     MetricEntry,
     MetricTracker,
     MetricTrackerConfig,
     PipelineHookArgs,
     PipelineHooks,
+    SaveCheckpoint,
+    SaveCheckpointConfig,
+    StatsMonitor,
     StatsMonitorConfig,
 )
 
@@ -146,3 +152,72 @@ def test_a_trainer_of_a_list_runs_whatever_hooks_are_put_in_place(linear):
     trainer()
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.0001)
     assert trainer.metric is None
+
+
+class ByKey:
+    """Outputs that have keys, and nothing else of a dictionary."""
+
+    def keys(self):
+        return ["loss"]
+
+    def __getitem__(self, key):
+        return torch.tensor(4.0)
+
+
+class AddsOne(LossTracker):
+    def update(self, accelerator, model_outputs):
+        super().update(accelerator, model_outputs)
+        self.cached_loss["more"] = self.cached_loss["loss"] + 1
+
+
+class KeepsItsOwn(LossTracker):
+    def reset_cached_loss(self):
+        self.cached_loss, self.moving_average_count = {}, {}
+
+    def update(self, accelerator, model_outputs):
+        self.cached_loss["more"] = 5.0
+
+
+@pytest.mark.parametrize("kind", [AddsOne, KeepsItsOwn])
+def test_what_a_subclass_writes_among_the_losses_is_logged(caplog, kind):
+    tracker = kind(LossTrackerConfig(step_log_freq=1))
+    arg = PipelineHookArgs(model_outputs=ByKey())
+    with caplog.at_level(logging.INFO, "gradclip"), tracker.begin("on_step", arg):
+        pass
+    assert "more[5.0000]" in caplog.text
+    assert tracker.cached_loss == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "methods"),
+    [
+        (LossTracker, LossTrackerConfig(), "_on_step_end"),
+        (StatsMonitor, StatsMonitorConfig(), "_on_loop_begin _on_step_end _on_epoch_end"),
+        (
+            MetricTracker,
+            MetricTrackerConfig(metric_entrys=[]),
+            "_on_loop_begin _on_batch_end _on_step_end _on_epoch_end",
+        ),
+        (
+            SaveCheckpoint,
+            SaveCheckpointConfig(save_root="."),
+            "_on_step_end _on_epoch_end _on_loop_end",
+        ),
+    ],
+)
+def test_what_a_subclass_does_instead_is_done(kind, config, methods):
+    seen = []
+    for name in methods.split():
+        other = type(kind.__name__, (kind,), {name: lambda self, arg: seen.append(arg)})(config)
+        channel = f"on_{name.split('_')[2]}"
+        when = "before" if name.endswith("begin") else "after"
+        (hook,) = (other.hooks[channel][n] for n in range(len(other.hooks[channel])))
+        getattr(hook, when)(None)
+    assert len(seen) == len(methods.split())
+
+
+def test_a_limit_that_is_set_on_the_clipping_hook_is_refused():
+    hook = GradientClippingHookConfig(clip_mode="norm", max_norm=1.0)()
+    assert (hook.clip_mode, hook.max_norm, hook.norm_type, hook.clip_value) == ("norm", 1, 2, None)
+    with pytest.raises(AttributeError, match="max_norm"):
+        hook.max_norm = 2.0

@@ -76,19 +76,21 @@ def test_it_is_deprecated_from_birth():
 
 
 @pytest.mark.parametrize("trains", [True, False])
-def test_eval_goes_through_the_validation_data(trains):
+def test_eval_goes_through_the_validation_data(trains, caplog):
     metric = Mean()
-    rows = DataLoader(torch.ones(3, 2), batch_size=1)
+    rows = DataLoader(torch.ones(20, 2), batch_size=1)
     nothing = {} if trains else {"dataloader": None, "optimizer": None, "lr_scheduler": None}
     run = make(val_dataloader=rows, metric=metric, step_eval_freq=2, **nothing)
     total = float(run.model[0].weight.detach().sum())
-    assert run.eval() == pytest.approx(total)  # without dropout
+    with caplog.at_level("INFO", "gradclip"):
+        assert run.eval() == pytest.approx(total)  # without dropout
+    assert [each.message for each in caplog.records] == ["BEGIN EVAL", "eval: 10", "eval: 20"]
     assert metric.values == []
     assert not any(metric.modes)
     assert run.model.training
     if trains:
         run()
-        assert len(metric.modes) == 3 + 2 * 3
+        assert len(metric.modes) == 20 + 2 * 20
     else:
         with pytest.raises(ArgumentTypeError, match="dataloader is None"):
             run()

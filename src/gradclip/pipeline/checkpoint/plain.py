@@ -8,7 +8,8 @@ import datetime as dt
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,8 +46,10 @@ def _numpy() -> Any:
 
 
 def _is_numpy(value: object, name: str) -> bool:
+    # Of arrays no subclass: a mask, say, would be lost.
+    kinds = type(value).__mro__ if name == "generic" else (type(value),)
     return type(value).__module__.split(".")[0] == "numpy" and any(
-        each.__name__ == name for each in type(value).__mro__
+        each.__name__ == name for each in kinds
     )
 
 
@@ -96,7 +99,7 @@ _KINDS = {
     "defaultdict": _Kind(lambda v: type(v) is defaultdict, _write_defaults, _read_defaults),
     "set": _Kind(lambda v: type(v) is set, list, set),
     "frozenset": _Kind(lambda v: type(v) is frozenset, list, frozenset),
-    "path": _Kind(lambda v: isinstance(v, PurePath), str, Path),
+    "path": _Kind(lambda v: isinstance(v, Path), str, Path),
     "timedelta": _Kind(
         lambda v: type(v) is dt.timedelta,
         lambda v: [v.days, v.seconds, v.microseconds],
@@ -161,7 +164,10 @@ def _written(
             value = _KINDS[name].write(value)
         except ArgumentTypeError as error:
             raise ArgumentTypeError(f"{what} {error}") from None
-    if type(value) in _AS_THEY_ARE or isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor):
+        _check_readable(value, what)
+        return value
+    if type(value) in _AS_THEY_ARE:
         return value
     if type(value) not in _CONTAINERS:
         raise ArgumentTypeError(
@@ -180,6 +186,27 @@ def _written(
         if not all(type(k) in _KEYS for k in (key if type(key) is tuple else (key,))):
             raise ArgumentTypeError(f"{what} has the key {key!r}: expected strings or numbers")
     return type(value)(zip(value, parts, strict=True))
+
+
+def _check_readable(tensor: torch.Tensor, what: str) -> None:
+    """Refuse a tensor of another class, or with attributes, that no file gives back.
+
+    Raises:
+        ArgumentTypeError: GC011, it is one.
+    """
+    if type(tensor) is torch.Tensor and not vars(tensor):
+        return
+    file = BytesIO()
+    try:
+        torch.save(tensor, file)
+        torch.load(BytesIO(file.getbuffer()), weights_only=True)
+    except Exception as error:
+        raise ArgumentTypeError(
+            f"{what} is a tensor of type {type(tensor).__module__}.{type(tensor).__qualname__}, "
+            f"with the attributes {sorted(vars(tensor))}, and checkpoints unpickle nothing: "
+            "expected a torch.Tensor without attributes of its own, such as "
+            "tensor.as_subclass(torch.Tensor).clone()"
+        ) from error
 
 
 def _read(written: Any, place: tuple[int, ...], kinds: Mapping[tuple[int, ...], str]) -> Any:

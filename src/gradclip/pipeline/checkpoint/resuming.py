@@ -30,7 +30,13 @@ def resumed_path(
 
     Raises:
         ArgumentValueError: GC010, ``"auto"``, and the run saves nowhere.
+        CheckpointError: GC301, it is on another machine.
     """
+    if resume_from is not None and "://" in resume_from:
+        raise CheckpointError(
+            f"resume_from is {resume_from!r}, on another machine: copy the checkpoint to a folder, "
+            "and name that"
+        )
     if resume_from != AUTO:
         return None if resume_from is None else Path(resume_from)
     roots = list(roots)

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"checkpoint_(\d+)")
 _PROGRESS = "custom_checkpoint_0.pkl"
+_COUNTS = ("epoch_id", "step_id", "global_step_id")
 
 
 def find(path: Path) -> Path | None:
@@ -65,11 +66,15 @@ def load(
         CheckpointError: GC301, a file is missing, damaged, or does not fit the objects of this run.
     """
     try:
-        progress = _progress(folder, accelerator, position.dataloader)
-        random = _random_state(folder, accelerator.process_index)
+        written = len(list(folder.glob("random_states_*.pkl")))
+        known = accelerator.process_index < written
+        own = _read(folder / f"random_states_{accelerator.process_index if known else 0}.pkl")
+        progress, notes = _progress(folder, accelerator, position.dataloader, int(own["step"]))
+        if progress.step_id:
+            _check_processes(folder, written, accelerator.num_processes)
         _load_models(folder, accelerator)
         _load_others(folder, accelerator)
-        _go_to(position, progress, random)
+        _go_to(position, progress, _random_state(own), keep_random=not known)
     except GradClipError:
         raise
     except Exception as error:
@@ -79,6 +84,8 @@ def load(
             "Some of them may be loaded by now: make them anew before training."
         ) from error
     if accelerator.is_main_process:
+        for note in notes:
+            warn(f"the checkpoint of RoboOrchardLab {folder} {note}")
         logger.info(
             "Resume from a checkpoint of RoboOrchardLab: %s, at epoch %s and step %s",
             folder,
@@ -94,40 +101,88 @@ def _read(file: Path) -> Any:
     return load(file, map_location="cpu", weights_only=True)
 
 
-def _progress(folder: Path, accelerator: "Accelerator", dataloader: object) -> TrainerProgressState:
-    """Return how far the run was.
+def _progress(
+    folder: Path, accelerator: "Accelerator", dataloader: object, counted: int
+) -> tuple[TrainerProgressState, list[str]]:
+    """Return how far the run was, and what there is to say of that.
 
-    Its hooks save before the step under way is counted, but for those after an epoch and after the
-    loop: the former have as many steps as an epoch has, the latter none.
+    Its hooks save before the step under way is counted. At which moment, Accelerate's own count of
+    batches says: it begins anew where an epoch ends.
+
+    Args:
+        folder: The checkpoint.
+        accelerator: Says how windows of accumulation are counted.
+        dataloader: Has the epoch's batches.
+        counted: Accelerate's count.
     """
-    told: Mapping[str, int] = _read(folder / _PROGRESS)
-    epoch, step, total = (int(told[name]) for name in ("epoch_id", "step_id", "global_step_id"))
-    length = len(dataloader) if isinstance(dataloader, Sized) else None
-    if step and step == length:
-        epoch, step = epoch + 1, 0
-    elif step or _stepped_since(folder, accelerator, total):
-        step, total = step + 1, total + 1
-        if step == length:
-            epoch, step = epoch + 1, 0
+    told, notes = _told(folder)
+    epoch, step, total = (int(told[name]) for name in _COUNTS)
+    length = len(dataloader) if isinstance(dataloader, Sized) else 0
+    anew = accelerator.gradient_state.sync_with_dataloader
     per_step = accelerator.gradient_accumulation_steps
-    return TrainerProgressState(epoch, step, total, 0, total // per_step)
-
-
-def _stepped_since(folder: Path, accelerator: "Accelerator", total: int) -> bool:
-    """Whether a scheduler was stepped with a batch that is not counted yet."""
-    file = folder / "scheduler.bin"
-    alone = accelerator.num_processes == 1 and accelerator.gradient_accumulation_steps == 1
-    return alone and file.exists() and _read(file).get("last_epoch") == total + 1
-
-
-def _random_state(folder: Path, process: int) -> RandomState:
-    file = folder / f"random_states_{process}.pkl"
-    if not file.exists():
-        raise CheckpointError(
-            f"{folder} has no {file.name}: it was written by fewer processes than there are now. "
-            "Resume on as many."
+    batches = counted if anew else counted - (total - step)
+    # After the loop, where max_step ended it after the first batch of an epoch.
+    is_cut = not step and length > 1 and total % length == 1
+    if batches == (0 if anew else step):  # at the end of an epoch
+        if step:
+            total += step + 1 == length
+            epoch, step = epoch + 1, 0
+    elif batches == step + 1 and not is_cut:
+        step, total = step + 1, total + 1
+        if lost := min(counted % per_step, step):
+            notes.append(
+                "was taken inside an accumulation window, and has not the gradients of it: the "
+                f"batches of the window, {lost}, are trained on again"
+            )
+            step, total = step - lost, total - lost
+        elif step == length:
+            epoch, step = epoch + 1, 0
+    elif step:
+        notes.append(
+            "was taken inside an epoch that its run had resumed in, and does not say how many "
+            "batches of it were trained on: the epoch begins anew"
         )
-    told = _read(file)
+        step, total = 0, total + 1
+    return TrainerProgressState(epoch, step, total, 0, total // per_step), notes
+
+
+def _check_processes(folder: Path, before: int, now: int) -> None:
+    """Refuse another number of processes inside an epoch, which they share.
+
+    Raises:
+        CheckpointError: GC301, there were more, or fewer.
+    """
+    if before != now:
+        raise CheckpointError(
+            f"{folder} was taken inside an epoch by {before} processes, and {now} cannot go on "
+            f"with the rest of it. Resume on {before}, or from a checkpoint that was taken at an "
+            "epoch's end."
+        )
+
+
+def _told(folder: Path) -> tuple[Mapping[str, int], list[str]]:
+    """Return the trainer's progress, which is among what was registered for checkpointing."""
+    found: Mapping[str, int] | None = None
+    others = []
+    problem: Exception | None = None
+    for file in sorted(folder.glob("custom_checkpoint_*.pkl")):
+        told: Any = None
+        try:
+            told = _read(file)
+        except Exception as error:  # noqa: BLE001 - it may be another object's
+            problem = problem or error
+        if found is None and isinstance(told, Mapping) and told.keys() == set(_COUNTS):
+            found = told
+        else:
+            others.append(file.name)
+    if found is None:
+        raise ValueError(f"no custom_checkpoint_<n>.pkl holds a trainer's progress ({problem})")
+    if not others:
+        return found, []
+    return found, [f"keeps other objects, in {', '.join(others)}, which are not read"]
+
+
+def _random_state(told: Mapping[str, Any]) -> RandomState:
     return RandomState(
         python=told["random_state"],
         torch=told["torch_manual_seed"],
@@ -174,7 +229,13 @@ def _load_others(folder: Path, accelerator: "Accelerator") -> None:
         accelerator.scaler.load_state_dict(_read(folder / "scaler.pt"))
 
 
-def _go_to(position: "DataPosition", progress: TrainerProgressState, random: RandomState) -> None:
+def _go_to(
+    position: "DataPosition",
+    progress: TrainerProgressState,
+    random: RandomState,
+    *,
+    keep_random: bool,
+) -> None:
     """Put the data where the run was."""
     seeded = {
         f"{path}.iteration": progress.epoch_id
@@ -199,5 +260,6 @@ def _go_to(position: "DataPosition", progress: TrainerProgressState, random: Ran
             "start": now if inside else None,
             "asked": None,
             "now": now,
-        }
+        },
+        keep_random=keep_random,
     )

@@ -98,11 +98,12 @@ def save_training_state(
     assert accelerator is not None
     check_checkpointable(accelerator)
     weights = gathered_weights(accelerator)
+    kept = hooks_state(arg.hooks)  # on all processes: a hook may ask the others for its state
     call_save_hooks(accelerator, weights, folder)
     # From here on a process that fails leaves no other one waiting in a collective.
     write_weights(folder, weights)
     if accelerator.is_main_process:
-        write_state(hooks_state(arg.hooks), folder / _HOOKS)
+        write_state(kept, folder / _HOOKS)
     own: dict[str, Any] = {"gradients": {}}
     if arg.data_position is None:
         own["random"] = RandomState.capture().state_dict()

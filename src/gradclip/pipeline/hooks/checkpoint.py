@@ -57,20 +57,23 @@ class SaveCheckpoint(PipelineHooks):
     def __init__(self, cfg: "SaveCheckpointConfig") -> None:
         super().__init__()
         self.cfg = cfg
+        self.save_root = cfg.save_root
+        self.save_epoch_freq = cfg.save_epoch_freq
+        self.save_step_freq = cfg.save_step_freq
         self._due = False
         self._saved: TrainerProgressState | None = None
         self._place: Path | None = None
         self._run: StopRequest | None = None
         name = "save checkpoint"
-        self.register_hook("on_step", HookContext.from_callable(name, after=self._after_step))
-        self.register_hook("on_epoch", HookContext.from_callable(name, after=self._after_epoch))
+        self.register_hook("on_step", HookContext.from_callable(name, after=self._on_step_end))
+        self.register_hook("on_epoch", HookContext.from_callable(name, after=self._on_epoch_end))
         self.register_hook(
-            "on_loop", HookContext.from_callable(name, self._before_loop, self._after_loop)
+            "on_loop", HookContext.from_callable(name, self._before_loop, self._on_loop_end)
         )
 
     def is_due(self, global_step_id: int) -> bool:
         """Whether a checkpoint is wanted after this batch."""
-        return self._due or _falls_on(self.cfg.save_step_freq, global_step_id)
+        return self._due or _falls_on(self.save_step_freq, global_step_id)
 
     def save(self, arg: PipelineHookArgs, progress: TrainerProgressState) -> None:
         """Write a checkpoint now.
@@ -105,28 +108,23 @@ class SaveCheckpoint(PipelineHooks):
         with together(accelerator):
             # A run goes on after an error, or was resumed by a loop of the user's own.
             goes_on = arg.stop is self._run or (arg.resume_from is None and arg.global_step_id > 0)
-            if accelerator.is_main_process:
-                hooks_state(arg.hooks)
-                if not goes_on:
-                    refuse_another_run(root, arg.resume_from)
+            hooks_state(arg.hooks)
+            if accelerator.is_main_process and not goes_on:
+                refuse_another_run(root, arg.resume_from)
         self._run = arg.stop  # every run has one of its own
         self._due, self._place = False, None
         # Where a run resumes need not be written again.
         self._saved = TrainerProgressState.of(arg) if arg.global_step_id else None
 
-    def _after_step(self, arg: PipelineHookArgs) -> None:
+    def _on_step_end(self, arg: PipelineHookArgs) -> None:
         self._due = self.is_due(arg.global_step_id)
         if self._due and arg.exception is None and arg.is_optimizer_step_boundary:
             self.save(arg, TrainerProgressState.after_step(arg))
             self._say(arg, f"step {arg.global_step_id}")
 
-    def _after_epoch(self, arg: PipelineHookArgs) -> None:
+    def _on_epoch_end(self, arg: PipelineHookArgs) -> None:
         cut = arg.data_position is not None and arg.data_position.batches > 0
-        if (
-            arg.exception is not None
-            or cut
-            or not _falls_on(self.cfg.save_epoch_freq, arg.epoch_id)
-        ):
+        if arg.exception is not None or cut or not _falls_on(self.save_epoch_freq, arg.epoch_id):
             return
         if not arg.is_optimizer_step_boundary:
             self._due = True
@@ -136,7 +134,7 @@ class SaveCheckpoint(PipelineHooks):
         self.save(arg, progress)
         self._say(arg, f"epoch {arg.epoch_id}")
 
-    def _after_loop(self, arg: PipelineHookArgs) -> None:
+    def _on_loop_end(self, arg: PipelineHookArgs) -> None:
         interrupted = _was_interrupted(arg)
         wanted = interrupted or (self.cfg.save_when_loop_end and arg.exception is None)
         progress = TrainerProgressState.of(arg)
@@ -158,8 +156,8 @@ class SaveCheckpoint(PipelineHooks):
         Raises:
             ArgumentValueError: GC010, nothing says where.
         """
-        if self.cfg.save_root is not None:
-            return Path(self.cfg.save_root)
+        if self.save_root is not None:
+            return Path(self.save_root)
         if accelerator.project_dir is None:
             raise ArgumentValueError(
                 "nothing says where checkpoints go: set save_root, or make the accelerator with "

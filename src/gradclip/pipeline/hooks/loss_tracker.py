@@ -52,21 +52,25 @@ class LossTracker(PipelineHooks):
         self.cfg = cfg
         self.reset_cached_loss()
         name = "loss tracker"
-        self.register_hook("on_step", HookContext.from_callable(name, after=self._after_step))
+        self.register_hook("on_step", HookContext.from_callable(name, after=self._on_step_end))
 
     def reset_cached_loss(self) -> None:
         """Begin new means."""
-        self._sums: dict[str, tuple[float, int]] = {}
-        self._batches: list[dict[str, Tensor]] = []
-        self._window = 0
+        self.cached_loss = {}
+        self.moving_average_count: dict[str, float] = {}
 
     @property
     def cached_loss(self) -> dict[str, float]:
-        """The means so far of this process, by key."""
-        self._read(self._batches)
-        self._batches = []
+        """The means so far of this process, by key; what is written there is logged too."""
+        self._read()
         self._window = 0
-        return {key: total / count for key, (total, count) in self._sums.items()}
+        return self._means
+
+    @cached_loss.setter
+    def cached_loss(self, means: dict[str, float]) -> None:
+        self._means = means
+        self._batches: list[dict[str, Tensor]] = []
+        self._window = 0
 
     def update(self, accelerator: "Accelerator | None", model_outputs: ModelOutput) -> None:  # noqa: ARG002 - RoboOrchardLab's signature
         """Take in the losses of a batch.
@@ -82,7 +86,7 @@ class LossTracker(PipelineHooks):
         del self._batches[len(self._batches) - min(self._window, len(self._batches)) :]
         self._window = 0
 
-    def _after_step(self, arg: PipelineHookArgs) -> None:
+    def _on_step_end(self, arg: PipelineHookArgs) -> None:
         if arg.exception is not None:
             return
         if arg.model_outputs is not None:
@@ -93,16 +97,18 @@ class LossTracker(PipelineHooks):
             self._log(arg)
             self.reset_cached_loss()
         elif self._window == 0 and len(self._batches) >= _WAITING:
-            self._read(self._batches)
-            self._batches = []
+            self._read()
 
-    def _read(self, batches: list[dict[str, Tensor]]) -> None:
-        for losses in batches:
+    def _read(self) -> None:
+        """Take the losses that wait on the device into the means."""
+        for losses in self._batches:
             for key, loss in losses.items():
-                total, count = (
-                    self._sums.get(key, (0.0, 0)) if self.cfg.moving_average else (0.0, 0)
-                )
-                self._sums[key] = total + loss.item(), count + 1
+                count = self.moving_average_count.setdefault(key, 0)
+                mean = self._means.get(key, 0.0)
+                self._means[key] = mean + (loss.item() - mean) / (count + 1)
+                if self.cfg.moving_average:
+                    self.moving_average_count[key] = count + 1
+        self._batches = []
 
     def _log(self, arg: PipelineHookArgs) -> None:
         means: dict[str, list[float]] = {}
@@ -159,8 +165,8 @@ class LossMovingAverageTrackerConfig(LossTrackerConfig):
 def _loss_keys(outputs: object) -> Iterable[str]:
     if isinstance(outputs, ModelOutputHasLossKeys):
         return outputs.loss_keys()
-    if isinstance(outputs, ModelOutput):
-        return [key for key in outputs.keys() if "loss" in key]  # noqa: SIM118 - it need be no dictionary
+    if callable(keys := getattr(outputs, "keys", None)):
+        return [key for key in keys() if "loss" in key]
     raise ArgumentTypeError(
         f"LossTracker reads losses by their keys, and the model's outputs are of type "
         f'{type(outputs).__qualname__}: return a dictionary, such as {{"loss": loss}}, from forward'

@@ -90,10 +90,10 @@ class MetricTracker(PipelineHooks):
         self.log_main_process_only = cfg.log_main_process_only
         self._reset()
         name = "metric tracker"
-        self.register_hook("on_loop", HookContext.from_callable(name, self._before_loop))
-        self.register_hook("on_batch", HookContext.from_callable(name, after=self._after_batch))
-        self.register_hook("on_step", HookContext.from_callable(name, after=self._after_step))
-        self.register_hook("on_epoch", HookContext.from_callable(name, after=self._after_epoch))
+        self.register_hook("on_loop", HookContext.from_callable(name, self._on_loop_begin))
+        self.register_hook("on_batch", HookContext.from_callable(name, after=self._on_batch_end))
+        self.register_hook("on_step", HookContext.from_callable(name, after=self._on_step_end))
+        self.register_hook("on_epoch", HookContext.from_callable(name, after=self._on_epoch_end))
 
     def update_metric(self, batch: Any, model_outputs: ModelOutput) -> None:
         """Update ``self.metrics`` with a batch; a subclass says how.
@@ -112,12 +112,12 @@ class MetricTracker(PipelineHooks):
         for metric in self.metrics:
             metric.reset()
 
-    def _before_loop(self, arg: PipelineHookArgs) -> None:
+    def _on_loop_begin(self, arg: PipelineHookArgs) -> None:
         for metric in self.metrics:
             if hasattr(metric, "to") and arg.accelerator is not None:
                 metric.to(device=arg.accelerator.device)
 
-    def _after_batch(self, arg: PipelineHookArgs) -> None:
+    def _on_batch_end(self, arg: PipelineHookArgs) -> None:
         if arg.exception is not None:
             return
         if arg.model_outputs is None:
@@ -127,28 +127,27 @@ class MetricTracker(PipelineHooks):
             )
         self.update_metric(arg.batch, arg.model_outputs)
 
-    def _after_step(self, arg: PipelineHookArgs) -> None:
+    def _on_step_end(self, arg: PipelineHookArgs) -> None:
         if arg.exception is not None:
             return
         if _falls_on(self.step_log_freq, arg.step_id):
             where = f"Epoch[{arg.epoch_id}] Step[{arg.step_id}] GlobalStep[{arg.global_step_id}]: "
-            self._log(arg, where)
+            self._log(where, is_main_process=_is_main(arg))
         if self.reset_by == "step" and _falls_on(self.reset_freq, arg.global_step_id):
             self._reset()
 
-    def _after_epoch(self, arg: PipelineHookArgs) -> None:
+    def _on_epoch_end(self, arg: PipelineHookArgs) -> None:
         if arg.exception is not None:
             return
         if _falls_on(self.epoch_log_freq, arg.epoch_id):
-            self._log(arg, f"Epoch[{arg.epoch_id}]: ")
+            self._log(f"Epoch[{arg.epoch_id}]: ", is_main_process=_is_main(arg))
         if self.reset_by == "epoch" and _falls_on(self.reset_freq, arg.epoch_id):
             self._reset()
 
-    def _log(self, arg: PipelineHookArgs, where: str) -> None:
+    def _log(self, prefix: str = "", is_main_process: bool = True) -> None:
         values = [pair for entry in self.metric_entrys for pair in entry.get()]
-        main = arg.accelerator is None or arg.accelerator.is_main_process
-        if main or not self.log_main_process_only:
-            logger.info("%s%s", where, "".join(f"{n}[{_in_words(v)}] " for n, v in values))
+        if is_main_process or not self.log_main_process_only:
+            logger.info("%s%s", prefix, "".join(f"{n}[{_in_words(v)}] " for n, v in values))
 
 
 class MetricTrackerConfig(PipelineHooksConfig[MetricTracker]):
@@ -171,6 +170,10 @@ class MetricTrackerConfig(PipelineHooksConfig[MetricTracker]):
 
 def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else [value]
+
+
+def _is_main(arg: PipelineHookArgs) -> bool:
+    return arg.accelerator is None or bool(arg.accelerator.is_main_process)
 
 
 def _in_words(value: Any) -> str:

@@ -177,14 +177,15 @@ class PipelineHooks(ClassInitFromConfigMixin):
         self.hooks: dict[PipelineHookChanelType, HookContextChannel[PipelineHookArgs]] = {
             name: HookContextChannel(name) for name in _CHANNELS
         }
-        self._registered: tuple[PipelineHooks, ...] = ()
+        # Mangled: a hook may have attributes of any name.
+        self.__registered: tuple[PipelineHooks, ...] = ()
         for hook_config in () if cfg is None else cfg.hooks:
             self.register_pipeline_hooks(hook_config())
 
     @property
     def registered_sets(self) -> "tuple[PipelineHooks, ...]":
         """The sets of hooks that were registered here, in order."""
-        return self._registered
+        return self.__registered
 
     def begin(self, channel: PipelineHookChanelType, arg: PipelineHookArgs) -> "_Begin":
         """Run the hooks of a channel around a ``with`` block, which is given ``arg``.
@@ -192,7 +193,7 @@ class PipelineHooks(ClassInitFromConfigMixin):
         While the block lasts, ``arg.hooks`` is this object, if ``arg`` has such an attribute. What
         happens when a hook fails is written at ``HookContextChannel.begin``.
         """
-        return _Begin(self, self._channel(channel), arg)
+        return _Begin(self, _channel(self, channel), arg)
 
     def register_hook(
         self, channel: PipelineHookChanelType, hook: HookContext[PipelineHookArgs]
@@ -202,7 +203,7 @@ class PipelineHooks(ClassInitFromConfigMixin):
         Returns:
             A handle that removes it.
         """
-        return self._channel(channel).register(hook)
+        return _channel(self, channel).register(hook)
 
     def register_pipeline_hooks(
         self, hooks: "PipelineHooks"
@@ -223,13 +224,13 @@ class PipelineHooks(ClassInitFromConfigMixin):
         handles = [
             self.hooks[name].register_hook_channel(channel) for name, channel in hooks.hooks.items()
         ]
-        if not any(each is hooks for each in self._registered):
-            self._registered += (hooks,)
+        if not any(each is hooks for each in self.__registered):
+            self.__registered += (hooks,)
 
         def remove() -> None:
             for handle in handles:
                 handle.remove()
-            self._registered = tuple(each for each in self._registered if each is not hooks)
+            self.__registered = tuple(each for each in self.__registered if each is not hooks)
 
         return RemoveableHandle(remove)
 
@@ -241,7 +242,7 @@ class PipelineHooks(ClassInitFromConfigMixin):
         """Remove every hook from every channel."""
         for channel in self.hooks.values():
             channel.unregister_all()
-        self._registered = ()
+        self.__registered = ()
 
     def move_to_end(self, registered: "PipelineHooks") -> None:
         """Let the hooks of a set that is registered here run after all others."""
@@ -257,7 +258,7 @@ class PipelineHooks(ClassInitFromConfigMixin):
             if id(hooks) not in seen:
                 seen.add(id(hooks))
                 yield hooks
-                waiting.extend(reversed(hooks.registered_sets))
+                waiting.extend(reversed(hooks.__registered))  # noqa: SLF001 - its own
 
     @classmethod
     def from_hooks(cls, hooks: "PipelineHooksLike") -> Self:
@@ -286,19 +287,22 @@ class PipelineHooks(ClassInitFromConfigMixin):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` returned; called before the run begins."""
 
-    def _channel(self, name: PipelineHookChanelType) -> HookContextChannel[PipelineHookArgs]:
-        try:
-            return self.hooks[name]
-        except (KeyError, TypeError):
-            raise ArgumentValueError(
-                f"there is no channel {name!r}; the channels are {', '.join(_CHANNELS)}"
-            ) from None
-
     def __repr__(self) -> str:
         channels = "".join(
             f"\n{indent(repr(channel), '  ')}" for channel in self.hooks.values() if len(channel)
         )
         return f"{type(self).__name__}({channels})"
+
+
+def _channel(
+    hooks: PipelineHooks, name: PipelineHookChanelType
+) -> HookContextChannel[PipelineHookArgs]:
+    try:
+        return hooks.hooks[name]
+    except (KeyError, TypeError):
+        raise ArgumentValueError(
+            f"there is no channel {name!r}; the channels are {', '.join(_CHANNELS)}"
+        ) from None
 
 
 class _Begin:

@@ -43,17 +43,17 @@ class StatsMonitor(PipelineHooks):
         self._step_began = self._epochs_began = monotonic()
         self._first_epoch = self._first_step = 0
         name = "stats monitor"
-        self.register_hook("on_loop", HookContext.from_callable(name, self._before_loop))
-        self.register_hook("on_step", HookContext.from_callable(name, after=self._after_step))
-        self.register_hook("on_epoch", HookContext.from_callable(name, after=self._after_epoch))
+        self.register_hook("on_loop", HookContext.from_callable(name, self._on_loop_begin))
+        self.register_hook("on_step", HookContext.from_callable(name, after=self._on_step_end))
+        self.register_hook("on_epoch", HookContext.from_callable(name, after=self._on_epoch_end))
 
-    def _before_loop(self, arg: PipelineHookArgs) -> None:
-        self._look_at_data(arg.accelerator, arg.dataloader)
+    def _on_loop_begin(self, arg: PipelineHookArgs) -> None:
+        self._estimate_data_stats(arg.accelerator, arg.dataloader)
         self._step_times.clear()
         self._step_began = self._epochs_began = monotonic()
         self._first_epoch, self._first_step = arg.epoch_id, arg.global_step_id
 
-    def _look_at_data(
+    def _estimate_data_stats(
         self, accelerator: "Accelerator | None", dataloader: Iterable[Any] | None
     ) -> None:
         """Find out how many samples a step has, and how many steps an epoch.
@@ -69,7 +69,7 @@ class StatsMonitor(PipelineHooks):
         if self.steps_per_epoch is None and isinstance(dataloader, Sized):
             self.steps_per_epoch = len(dataloader)
 
-    def _after_step(self, arg: PipelineHookArgs) -> None:
+    def _on_step_end(self, arg: PipelineHookArgs) -> None:
         if arg.exception is not None or not _is_main(arg):
             return
         now = monotonic()
@@ -77,7 +77,7 @@ class StatsMonitor(PipelineHooks):
         self._step_began = now
         if not _falls_on(self.step_log_freq, arg.global_step_id):
             return
-        self._look_at_data(arg.accelerator, arg.dataloader)
+        self._estimate_data_stats(arg.accelerator, arg.dataloader)
         assert self.total_batch_size is not None
         step_time = self._step_time()
         rates = _learning_rates(arg)
@@ -97,14 +97,14 @@ class StatsMonitor(PipelineHooks):
             _in_words(rates),
         )
 
-    def _after_epoch(self, arg: PipelineHookArgs) -> None:
+    def _on_epoch_end(self, arg: PipelineHookArgs) -> None:
         if arg.exception is not None or not _is_main(arg):
             return
         if self.steps_per_epoch is None:
             self.steps_per_epoch = arg.step_id
         if not _falls_on(self.epoch_log_freq, arg.epoch_id):
             return
-        self._look_at_data(arg.accelerator, arg.dataloader)
+        self._estimate_data_stats(arg.accelerator, arg.dataloader)
         assert self.total_batch_size is not None
         now = monotonic()
         duration = now - self._epochs_began

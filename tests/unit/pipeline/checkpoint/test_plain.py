@@ -17,6 +17,14 @@ class Thing:
     """Of no plain kind."""
 
 
+class Marked(torch.Tensor):
+    """A tensor of a class of its own."""
+
+
+TAGGED = torch.ones(1)
+TAGGED.tag = Thing()
+
+
 def through_a_file(state):
     file = io.BytesIO()
     torch.save(to_plain(state, "state"), file)
@@ -53,6 +61,9 @@ def test_each_comes_back_as_it_was(value):
         (max, r"state\['a'\]\[1\] is of type builtins"),
         (np.array([Thing()]), r"state\['a'\]\[1\] is an array of object"),
         ({"z": defaultdict(lambda: 1)}, r"state\['a'\]\[1\]\['z'\] is a defaultdict"),
+        (np.ma.masked_array([1.0], [True]), "is of type numpy.*MaskedArray"),
+        (torch.ones(1).as_subclass(Marked), "is a tensor of type .*Marked"),
+        (TAGGED, r"with the attributes \['tag'\]"),
         ({Thing(): 1}, r"state\['a'\]\[1\] has the key"),
     ],
 )

@@ -1,5 +1,6 @@
 """Resuming from what RoboOrchardLab 0.4.0 writes: Accelerate's files, and its progress."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -30,12 +31,14 @@ class Tied(nn.Module):
         return self.second(self.first(x))
 
 
-def run(*, seedable=False, hooks=(), **fields):
+def run(*, seedable=False, hooks=(), accumulate=1, **fields):
     torch.manual_seed(0)
     model = Tied()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     accelerator = Accelerator(
-        cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=seedable)
+        cpu=True,
+        gradient_accumulation_steps=accumulate,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=seedable),
     )
     batches = []
 
@@ -56,8 +59,8 @@ def run(*, seedable=False, hooks=(), **fields):
     return trainer, batches
 
 
-def saving(folder, trainer_of, *, after, at, epoch, step, total):
-    """Save as its trainer does, whose counts at that moment are those given."""
+def saving(folder, trainer_of, *, after, at, epoch, step, total, counted=0):
+    """Save as its trainer does, whose counts, and Accelerate's, at that moment are those given."""
     hooks = PipelineHooks()
 
     def save(arg):
@@ -68,6 +71,7 @@ def saving(folder, trainer_of, *, after, at, epoch, step, total):
                 load_state_dict=None,
             )
             accelerator.register_for_checkpointing(told)
+            accelerator.step = counted
             accelerator.save_state(str(folder))
             accelerator._custom_objects.clear()
 
@@ -79,10 +83,13 @@ CASES = {
     "after an epoch": ({"after": "on_epoch", "at": (0, 4), "epoch": 0, "step": 4, "total": 4}, 4),
     "after the loop": ({"after": "on_epoch", "at": (0, 4), "epoch": 1, "step": 0, "total": 4}, 4),
     "in the first batch": (
-        {"after": "on_step", "at": (1, 0), "epoch": 1, "step": 0, "total": 4},
+        {"after": "on_step", "at": (1, 0), "epoch": 1, "step": 0, "total": 4} | {"counted": 1},
         5,
     ),
-    "inside": ({"after": "on_step", "at": (1, 1), "epoch": 1, "step": 1, "total": 5}, 6),
+    "inside": (
+        {"after": "on_step", "at": (1, 1), "epoch": 1, "step": 1, "total": 5, "counted": 2},
+        6,
+    ),
     "in the last batch": ({"after": "on_step", "at": (0, 3), "epoch": 0, "step": 3, "total": 3}, 4),
 }
 
@@ -114,6 +121,53 @@ def test_the_run_goes_on_with_the_next_batch(tmp_path, weights, place, done, see
         assert rest == batches[done:]
 
 
+@pytest.mark.parametrize(
+    ("told", "counted", "accumulate", "there", "warned"),
+    [
+        ((1, 5, 9), 0, 1, (2, 0, 9), None),  # an epoch's end in a run that had resumed
+        ((3, 0, 13), 1, 1, (3, 0, 13), None),  # after a loop that max_step ended
+        ((3, 0, 14), 2, 1, (3, 0, 14), None),
+        ((0, 2, 2), 5, 1, (0, 0, 3), "the epoch begins anew"),
+        ((0, 2, 2), 3, 2, (0, 2, 2), "the batches of the window, 1, are trained on again"),
+        ((1, 0, 4), 1, 2, (1, 0, 4), "the batches of the window, 1, are trained on again"),
+        ((0, 1, 1), 2, 2, (0, 2, 2), "in which order"),
+    ],
+)
+def test_where_its_run_was_follows_from_what_was_counted(
+    tmp_path, told, counted, accumulate, there, warned, recwarn
+):
+    saving(tmp_path, run, **CASES["after an epoch"][0])[0]()
+    names = ("epoch_id", "step_id", "global_step_id")
+    torch.save(dict(zip(names, told, strict=True)), tmp_path / "custom_checkpoint_0.pkl")
+    random = torch.load(tmp_path / "random_states_0.pkl", weights_only=False)
+    torch.save(random | {"step": counted}, tmp_path / "random_states_0.pkl")
+    progress = run(resume_from=str(tmp_path), accumulate=accumulate)[0].trainer_progress_state
+    assert (progress.epoch_id, progress.step_id, progress.global_step_id) == there
+    assert progress.micro_step_id == 0
+    said = "".join(str(each.message) for each in recwarn if each.category is UserWarning)
+    assert warned in said if warned else not said
+
+
+@pytest.mark.parametrize("place", ["after an epoch", "inside"])
+def test_more_processes_wrote_it_than_there_are_now(tmp_path, place):
+    saving(tmp_path, run, **CASES[place][0])[0]()
+    shutil.copy(tmp_path / "random_states_0.pkl", tmp_path / "random_states_1.pkl")
+    if place == "inside":
+        with pytest.raises(CheckpointError, match="inside an epoch by 2 processes, and 1 cannot"):
+            run(resume_from=str(tmp_path))
+    else:
+        assert run(resume_from=str(tmp_path))[0].trainer_progress_state.epoch_id == 1
+
+
+def test_its_progress_is_found_among_other_objects(tmp_path):
+    saving(tmp_path, run, **CASES["after an epoch"][0])[0]()
+    shutil.move(tmp_path / "custom_checkpoint_0.pkl", tmp_path / "custom_checkpoint_1.pkl")
+    torch.save({"mine": object}, tmp_path / "custom_checkpoint_0.pkl")
+    with pytest.warns(UserWarning, match=r"other objects, in custom_checkpoint_0.pkl, which"):
+        again, _ = run(resume_from=str(tmp_path))
+    assert again.trainer_progress_state.global_step_id == EPOCH
+
+
 def test_its_folder_may_be_that_of_the_run_and_auto_finds_it(tmp_path):
     theirs = tmp_path / "checkpoint_3"
     saving(theirs, run, **CASES["after an epoch"][0])[0]()
@@ -131,7 +185,7 @@ def test_its_folder_may_be_that_of_the_run_and_auto_finds_it(tmp_path):
     ("spoil", "said"),
     [
         (lambda folder: (folder / "optimizer.bin").unlink(), "optimizer.bin"),
-        (lambda folder: (folder / "random_states_0.pkl").unlink(), "fewer processes"),
+        (lambda folder: (folder / "random_states_0.pkl").unlink(), "random_states_0.pkl"),
         (
             lambda folder: (folder / "custom_checkpoint_0.pkl").write_bytes(b"?"),
             "cannot be resumed",

@@ -347,3 +347,16 @@ def test_begin_takes_any_arg(arg):
         assert given is arg
     assert seen == [arg]
     assert not hasattr(arg, "hooks")
+
+
+def test_a_hook_may_have_attributes_of_any_name():
+    seen = []
+    hooks = PipelineHooks()
+    for name in ("_registered", "_channel", "walk", "move_to_end", "children"):
+        setattr(hooks, name, 0)
+    hooks.register_hook("on_step", HookContext.from_callable(before=seen.append))
+    joined = PipelineHooks.from_hooks(hooks)
+    with joined.begin("on_step", None):
+        pass
+    assert seen == [None]
+    assert list(joined.walk()) == [joined, hooks]
