@@ -153,15 +153,18 @@ class Foreign:
 class Loose(Config):
     limit: float = math.inf
     floor: float | None = -math.inf
+    ranges: dict[str, tuple[float, ...]] = {"x": (-math.inf, math.inf)}  # noqa: RUF012 - pydantic copies it
     thing: Foreign | None = None
 
 
 def test_a_float_may_be_infinite_where_its_default_is():
     assert Loose.from_str(Loose().to_str("yaml"), "yaml") == Loose()
     assert Loose.from_str('{"limit": "inf", "floor": 2.0}') == Loose(floor=2.0)
+    assert Loose.from_str('{"ranges": {"y": [1.0, "inf"]}}').ranges == {"y": (1.0, math.inf)}
     for wrong in (math.nan, "1", "infinity"):
-        with pytest.raises(ValidationError):
-            Loose(limit=wrong)
+        for fields in ({"limit": wrong}, {"ranges": {"x": (wrong,)}}):
+            with pytest.raises(ValidationError):
+                Loose(**fields)
     with pytest.raises(ValidationError):
         Finite(limit=math.inf)
 

@@ -22,6 +22,8 @@ from gradclip.pipeline.hooks import (
     SaveCheckpointConfig,
     StatsMonitor,
     StatsMonitorConfig,
+    ValidationHook,
+    ValidationHookConfig,
 )
 
 
@@ -214,6 +216,21 @@ def test_what_a_subclass_does_instead_is_done(kind, config, methods):
         (hook,) = (other.hooks[channel][n] for n in range(len(other.hooks[channel])))
         getattr(hook, when)(None)
     assert len(seen) == len(methods.split())
+
+
+class Third(ValidationHook):
+    def need_eval(self, arg):
+        return arg.global_step_id == 2 or (arg.global_step_id == 0 and super().need_eval(arg))
+
+
+def test_a_subclass_decides_when_to_evaluate():
+    seen = []
+    config = ValidationHookConfig(eval_callback=seen.append, step_eval_freq=1)
+    hook, model = Third(config), torch.nn.Linear(1, 1)
+    for step in range(4):
+        with hook.begin("on_step", PipelineHookArgs(model=model, global_step_id=step)):
+            pass
+    assert seen == [model, model]
 
 
 def test_a_limit_that_is_set_on_the_clipping_hook_is_refused():

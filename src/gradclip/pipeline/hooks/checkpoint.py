@@ -103,6 +103,7 @@ class SaveCheckpoint(PipelineHooks):
         # What cannot be saved is better known now than after the first hour.
         accelerator = _accelerator(arg)
         root = self.root(accelerator)
+        _check_one_limit(arg.hooks, accelerator)
         check_checkpointable(accelerator)
         _warn_of_workers(arg.dataloader)
         with together(accelerator):
@@ -215,6 +216,24 @@ def _kept(cfg: "SaveCheckpointConfig", accelerator: "Accelerator") -> int | None
     if "keep_last" in cfg.model_fields_set or not project.automatic_checkpoint_naming:
         return cfg.keep_last
     return project.total_limit  # type: ignore[no-any-return]
+
+
+def _check_one_limit(hooks: PipelineHooks | None, accelerator: "Accelerator") -> None:
+    """Refuse hooks that save to one folder and keep different numbers: the lowest would count.
+
+    Raises:
+        ArgumentValueError: GC010, there are some.
+    """
+    limits: dict[Path, int | None] = {}
+    for each in () if hooks is None else hooks.walk():
+        if isinstance(each, SaveCheckpoint):
+            root, kept = each.root(accelerator).resolve(), _kept(each.cfg, accelerator)
+            if limits.setdefault(root, kept) != kept:
+                raise ArgumentValueError(
+                    f"two SaveCheckpoint hooks save to {root}, one with keep_last={limits[root]} "
+                    f"and one with keep_last={kept}, so one would remove what the other keeps: "
+                    "give each a save_root of its own"
+                )
 
 
 def _accelerator(arg: PipelineHookArgs) -> "Accelerator":

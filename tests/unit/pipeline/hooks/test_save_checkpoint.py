@@ -174,6 +174,16 @@ def test_where_accelerate_names_checkpoints_its_limit_counts(tmp_path, caplog, l
     assert sum("Remove checkpoint" in each for each in said) == 5 - len(kept)
 
 
+def test_two_hooks_that_keep_different_numbers_need_two_folders(tmp_path):
+    steps = SaveCheckpointConfig(save_root=str(tmp_path), save_step_freq=1, keep_last=1)
+    epochs = SaveCheckpointConfig(save_root=f"{tmp_path}/x/..", keep_last=None)
+    with pytest.raises(ArgumentValueError, match="keep_last=1 and one with keep_last=None, so one"):
+        train([steps, epochs], max_step=2)
+    assert not list(tmp_path.iterdir())
+    train([steps, epochs.replace(save_root=f"{tmp_path}/x")], max_step=2)
+    assert (tmp_path / "x").is_dir()
+
+
 class Holding(PipelineHooks):
     def __init__(self, state):
         super().__init__()
