@@ -123,12 +123,12 @@ def _progress(
     batches = counted if anew else counted - (total - step)
     # After the loop, where max_step ended it after the first batch of an epoch.
     is_cut = not step and length > 1 and total % length == 1
-    if batches == (0 if anew else step):  # at the end of an epoch
+    if batches == (0 if anew else step) and (anew or step in (0, length)):  # at an epoch's end
         if step:
             total += step + 1 == length
             epoch, step = epoch + 1, 0
-    elif batches == step + 1 and not is_cut:
-        step, total = step + 1, total + 1
+    elif batches in (step, step + 1) and not is_cut:  # the former where max_step ended the run
+        step, total = batches, total + batches - step
         if lost := min(counted % per_step, step):
             notes.append(
                 "was taken inside an accumulation window, and has not the gradients of it: the "

@@ -127,6 +127,7 @@ def test_the_run_goes_on_with_the_next_batch(tmp_path, weights, place, done, see
         ((1, 5, 9), 0, 1, (2, 0, 9), None),  # an epoch's end in a run that had resumed
         ((3, 0, 13), 1, 1, (3, 0, 13), None),  # after a loop that max_step ended
         ((3, 0, 14), 2, 1, (3, 0, 14), None),
+        ((1, 3, 7), 3, 1, (1, 3, 7), "in which order"),  # after an epoch that it ended
         ((0, 2, 2), 5, 1, (0, 0, 3), "the epoch begins anew"),
         ((0, 2, 2), 3, 2, (0, 2, 2), "the batches of the window, 1, are trained on again"),
         ((1, 0, 4), 1, 2, (1, 0, 4), "the batches of the window, 1, are trained on again"),
