@@ -111,8 +111,8 @@ ROWS = [
         f"{_HOOKS}/test_trackers.py::test_the_time_left_is_right_in_a_run_that_resumes",
     ),
     Row(
-        "`LossTracker` averages losses over processes, and reads them, at every step; a loss that is "
-        "not a scalar gives a warning each time",
+        "`LossTracker` averages losses over processes, and reads them, at every step; a loss that "
+        "is not a scalar gives a warning each time",
         "it does so when it logs, so `cached_loss` has the losses of this process; of such a loss "
         "the mean is taken without a warning",
         f"{_HOOKS}/test_trackers.py::test_losses_are_logged_as_means_since_the_last_log",
