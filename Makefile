@@ -39,8 +39,9 @@ test-optimizers: $(VENV)/.optimizers  ## run the optimizers of other libraries, 
 	PYTHONPATH=$(VENV)/optimizers $(PYTEST) tests/optimizers
 	PYTHONPATH=$(VENV)/optimizers $(BIN)/python tests/optimizers/table.py
 
-test-robo-orchard: $(ROBO)/.installed  ## run gradclip inside the pipeline of RoboOrchardLab 0.4.0
+test-robo-orchard: $(ROBO)/.installed  ## run gradclip inside RoboOrchardLab 0.4.0, and its scripts under both
 	$(ROBO_PYTEST) tests/robo_orchard
+	PYTHONPATH=tests:tests/robo_orchard/scripts $(ROBO)/bin/python tests/robo_orchard/page.py
 	$(ROBO_PYTEST) tests/contract/test_ways_in.py -k RoboOrchardLab
 
 # What needs a GPU runs on the machine's own python, whose torch knows the GPU. It finds src first, and
@@ -125,7 +126,7 @@ $(VENV)/.optimizers: $(VENV)/.dev
 $(ROBO)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(ROBO)
 	$(ROBO)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 \
-		'transformers<5' robo-orchard-lab==0.4.0 'pyarrow<22' pytest pytest-timeout -e '.[pipeline]'
+		'transformers<5' robo-orchard-lab==0.4.0 'pyarrow<22' pytest pytest-timeout tensorboard -e '.[pipeline]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.dev

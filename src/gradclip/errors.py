@@ -20,7 +20,8 @@
     |-- CollectiveError (RuntimeError)           GC212  a collective failed: a rank died, or is late
     |-- CheckpointError (RuntimeError)           GC301  a checkpoint: damaged, or not to be written
     |-- RecordError (OSError)                    GC302  a record of a run that cannot be written
-    `-- MissingDependencyError (ImportError)     GC401  an extra that is not installed
+    |-- MissingDependencyError (ImportError)     GC401  an extra that is not installed
+    `-- AbsentNameError (ImportError)            GC402  a name of RoboOrchardLab that is not here
 
 A code never changes its meaning; ``docs/errors.md`` has a paragraph for each.
 """
@@ -30,6 +31,7 @@ import warnings
 from typing import ClassVar
 
 __all__ = [
+    "AbsentNameError",
     "ArgumentTypeError",
     "ArgumentValueError",
     "CaptureError",
@@ -175,3 +177,9 @@ class MissingDependencyError(GradClipError, ImportError):
     """A feature needs an extra that is not installed; the message has the command."""
 
     code = "GC401"
+
+
+class AbsentNameError(GradClipError, ImportError):
+    """RoboOrchardLab has this name and gradclip does not; the message says what to use."""
+
+    code = "GC402"

@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from gradclip.errors import (
+    ArgumentTypeError,
     ArgumentValueError,
     CheckpointError,
     NonFiniteGradientError,
@@ -36,6 +37,8 @@ from gradclip.pipeline.checkpoint.weights import gathered_weights, load_weights,
 from gradclip.pipeline.hooks import (
     GradientClippingHookConfig,
     HookContext,
+    LossTrackerConfig,
+    PipelineHookArgs,
     PipelineHooks,
     SaveCheckpointConfig,
 )
@@ -467,8 +470,13 @@ def test_too_many_skips_raise_on_every_process():
 class FailsOnOne(PipelineHooks):
     """Has a state that one process cannot give: as if its disk were full."""
 
+    def __init__(self):
+        super().__init__()
+        self.asked = 0
+
     def state_dict(self):
-        if torch.distributed.get_rank() == 0:
+        self.asked += 1
+        if torch.distributed.get_rank() == 0 and self.asked > 1:  # first when the run begins
             raise OSError("no space left")
         return {}
 
@@ -484,6 +492,52 @@ def fails_to_save(rank, root):
 def test_a_process_that_cannot_save_fails_all(tmp_path):
     assert together(fails_to_save, 2, str(tmp_path)) == [(True, False), (True, True)]
     assert not list(tmp_path.iterdir())
+
+
+class Unsaveable(PipelineHooks):
+    def state_dict(self):
+        return {"thing": object()}
+
+
+class AsksTheOthers(PipelineHooks):
+    def state_dict(self):
+        total = torch.ones(1)
+        torch.distributed.all_reduce(total)
+        return {"total": total}
+
+
+def has_an_object(rank, root):
+    Run("DDP", max_step=1, hooks=[AsksTheOthers(), checkpoints(f"{root}/asks")]).trainer()
+    assert list(Path(root, "asks").iterdir())
+    run = Run("DDP", max_step=2, hooks=[Unsaveable(), checkpoints(root)])
+    with pytest.raises(ArgumentTypeError, match=r"\['thing'\] is of type"):
+        run.trainer()
+
+
+def test_a_state_is_asked_for_on_all_processes(tmp_path):
+    together(has_an_object, 2, str(tmp_path))
+
+
+def means(rank):
+    """Losses 1 and 3 of two batches on the first process, 5 and 7 on the second."""
+    tracker = LossTrackerConfig(step_log_freq=2)()
+    logged = []
+    accelerator = Accelerator(cpu=True)
+    accelerator.log = lambda values, step: logged.append((values, step))
+    for step in range(2):
+        outputs = {"loss": torch.tensor([4.0 * rank + 2 * step + 1])}
+        if rank:
+            outputs["loss_2"] = torch.tensor(1.0)
+        arg = PipelineHookArgs(accelerator, step_id=step, model_outputs=outputs)
+        with tracker.begin("on_step", arg):
+            pass
+    return logged
+
+
+def test_losses_are_means_over_all_processes_also_of_those_that_one_has():
+    first, second = together(means, 2)
+    assert first == [({"Loss/loss": 4.0, "Loss/loss_2": 1.0}, 0)]
+    assert second == []
 
 
 def nothing_to_resume(rank, root):

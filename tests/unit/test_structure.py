@@ -88,3 +88,14 @@ def test_pages_name_files_that_exist():
     named = {name for page in pages for name in path.findall(page.read_text(encoding="utf-8"))}
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
     assert len(named) > 10
+
+
+def test_the_page_for_those_who_come_from_robo_orchard_lab_has_a_test_for_each_difference():
+    place = ROOT / "tests" / "robo_orchard" / "differences.py"
+    known: dict[str, object] = {}
+    exec(compile(place.read_text(encoding="utf-8"), str(place), "exec"), known)
+    page = (ROOT / "docs" / "coming-from-roboorchard.md").read_text(encoding="utf-8")
+    assert known["table"]() in page
+    for row in known["ROWS"]:
+        file, _, name = row.test.partition("::")
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8")

@@ -24,7 +24,11 @@ from gradclip.config.class_type import (
     register,
     resolve,
 )
-from gradclip.config.fields import make_numbers_strict, refuse_unknown_fields
+from gradclip.config.fields import (
+    allow_infinite_defaults,
+    make_numbers_strict,
+    refuse_unknown_fields,
+)
 from gradclip.config.parse import Format, parse
 from gradclip.config.report import Document, explain
 from gradclip.config.robo_orchard import CONFIG_TYPE
@@ -40,12 +44,17 @@ class Config(BaseModel):
     """The base of every configuration: frozen, without unknown fields, and strict about numbers.
 
     A number is never read from a text or a boolean, NaN is refused, and infinity is too except in
-    fields that say otherwise, such as ``Ceiling``. A value that is wrong raises pydantic's
-    ``ValidationError``, a ``ValueError``.
+    fields whose default it is, and in those that say otherwise, such as ``Ceiling``. A value that
+    is wrong raises pydantic's ``ValidationError``, a ``ValueError``. A field may hold an object of
+    any class; such a configuration cannot be written to a file.
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        validate_default=True,
+        arbitrary_types_allowed=True,
     )
 
     @classmethod
@@ -58,7 +67,9 @@ class Config(BaseModel):
         cls, source: Any, handler: GetCoreSchemaHandler, /
     ) -> CoreSchema:
         schema = handler(source)
-        make_numbers_strict(handler.resolve_ref_schema(schema))
+        fields = handler.resolve_ref_schema(schema)
+        make_numbers_strict(fields)
+        allow_infinite_defaults(fields)
         return schema
 
     @model_validator(mode="before")

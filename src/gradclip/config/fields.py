@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from math import inf, isnan
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
-__all__ = ["make_numbers_strict", "refuse_unknown_fields"]
+__all__ = ["allow_infinite_defaults", "make_numbers_strict", "refuse_unknown_fields"]
 
 _SUGGESTIONS = 10
+_NO_SCHEMAS = {"default", "metadata", "config", "serialization", "expected"}
 
 
 def make_numbers_strict(schema: Any) -> None:
@@ -20,15 +22,65 @@ def make_numbers_strict(schema: Any) -> None:
     Args:
         schema: A model's core schema, or a part of it. Other models in it are only references.
     """
+    for part in _parts(schema):
+        if part.get("type") in ("float", "int", "bool"):
+            part.setdefault("strict", True)
+
+
+def allow_infinite_defaults(schema: Any) -> None:
+    """Let a float be infinite where its default is, or holds one that is, and "inf" in a file.
+
+    Args:
+        schema: A model's core schema, or a part of it; changed in place. Other models in it are
+            only references.
+    """
+    for part in _parts(schema):
+        if part.get("type") == "default" and _holds_infinity(part.get("default")):
+            floats = [each for each in _parts(part["schema"]) if each.get("type") == "float"]
+            for number in floats:
+                inner = number | {"allow_inf_nan": True}
+                number.clear()
+                number.update(
+                    core_schema.no_info_before_validator_function(
+                        _read_number,
+                        inner,
+                        serialization=core_schema.plain_serializer_function_ser_schema(
+                            _write_number, when_used="json"
+                        ),
+                    )
+                )
+
+
+def _parts(schema: Any) -> Iterator[dict[str, Any]]:
+    """Yield the schema and the schemas in it."""
     if isinstance(schema, list | tuple):
         for item in schema:
-            make_numbers_strict(item)
+            yield from _parts(item)
     elif isinstance(schema, dict):
-        if schema.get("type") in ("float", "int", "bool"):
-            schema.setdefault("strict", True)
+        yield schema
         for key, part in schema.items():
-            if key not in {"default", "metadata", "config", "serialization", "expected"}:
-                make_numbers_strict(part)
+            if key not in _NO_SCHEMAS:
+                yield from _parts(part)
+
+
+def _holds_infinity(default: Any) -> bool:
+    if isinstance(default, Mapping):
+        return any(map(_holds_infinity, default.values()))
+    if isinstance(default, list | tuple | set | frozenset):
+        return any(map(_holds_infinity, default))
+    return isinstance(default, float) and default in (inf, -inf)
+
+
+def _read_number(value: Any) -> Any:
+    if value in ("inf", "-inf") and isinstance(value, str):
+        return float(value)
+    if isinstance(value, float) and isnan(value):
+        raise PydanticCustomError("finite_number", "NaN is no value: expected a number")
+    return value
+
+
+def _write_number(value: Any) -> Any:
+    return str(value) if value in (inf, -inf) else value
 
 
 def refuse_unknown_fields(cls: type[BaseModel], data: Mapping[Any, Any]) -> None:

@@ -11,15 +11,19 @@ if TYPE_CHECKING:
     from gradclip.pipeline.batch_processor import BatchProcessorMixin as BatchProcessorMixin
     from gradclip.pipeline.batch_processor import LossNotProvidedError as LossNotProvidedError
     from gradclip.pipeline.batch_processor import SimpleBatchProcessor as SimpleBatchProcessor
-    from gradclip.pipeline.trainer import HookBasedTrainer as HookBasedTrainer
-    from gradclip.pipeline.trainer import ResumeCheckpointConfig as ResumeCheckpointConfig
+    from gradclip.pipeline.hook_based_trainer import HookBasedTrainer as HookBasedTrainer
+    from gradclip.pipeline.hook_based_trainer import (
+        ResumeCheckpointConfig as ResumeCheckpointConfig,
+    )
+    from gradclip.pipeline.trainer import SimpleTrainer as SimpleTrainer
 
 _MODULES = {
     "BatchProcessorMixin": "batch_processor",
-    "HookBasedTrainer": "trainer",
+    "HookBasedTrainer": "hook_based_trainer",
     "LossNotProvidedError": "batch_processor",
-    "ResumeCheckpointConfig": "trainer",
+    "ResumeCheckpointConfig": "hook_based_trainer",
     "SimpleBatchProcessor": "batch_processor",
+    "SimpleTrainer": "trainer",
 }
 
 __all__ = [
@@ -28,6 +32,7 @@ __all__ = [
     "LossNotProvidedError",
     "ResumeCheckpointConfig",
     "SimpleBatchProcessor",
+    "SimpleTrainer",
 ]
 
 

@@ -18,7 +18,18 @@ from gradclip.pipeline.hooks.optimizer import OptimizerHook
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["arranged", "check_accelerator", "check_kinds", "check_limits", "one"]
+__all__ = [
+    "NOT_GIVEN",
+    "arranged",
+    "check_accelerator",
+    "check_complete",
+    "check_kinds",
+    "check_limits",
+    "one",
+]
+
+NOT_GIVEN: Any = object()
+"""The default of an argument that has to be given, be it as None."""
 
 
 def arranged(
@@ -78,14 +89,18 @@ def check_kinds(
     optimizer: object,
     lr_scheduler: object,
 ) -> None:
-    """Check that each object is of its kind.
+    """Check that each object is of its kind; what training alone needs may be None until then.
 
     Raises:
         ArgumentTypeError: GC011, one is missing, or of another kind.
     """
     wanted = {
         "model": (model, isinstance(model, nn.Module), "a torch.nn.Module"),
-        "dataloader": (dataloader, hasattr(dataloader, "__iter__"), "a DataLoader or an iterable"),
+        "dataloader": (
+            dataloader,
+            dataloader is None or hasattr(dataloader, "__iter__"),
+            "a DataLoader or an iterable",
+        ),
         "batch_processor": (
             batch_processor,
             isinstance(batch_processor, BatchProcessorMixin),
@@ -93,7 +108,8 @@ def check_kinds(
         ),
         "optimizer": (
             optimizer,
-            hasattr(optimizer, "param_groups") and not isinstance(optimizer, LBFGS),
+            optimizer is None
+            or (hasattr(optimizer, "param_groups") and not isinstance(optimizer, LBFGS)),
             "a torch optimizer whose step needs no closure",
         ),
         "lr_scheduler": (
@@ -104,13 +120,27 @@ def check_kinds(
     }
     for name, (value, fits, expected) in wanted.items():
         if not fits:
-            seen = "missing" if value is None else f"of type {type(value).__qualname__}"
+            missing = value is None or value is NOT_GIVEN
+            seen = "missing" if missing else f"of type {type(value).__qualname__}"
             raise ArgumentTypeError(f"{name} is {seen}: expected {expected}")
     if isinstance(lr_scheduler, ReduceLROnPlateau):
         raise ArgumentTypeError(
             "lr_scheduler is a ReduceLROnPlateau, whose step() needs a metric that the trainer "
             "does not have: step it in a hook of your own, after on_epoch"
         )
+
+
+def check_complete(dataloader: object, optimizer: object) -> None:
+    """Check that there is what training needs.
+
+    Raises:
+        ArgumentTypeError: GC011, something was given as None.
+    """
+    for name, value in {"dataloader": dataloader, "optimizer": optimizer}.items():
+        if value is None:
+            raise ArgumentTypeError(
+                f"{name} is None: training needs one, evaluation alone does not"
+            )
 
 
 def check_limits(max_step: object, max_epoch: object) -> None:

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from gradclip.errors import ArgumentValueError
+from gradclip.errors import ArgumentTypeError, ArgumentValueError
 from gradclip.integrations.deepspeed import uses_deepspeed
+from gradclip.pipeline.checkpoint.model_hooks import register_own_hooks
 from gradclip.pipeline.checkpoint.own_state import keeps_its_state
 from gradclip.pipeline.deepspeed import prepare_engine
 from gradclip.pipeline.hooks.grad_clip import GradientClippingHook
@@ -26,22 +27,32 @@ def prepared(
     accelerator: "Accelerator",
     hooks: "PipelineHooks",
     model: "nn.Module",
-    optimizer: "Optimizer",
-    dataloader: Iterable[Any],
+    optimizer: "Optimizer | None",
+    dataloader: Iterable[Any] | None,
     lr_scheduler: Any,
-) -> tuple[Any, Any, Iterable[Any], Any]:
-    """Return model, optimizer, dataloader and scheduler as training needs them.
+) -> tuple[Any, Any, Iterable[Any] | None, Any]:
+    """Return model, optimizer, dataloader and scheduler as training needs them; None stays None.
 
     Raises:
         DoubleClippingError: GC101, DeepSpeed cannot do what a clipping hook asks.
         ArgumentValueError: GC010, Accelerate cannot prepare them so that the trainer works.
+        ArgumentTypeError: GC011, DeepSpeed is to prepare None.
     """
     if uses_deepspeed(accelerator):
+        if optimizer is None or dataloader is None:
+            raise ArgumentTypeError(
+                "under DeepSpeed the trainer needs an optimizer and a dataloader, and one is None"
+            )
         clipping = [each for each in hooks.walk() if isinstance(each, GradientClippingHook)]
         return prepare_engine(accelerator, clipping, model, optimizer, dataloader, lr_scheduler)
+    register_own_hooks(accelerator, model)
     keep_distributed(accelerator, model)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    dataloader = prepared_dataloader(accelerator, dataloader)
+    if optimizer is None:
+        model = accelerator.prepare(model)
+    else:
+        model, optimizer = accelerator.prepare(model, optimizer)
+    if dataloader is not None:
+        dataloader = prepared_dataloader(accelerator, dataloader)
     if lr_scheduler is not None:
         lr_scheduler = accelerator.prepare(lr_scheduler)
     return model, optimizer, dataloader, lr_scheduler

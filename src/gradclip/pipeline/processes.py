@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-__all__ = ["AllProcesses", "default_accelerator", "keep_distributed", "together"]
+__all__ = ["AllProcesses", "default_accelerator", "gathered", "keep_distributed", "together"]
 
 _Value = TypeVar("_Value")
 
@@ -40,18 +40,23 @@ class AllProcesses:
         Raises:
             CheckpointError: GC301, on the processes that have none of their own.
         """
-        if self._accelerator.num_processes == 1:
-            problems = [None if error is None else (0, "")]
-        else:
-            from accelerate.utils import gather_object  # noqa: PLC0415 - not for one process
-
-            index = self._accelerator.process_index
-            mine = None if error is None else (index, f"{type(error).__name__}: {error}")
-            problems = gather_object([mine])
+        index = self._accelerator.process_index
+        mine = None if error is None else (index, f"{type(error).__name__}: {error}")
+        problems = gathered(self._accelerator, mine)
         if error is not None:
             raise error
         for number, words in filter(None, problems):
             raise CheckpointError(f"process {number} failed, so no process goes on: {words}")
+
+
+def gathered(accelerator: "Accelerator | None", value: _Value) -> list[_Value]:
+    """Return what every process gave, in their order; all of them call it at the same time."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return [value]
+    from accelerate.utils import gather_object  # noqa: PLC0415 - not for one process
+
+    values: list[_Value] = gather_object([value])
+    return values
 
 
 def default_accelerator() -> "Accelerator":

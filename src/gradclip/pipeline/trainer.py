@@ -1,320 +1,154 @@
-"""A trainer that hooks drive: it goes through the data, and everything else is a hook."""
+"""RoboOrchardLab's older trainer: the same run, with its settings as arguments."""
 
+import weakref
 from collections.abc import Iterable
-from os import PathLike, fspath
-from pathlib import Path
-from typing import Any
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
-from torch.optim import Optimizer
+from typing_extensions import deprecated
 
-from gradclip.config import Config
-from gradclip.errors import ArgumentTypeError, ArgumentValueError, MissingDependencyError
-
-try:
-    from accelerate import Accelerator
-except ImportError as _error:
-    raise MissingDependencyError(
-        "the trainer runs on Accelerate, which is not installed\n  pip install 'gradclip[pipeline]'"
-    ) from _error
-
-from gradclip.integrations.loss_scaling import begin_anew
-from gradclip.integrations.wrapped import behind_accelerate
-from gradclip.pipeline.arguments import (
-    arranged,
-    check_accelerator,
-    check_kinds,
-    check_limits,
-    one,
-)
+from gradclip.errors import ArgumentValueError, warn
 from gradclip.pipeline.batch_processor import BatchProcessorMixin
-from gradclip.pipeline.checkpoint.data_position import DataPosition
-from gradclip.pipeline.checkpoint.progress import TrainerProgressState
-from gradclip.pipeline.checkpoint.resuming import resumed_path
-from gradclip.pipeline.checkpoint.training_state import load_training_state
-from gradclip.pipeline.deepspeed import (
-    refuse_a_broken_window,
-    refuse_checkpoints,
-)
-from gradclip.pipeline.hooks.checkpoint import SaveCheckpoint
-from gradclip.pipeline.hooks.grad_clip import GradientClippingHook
-from gradclip.pipeline.hooks.mixin import (
-    PipelineHookArgs,
-    PipelineHooks,
-    PipelineHooksConfig,
-    PipelineHooksLike,
-)
-from gradclip.pipeline.hooks.validation import ValidationHook
-from gradclip.pipeline.modes import switch_optimizer
-from gradclip.pipeline.preparation import prepared
-from gradclip.pipeline.processes import default_accelerator
-from gradclip.pipeline.shortcuts import accumulating
-from gradclip.pipeline.stopping import StopRequest, noting_signals, raise_for_signal
+from gradclip.pipeline.hook_based_trainer import HookBasedTrainer, ResumeCheckpointConfig
+from gradclip.pipeline.hooks.grad_clip import GradientClippingHookConfig
+from gradclip.pipeline.hooks.mixin import PipelineHooksLike
+from gradclip.pipeline.hooks.validation import ValidationHookConfig
+from gradclip.pipeline.modes import evaluating, evaluating_optimizer
 
-__all__ = ["HookBasedTrainer", "ResumeCheckpointConfig"]
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["HookBasedTrainer", "ResumeCheckpointConfig", "SimpleTrainer"]
 
 
-class ResumeCheckpointConfig(Config):
-    """What a run resumes from."""
+@deprecated("SimpleTrainer is deprecated: use HookBasedTrainer")
+class SimpleTrainer(HookBasedTrainer):
+    """What RoboOrchardLab's scripts train with: clipping and validation are arguments.
 
-    resume_from: str
-    """A checkpoint, or a folder of checkpoints, of which the last complete one is taken; or
-    ``"auto"``: the folder of ``SaveCheckpoint`` if there is a checkpoint in it, else nothing."""
-
-
-class HookBasedTrainer:
-    """Trains a model; calling it runs the loop.
-
-    .. code-block:: text
-
-        on_loop
-          on_epoch
-            on_step                          for every batch
-              on_batch
-                on_model_forward             the batch processor
-                on_model_backward
-            after on_step: clip, then on_optimizer_step
-
-    Model, dataloader, optimizer and scheduler are prepared with the accelerator, which also
-    accumulates gradients. Hooks run in this order: ``grad_clip``, the optimizer's step,
-    ``validation``, ``hooks``. An ``OptimizerHook`` among ``hooks`` takes the place of the trainer's
-    own; ``validation`` then comes last. Checkpoint hooks are moved behind all others, so that what
-    they save is the finished step.
-
-    An optimizer step and the place in the data go together. When an error or Ctrl-C ends a call,
-    what was stepped on is done. The next call, or a run that resumes, begins with the first batch
-    that was not: with cleared gradients, and with the whole of its accumulation window. Hooks end a
-    run by ``arg.request_stop()``; Ctrl-C and SIGTERM end it where an optimizer step ends, and are
-    raised as ``KeyboardInterrupt`` and ``SystemExit`` when ``SaveCheckpoint`` has saved.
+    It is there so that these scripts run; new ones use ``HookBasedTrainer``.
 
     Args:
-        accelerator: Made by default.
         model: The model.
-        dataloader: A DataLoader, or anything that can be iterated once per epoch.
-        batch_processor: Runs forward and backward; see ``SimpleBatchProcessor``.
+        accelerator: Prepares the objects of the run.
+        batch_processor: Runs forward and backward.
+        dataloader: A DataLoader, or anything that can be iterated once per epoch; None, with
+            ``optimizer``, for a trainer that only evaluates.
         optimizer: The optimizer of the model's parameters.
-        lr_scheduler: Steps with every optimizer step that was made; None for none.
-        hooks: Hooks, their configurations, and iterables of these.
+        lr_scheduler: Steps with the optimizer; None for none.
+        lr_scheduler_step_at: ``"step"``.
         max_step: Batches, over all epochs, to stop after.
         max_epoch: Epochs to stop after. One of the two limits is needed.
-        grad_clip: A ``GradientClippingHookConfig`` or hook; it may be among ``hooks`` instead.
-        validation: A ``ValidationHookConfig`` or hook.
-        resume_from: A checkpoint, a folder of them, or ``"auto"``, which starts or resumes; see
-            ``ResumeCheckpointConfig``.
+        val_dataloader: What ``eval`` goes through.
+        metric: Has ``update(batch, model_outputs)``, ``compute()`` and ``reset()``; ``compute``
+            is given ``accelerator=`` if it takes that.
+        step_eval_freq: Evaluate after every so many batches.
+        epoch_eval_freq: Evaluate after every so many epochs.
+        resume_from: A checkpoint, a folder of them, or ``"auto"``.
+        resume_share_dir: Does nothing: a checkpoint is read where it is.
+        grad_clip_mode: ``"norm"`` or ``"value"``; None for no clipping.
+        grad_clip_value: The limit of ``"value"``.
+        grad_max_norm: The limit of ``"norm"``.
+        grad_norm_type: The p of the norm.
+        hooks: Hooks, their configurations, and iterables of these.
 
     Raises:
-        ArgumentTypeError: GC011, an argument of the wrong kind, or missing.
-        ArgumentValueError: GC010, no limit, two optimizer hooks, or ``"auto"`` and nothing that
-            saves.
-        DoubleClippingError: GC101, two clipping hooks, or one that DeepSpeed cannot do.
-        CheckpointError: GC301, there is nothing to resume from.
+        ArgumentValueError: GC010, ``lr_scheduler_step_at`` is not ``"step"``.
     """
 
-    # The order of RoboOrchardLab's trainer, with a default for the first; what has no default of
-    # its own is checked below.
     def __init__(
         self,
-        accelerator: Accelerator | None = None,
-        model: nn.Module = None,  # type: ignore[assignment]
-        dataloader: Iterable[Any] = None,  # type: ignore[assignment]  # noqa: RUF013
-        batch_processor: BatchProcessorMixin = None,  # type: ignore[assignment]
-        optimizer: Optimizer = None,  # type: ignore[assignment]
-        lr_scheduler: Any = None,
-        hooks: PipelineHooksLike = None,
+        model: nn.Module,
+        accelerator: "Accelerator",
+        batch_processor: BatchProcessorMixin,
+        dataloader: Iterable[Any] | None,
+        optimizer: torch.optim.Optimizer | None,
+        lr_scheduler: Any,
+        lr_scheduler_step_at: Literal["step"] = "step",
         max_step: int | None = None,
         max_epoch: int | None = None,
-        grad_clip: "PipelineHooksConfig[Any] | PipelineHooks | None" = None,
-        validation: "PipelineHooksConfig[Any] | PipelineHooks | None" = None,
-        resume_from: "str | PathLike[str] | ResumeCheckpointConfig | None" = None,
+        val_dataloader: Iterable[Any] | None = None,
+        metric: Any = None,
+        step_eval_freq: int | None = None,
+        epoch_eval_freq: int | None = None,
+        resume_from: str | None = None,
+        resume_share_dir: str | None = None,
+        grad_clip_mode: Literal["norm", "value"] | None = None,
+        grad_clip_value: float | None = None,
+        grad_max_norm: float | None = None,
+        grad_norm_type: float = 2,
+        hooks: PipelineHooksLike = None,
     ) -> None:
-        check_kinds(model, dataloader, batch_processor, optimizer, lr_scheduler)
-        check_limits(max_step, max_epoch)
-        self._resume_from = _as_text(resume_from)
-        self.max_step = max_step
-        self.max_epoch = max_epoch
-        self.hooks = arranged(
-            one("grad_clip", grad_clip, GradientClippingHook),
-            one("validation", validation, ValidationHook),
-            PipelineHooks.from_hooks(hooks).children,
-        )
-        self.accelerator = default_accelerator() if accelerator is None else accelerator
-        check_accelerator(self.accelerator)
-        if self._resume_from is not None:
-            refuse_checkpoints(self.accelerator)
-        checkpoints = [each for each in self.hooks.walk() if isinstance(each, SaveCheckpoint)]
-        roots = [each.root(self.accelerator) for each in checkpoints if self._resume_from]
-        resume_path = resumed_path(self._resume_from, roots, self.accelerator)
+        if lr_scheduler_step_at != "step":
+            raise ArgumentValueError(
+                f"lr_scheduler_step_at = {lr_scheduler_step_at!r} is not supported: the scheduler "
+                'steps with the optimizer ("step")'
+            )
+        if resume_share_dir is not None and resume_from is not None:
+            warn("resume_share_dir does nothing: a checkpoint is read where it is")
+        grad_clip = validation = None
+        if grad_clip_mode is not None:
+            grad_clip = GradientClippingHookConfig(
+                clip_mode=grad_clip_mode,
+                clip_value=grad_clip_value,
+                max_norm=grad_max_norm,
+                norm_type=grad_norm_type,
+            )
+        if val_dataloader is not None:
+            this = weakref.ref(self)  # the hook must not keep its trainer
 
-        self.model, self.optimizer, self.dataloader, self.lr_scheduler = prepared(
-            self.accelerator, self.hooks, model, optimizer, dataloader, lr_scheduler
-        )
-        self.batch_processor = batch_processor
-        batch_processor.prepare(self.accelerator)
-        self._gave_back = False
-        self._stop = StopRequest()
-        self._checkpoints = checkpoints
-        self._position = DataPosition(
-            self.dataloader,
-            self._may_save,
-            look_ahead=self.accelerator.gradient_accumulation_steps > 1,
-        )
-        self.trainer_progress_state = self._loaded(resume_path)
-        self._arg = self._first_arg()
+            def evaluate(model: nn.Module) -> None:  # noqa: ARG001 - it is the trainer's
+                trainer = this()
+                assert trainer is not None
+                trainer.eval()
 
-    def _loaded(self, path: Path | None) -> TrainerProgressState:
-        """Load a checkpoint, if there is one to resume from, and return how far the run is."""
-        if path is None:
-            return TrainerProgressState()
-        return load_training_state(
-            path, self.accelerator, self.optimizer, self.hooks, self._position
+            validation = ValidationHookConfig(
+                eval_callback=evaluate,
+                step_eval_freq=step_eval_freq,
+                epoch_eval_freq=epoch_eval_freq,
+            )
+        super().__init__(
+            accelerator,
+            model,
+            dataloader,
+            batch_processor,
+            optimizer,
+            lr_scheduler,
+            hooks=hooks,
+            max_step=max_step,
+            max_epoch=max_epoch,
+            grad_clip=grad_clip,
+            validation=validation,
+            resume_from=resume_from,
         )
-
-    def _first_arg(self) -> PipelineHookArgs:
-        """Return what every hook is told of the run."""
-        return PipelineHookArgs(
-            accelerator=self.accelerator,
-            max_epoch=self.max_epoch,
-            max_step=self.max_step,
-            start_epoch=self.trainer_progress_state.epoch_id,
-            start_step=self.trainer_progress_state.step_id,
-            dataloader=self.dataloader,
-            model=self.model,
-            optimizer=self.optimizer,
-            lr_scheduler=self.lr_scheduler,
-            data_position=self._position,
-            resume_from=self._resume_from,
-            stop=self._stop,
+        self.metric = metric
+        self.val_dataloader = (
+            None if val_dataloader is None else self.accelerator.prepare(val_dataloader)
         )
 
-    def __call__(self) -> None:
-        """Train until a limit is reached; go on from where the last call ended.
+    @torch.no_grad()
+    def eval(self) -> Any:
+        """Go through ``val_dataloader`` with the model in evaluation mode.
+
+        Returns:
+            What ``metric.compute()`` returned; the metric is reset after that.
 
         Raises:
-            ArgumentValueError: GC010, the dataloader yields no batch; or, under DeepSpeed, an
-                error ended the last call and may have left gradients behind.
-            KeyboardInterrupt: Ctrl-C was pressed.
-            SystemExit: SIGTERM was sent.
+            ArgumentValueError: GC010, there is no ``val_dataloader``, or no ``metric``.
         """
-        self._begin()
-        tell = self.accelerator.is_local_main_process
-        try:
-            with (
-                noting_signals(self._stop, tell=tell),
-                self.hooks.begin("on_loop", self._new_arg()) as loop_arg,
-            ):
-                self._loop(loop_arg)
-        finally:
-            switch_optimizer(self.optimizer, train=False)
-        raise_for_signal(self._stop.wanted)  # one that came when the loop was at its end
-
-    def _begin(self) -> None:
-        """Put model, optimizer and gradients in the state that training begins with."""
-        progress = self.trainer_progress_state
-        self._stop.clear()
-        self.model.train()
-        switch_optimizer(self.optimizer, train=True)
-        if self._gave_back:
-            refuse_a_broken_window(self.accelerator)
-            self._gave_back = False
-        # Whatever ran with this accelerator or model before left its window and gradients behind.
-        self.accelerator.step = progress.micro_step_id
-        if progress.micro_step_id == 0:
-            behind_accelerate(self.optimizer).zero_grad()
-            begin_anew(self.accelerator.scaler)
-
-    def _loop(self, loop_arg: PipelineHookArgs) -> None:
-        progress = self.trainer_progress_state
-        self._position.restore()
-        while not (
-            progress.is_training_end(self.max_step, self.max_epoch)
-            or self._stop.agree(self.accelerator, wait=True)
-        ):
-            try:
-                with self.hooks.begin("on_epoch", self._new_arg()) as epoch_arg:
-                    if self._epoch(epoch_arg):
-                        # Before the hooks after it: the data is at the next epoch already.
-                        progress.update_epoch()
-            finally:
-                progress.sync_pipeline_hook_arg(loop_arg)
-        self._stop.agree(self.accelerator, wait=True)
-        raise_for_signal(self._stop.agreed)
-
-    def _epoch(self, epoch_arg: PipelineHookArgs) -> bool:
-        """Train on the rest of an epoch; return False if it was cut short."""
-        progress = self.trainer_progress_state
-        try:
-            for batch in self._position.epoch():
-                arg = self._new_arg()
-                try:
-                    self._step(arg, batch)
-                except BaseException:
-                    if arg.is_optimizer_step_settled:
-                        self._count(arg)
-                    raise
-                self._count(arg)
-                progress.sync_pipeline_hook_arg(epoch_arg)
-                if self._is_cut(arg):
-                    self._position.stop(progress.micro_step_id)
-                    return False
-        except BaseException:
-            with self._stop.held():
-                self._gave_back = self._position.give_back(progress.drop_window())
-                for hooks in self.hooks.walk() if self._gave_back else ():
-                    hooks.take_back()
-            progress.sync_pipeline_hook_arg(epoch_arg)
-            raise
-        if progress.step_id == 0:
-            raise ArgumentValueError(
-                f"the dataloader yielded no batch in epoch {progress.epoch_id}, so training would "
-                "never end. An iterator can be gone through once: give a DataLoader, a list, or "
-                "another object that can be iterated once per epoch."
-            )
-        return True
-
-    def _count(self, arg: PipelineHookArgs) -> None:
-        """Count a batch that was trained on, here and in the data."""
-        with self._stop.held():
-            self._position.finish()
-            self.trainer_progress_state.update_step(
-                boundary=arg.is_optimizer_step_boundary, committed=arg.is_optimizer_step_committed
-            )
-
-    def _is_cut(self, arg: PipelineHookArgs) -> bool:
-        """Whether the run ends after this batch."""
-        at_limit = self.trainer_progress_state.is_training_end(self.max_step, None)
-        # All processes ask at the same steps, so also at a limit.
-        stopped = arg.is_optimizer_step_boundary and self._stop.agree(self.accelerator, wait=False)
-        return at_limit or stopped
-
-    def _step(self, arg: PipelineHookArgs, batch: Any) -> None:
-        with (
-            accumulating(self.accelerator, self.model, last=self._position.is_last),
-            self.hooks.begin("on_step", arg),
-            self.hooks.begin("on_batch", arg.copy_with_updates(batch=batch)) as batch_arg,
-        ):
-            self.batch_processor(
-                pipeline_hooks=self.hooks, on_batch_hook_args=batch_arg, model=self.model
-            )
-            arg.model_outputs = batch_arg.model_outputs
-            arg.reduce_loss = batch_arg.reduce_loss
-
-    def _new_arg(self) -> PipelineHookArgs:
-        return self._arg.copy_with_updates(**vars(self.trainer_progress_state))
-
-    def _may_save(self) -> bool:
-        """Whether a checkpoint is due after the next batch."""
-        step = self.trainer_progress_state.global_step_id
-        return step + 1 == self.max_step or any(each.is_due(step) for each in self._checkpoints)
-
-
-def _as_text(
-    resume_from: "str | PathLike[str] | ResumeCheckpointConfig | None",
-) -> str | None:
-    if isinstance(resume_from, ResumeCheckpointConfig):
-        return resume_from.resume_from
-    if resume_from is None or isinstance(resume_from, str | PathLike):
-        return None if resume_from is None else fspath(resume_from)
-    raise ArgumentTypeError(
-        f'resume_from is of type {type(resume_from).__qualname__}: expected a path, "auto", or a '
-        "ResumeCheckpointConfig"
-    )
+        if self.val_dataloader is None or self.metric is None:
+            raise ArgumentValueError("eval() needs val_dataloader and metric, and one is None")
+        takes_accelerator = "accelerator" in signature(self.metric.compute).parameters
+        self._log("BEGIN EVAL")
+        with evaluating_optimizer(self.optimizer), evaluating(self.model):
+            for number, batch in enumerate(self.val_dataloader, 1):
+                self.metric.update(batch, self.model(batch))
+                if number % 10 == 0:
+                    self._log(f"eval: {number}")
+            self.accelerator.wait_for_everyone()
+            given = {"accelerator": self.accelerator} if takes_accelerator else {}
+            result = self.metric.compute(**given)
+            self.accelerator.wait_for_everyone()
+            self.metric.reset()
+        return result

@@ -20,7 +20,7 @@ from gradclip.config import (
     ConfigOf,
     NormOrder,
 )
-from gradclip.errors import ClassTypeError
+from gradclip.errors import ClassTypeError, ConfigError
 
 
 class Color(Enum):
@@ -144,6 +144,42 @@ def test_a_configuration_is_frozen_and_hashable():
     with pytest.raises(ValidationError, match="frozen"):
         limits.max_norm = 2
     assert {limits, Limits(max_norm=1.0)} == {limits}
+
+
+class Foreign:
+    """A class that pydantic does not know."""
+
+
+class Loose(Config):
+    limit: float = math.inf
+    floor: float | None = -math.inf
+    ranges: dict[str, tuple[float, ...]] = {"x": (-math.inf, math.inf)}  # noqa: RUF012 - pydantic copies it
+    thing: Foreign | None = None
+
+
+def test_a_float_may_be_infinite_where_its_default_is():
+    assert Loose.from_str(Loose().to_str("yaml"), "yaml") == Loose()
+    assert Loose.from_str('{"limit": "inf", "floor": 2.0}') == Loose(floor=2.0)
+    assert Loose.from_str('{"ranges": {"y": [1.0, "inf"]}}').ranges == {"y": (1.0, math.inf)}
+    for wrong in (math.nan, "1", "infinity"):
+        for fields in ({"limit": wrong}, {"ranges": {"x": (wrong,)}}):
+            with pytest.raises(ValidationError):
+                Loose(**fields)
+    with pytest.raises(ValidationError):
+        Finite(limit=math.inf)
+
+
+class Finite(Config):
+    limit: float = 1.0
+
+
+def test_a_field_may_hold_an_object_that_no_file_can():
+    thing = Foreign()
+    assert Loose(thing=thing).thing is thing
+    with pytest.raises(ValidationError, match="Foreign"):
+        Loose(thing=1)
+    with pytest.raises(ConfigError, match="Loose cannot be written as json"):
+        Loose(thing=thing).to_str()
 
 
 def test_an_unknown_field_is_refused_with_what_was_probably_meant():

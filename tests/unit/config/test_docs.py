@@ -25,7 +25,7 @@ def test_the_pipeline_of_the_page_loads_and_builds(tmp_path, monkeypatch):
     config = load("train.yaml")
     dump(config, "train.toml")
     assert load("train.toml") == config
-    assert [type(hook).__name__ for hook in config().children] == [
+    assert [type(hook).__name__ for hook in config().registered_sets] == [
         "GradientClippingHook",
         "OptimizerHook",
     ]

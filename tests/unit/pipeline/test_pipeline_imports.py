@@ -19,7 +19,7 @@ def test_hooks_need_no_accelerate_and_the_package_no_torch():
 
 def test_the_trainer_without_accelerate_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    monkeypatch.delitem(sys.modules, "gradclip.pipeline.trainer", raising=False)
+    monkeypatch.delitem(sys.modules, "gradclip.pipeline.hook_based_trainer", raising=False)
     with pytest.raises(MissingDependencyError, match=r"gradclip\[pipeline\]"):
         gradclip.pipeline.HookBasedTrainer  # noqa: B018 - the attribute is imported
 

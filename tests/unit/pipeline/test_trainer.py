@@ -1,4 +1,5 @@
 import copy
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -359,7 +360,7 @@ def test_hooks_stand_in_the_order_of_the_original():
     user = on("on_step")
     validation = ValidationHookConfig(eval_callback=print, step_eval_freq=1)
     run = trainer(hooks=user, grad_clip=CLIP, validation=validation)
-    kinds = [type(each) for each in run.hooks.children]
+    kinds = [type(each) for each in run.hooks.registered_sets]
     assert kinds == [GradientClippingHook, OptimizerHook, ValidationHook, PipelineHooks]
     assert run.hooks.hooks["on_step"][3] is user.hooks["on_step"][0]
 
@@ -370,7 +371,10 @@ def test_a_clipping_hook_among_hooks_clips_though_the_optimizer_hook_comes_first
         "on_optimizer_step", after=lambda arg: norms.append(float(arg.clip_result.norm_post))
     )
     run = trainer(hooks=[CLIP, watch], max_epoch=1)
-    assert [type(each) for each in run.hooks.children[:2]] == [OptimizerHook, GradientClippingHook]
+    assert [type(each) for each in run.hooks.registered_sets[:2]] == [
+        OptimizerHook,
+        GradientClippingHook,
+    ]
     run()
     assert max(norms) <= 0.05 * (1 + 1e-6)
     assert len(norms) == 5
@@ -384,7 +388,7 @@ def test_an_optimizer_hook_of_the_user_takes_the_place_of_the_trainers(weights):
         hooks=[Mine(), CLIP],
         validation=ValidationHookConfig(eval_callback=print, epoch_eval_freq=9),
     )
-    assert [type(each) for each in run.hooks.children] == [
+    assert [type(each) for each in run.hooks.registered_sets] == [
         Mine,
         GradientClippingHook,
         ValidationHook,
@@ -417,11 +421,9 @@ def test_an_optimizer_hook_of_the_user_takes_the_place_of_the_trainers(weights):
         ({"max_step": True}, ArgumentTypeError, "max_step is True"),
         ({"model": None}, ArgumentTypeError, "model is missing"),
         ({"model": "gpt"}, ArgumentTypeError, "model is of type str"),
-        ({"dataloader": None}, ArgumentTypeError, "dataloader is missing"),
         ({"dataloader": 3}, ArgumentTypeError, "dataloader is of type int"),
         ({"batch_processor": loss}, ArgumentTypeError, "from_callable"),
         ({"batch_processor": None}, ArgumentTypeError, "batch_processor is missing"),
-        ({"optimizer": None}, ArgumentTypeError, "optimizer is missing"),
         ({"optimizer": torch.optim.SGD}, ArgumentTypeError, "optimizer is of type type"),
         ({"lr_scheduler": 0.1}, ArgumentTypeError, "lr_scheduler is of type float"),
         ({"resume_from": 3}, ArgumentTypeError, "resume_from is of type int"),
@@ -433,6 +435,58 @@ def test_bad_arguments_are_refused_before_anything_is_prepared(fields, error, sa
         trainer(accelerator, **fields)
     assert isinstance(caught.value, GradClipError)
     assert accelerator._models == accelerator._optimizers == accelerator._dataloaders == []
+
+
+def test_what_training_alone_needs_may_be_none_until_then():
+    p = parts()
+    only_evaluates = {"dataloader": None, "optimizer": None, "lr_scheduler": None}
+    run = HookBasedTrainer(Accelerator(cpu=True), **vars(p) | only_evaluates, max_epoch=1)
+    assert run.dataloader is run.optimizer is None
+    with pytest.raises(ArgumentTypeError, match="dataloader is None: training needs one"):
+        run()
+    with pytest.raises(ArgumentTypeError, match="optimizer is missing"):
+        HookBasedTrainer(Accelerator(cpu=True), p.model, [1], p.batch_processor, max_epoch=1)
+
+
+@pytest.mark.parametrize(
+    ("with_optimizer", "each_window"), [(True, 1), (False, 3)], ids=["default", "with False"]
+)
+def test_the_scheduler_follows_the_accelerator_in_a_window(with_optimizer, each_window):
+    accelerator = Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=3,
+        step_scheduler_with_optimizer=with_optimizer,
+    )
+    p = parts(batch_size=2)
+    p.lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(p.optimizer, 0.5)
+    failing = iter([False] * 4 + [True] + [False] * 9)
+
+    def fail(arg):
+        if next(failing):
+            raise KeyError
+
+    run = HookBasedTrainer(
+        accelerator, **vars(p), hooks=on("on_model_forward", before=fail), max_step=6
+    )
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises(KeyError):
+            run()
+        # The window that was broken off is made whole, and its steps of the scheduler count once.
+        assert p.optimizer.param_groups[0]["lr"] == 0.1 * 0.5**each_window
+        run()
+    assert p.optimizer.param_groups[0]["lr"] == 0.1 * 0.5 ** (2 * each_window)
+    said = [w for w in warned if "3 times for each step" in str(w.message)]
+    assert len(said) == (not with_optimizer)
+
+
+def test_begin_and_end_are_logged(caplog):
+    with caplog.at_level("INFO", "gradclip"):
+        trainer(max_epoch=1)()
+    assert [record.message for record in caplog.records] == [
+        "BEGIN TRAINING from epoch 0 and step 0",
+        "FINISH TRAINING after 1 epochs and 5 steps",
+    ]
 
 
 def test_a_scheduler_that_needs_a_metric_is_refused():

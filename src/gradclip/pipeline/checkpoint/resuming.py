@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradclip.errors import ArgumentValueError, CheckpointError
+from gradclip.pipeline.checkpoint import robo_orchard
 from gradclip.pipeline.checkpoint.store import holds_checkpoints, last_step
 from gradclip.pipeline.processes import together
 
@@ -29,7 +30,13 @@ def resumed_path(
 
     Raises:
         ArgumentValueError: GC010, ``"auto"``, and the run saves nowhere.
+        CheckpointError: GC301, it is on another machine.
     """
+    if resume_from is not None and "://" in resume_from:
+        raise CheckpointError(
+            f"resume_from is {resume_from!r}, on another machine: copy the checkpoint to a folder, "
+            "and name that"
+        )
     if resume_from != AUTO:
         return None if resume_from is None else Path(resume_from)
     roots = list(roots)
@@ -42,6 +49,7 @@ def resumed_path(
     with together(accelerator) as all_processes:
         if accelerator.is_main_process:
             found = max(filter(holds_checkpoints, roots), key=last_step, default=None)
+            found = found or next(filter(robo_orchard.find, roots), None)
     return all_processes.from_main(found)
 
 

@@ -6,6 +6,7 @@ that a reader looks at, and goes at the next save. One folder of checkpoints bel
 time.
 """
 
+import logging
 import os
 import re
 import shutil
@@ -27,6 +28,8 @@ from gradclip.pipeline.checkpoint.manifest import (
 from gradclip.pipeline.checkpoint.progress import TrainerProgressState
 
 __all__ = ["find", "holds_checkpoints", "last_step", "write"]
+
+logger = logging.getLogger(__name__)
 
 _DRAFT = re.compile(rf"\.{NAME.pattern}\.(?:tmp|old)")
 
@@ -110,6 +113,7 @@ def _finish(
         for old, _ in complete[: max(0, len(complete) + 1 - keep_last)]:
             try:
                 _remove(old)
+                logger.info("Remove checkpoint %s: the last %s are kept", old, keep_last)
             except OSError as error:  # the new one is there
                 warn(f"the checkpoint {old} is one too many, and cannot be removed: {error}")
     return place

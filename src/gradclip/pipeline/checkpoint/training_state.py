@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradclip.errors import ArgumentValueError, CheckpointError, GradClipError
+from gradclip.pipeline.checkpoint import robo_orchard
 from gradclip.pipeline.checkpoint.manifest import Manifest
+from gradclip.pipeline.checkpoint.model_hooks import call_load_hooks, call_save_hooks
+from gradclip.pipeline.checkpoint.plain import from_plain, to_plain
 from gradclip.pipeline.checkpoint.rng import RandomState
 from gradclip.pipeline.checkpoint.state_file import read_state, write_state
 from gradclip.pipeline.checkpoint.store import find
@@ -35,9 +38,16 @@ if TYPE_CHECKING:
     from gradclip.pipeline.checkpoint.progress import TrainerProgressState
     from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks
 
-__all__ = ["check_checkpointable", "keepable", "load_training_state", "save_training_state"]
+__all__ = [
+    "check_checkpointable",
+    "hooks_state",
+    "keepable",
+    "load_training_state",
+    "save_training_state",
+]
 
 _HOOKS = "hooks.pt"
+_WRITTEN = {"state", "kinds"}
 
 
 def check_checkpointable(accelerator: "Accelerator") -> None:
@@ -88,10 +98,12 @@ def save_training_state(
     assert accelerator is not None
     check_checkpointable(accelerator)
     weights = gathered_weights(accelerator)
+    kept = hooks_state(arg.hooks)  # on all processes: a hook may ask the others for its state
+    call_save_hooks(accelerator, weights, folder)
     # From here on a process that fails leaves no other one waiting in a collective.
     write_weights(folder, weights)
     if accelerator.is_main_process:
-        write_state(_hooks_state(arg.hooks), folder / _HOOKS)
+        write_state(kept, folder / _HOOKS)
     own: dict[str, Any] = {"gradients": {}}
     if arg.data_position is None:
         own["random"] = RandomState.capture().state_dict()
@@ -109,7 +121,7 @@ def save_training_state(
 def load_training_state(
     path: Path,
     accelerator: "Accelerator",
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     hooks: "PipelineHooks",
     position: "DataPosition",
 ) -> "TrainerProgressState":
@@ -122,13 +134,21 @@ def load_training_state(
         CheckpointError: GC301, there is none, it is damaged, or it does not fit these objects.
     """
     check_checkpointable(accelerator)
+    theirs: Path | None = None
     with together(accelerator) as all_processes:
-        folder, manifest = find(path) if accelerator.is_main_process else (path, None)
+        folder, manifest = path, None
+        if accelerator.is_main_process:
+            theirs = robo_orchard.find(path)
+            if theirs is None:
+                folder, manifest = find(path)
     # The others take what the main process found, and need not read every byte again.
-    folder, manifest = all_processes.from_main((folder, manifest))
+    theirs, folder, manifest = all_processes.from_main((theirs, folder, manifest))
+    if theirs is not None:
+        return robo_orchard.load(theirs, accelerator, position)
     assert manifest is not None
     try:
         hooks_state = _read_hooks_state(folder)
+        call_load_hooks(accelerator, folder)
         load_weights(folder, accelerator)
         _load_own(folder, manifest, accelerator, optimizer, position)
         _load_hooks_state(hooks, hooks_state)
@@ -147,7 +167,7 @@ def _load_own(
     folder: Path,
     manifest: Manifest,
     accelerator: "Accelerator",
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     position: "DataPosition",
 ) -> None:
     """Restore what each process had of its own, as far as there were as many of them."""
@@ -166,7 +186,8 @@ def _load_own(
     elif known:
         RandomState.from_state_dict(own["random"]).restore()
     parameters = _stepped(optimizer)
-    for number, gradient in own["gradients"].items():
+    # Without an optimizer nothing is trained.
+    for number, gradient in own["gradients"].items() if parameters else ():
         parameters[number].grad = _placed(gradient, parameters[number])
 
 
@@ -201,8 +222,9 @@ def _placed(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _stepped(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _stepped(optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor]:
+    groups = [] if optimizer is None else optimizer.param_groups
+    return [parameter for group in groups for parameter in group["params"]]
 
 
 def _process_file(number: object) -> str:
@@ -218,15 +240,28 @@ def _named_hooks(hooks: "PipelineHooks | None") -> "Iterator[tuple[str, Pipeline
         yield f"{name}:{number}", each
 
 
-def _hooks_state(hooks: "PipelineHooks | None") -> dict[str, dict[str, Any]]:
+def hooks_state(hooks: "PipelineHooks | None") -> dict[str, Any]:
+    """Return the states of all hooks as a file can hold them.
+
+    Raises:
+        ArgumentTypeError: GC011, one holds an object that could only be unpickled.
+    """
     states = {name: each.state_dict() for name, each in _named_hooks(hooks)}
-    return {name: state for name, state in states.items() if state}
+    return {
+        name: to_plain(state, f"{name.partition(':')[0]}.state_dict()")
+        for name, state in states.items()
+        if state
+    }
 
 
 def _read_hooks_state(folder: Path) -> dict[str, dict[str, Any]]:
     states = read_state(folder / _HOOKS)
     if isinstance(states, dict) and all(isinstance(state, dict) for state in states.values()):
-        return states
+        # Earlier ones are as the hook gave them.
+        return {
+            name: from_plain(state) if state.keys() == _WRITTEN else state
+            for name, state in states.items()
+        }
     raise CheckpointError(
         f"{folder / _HOOKS} is not what SaveCheckpoint writes: it holds no states by the names of "
         "hooks. Resume from another checkpoint."

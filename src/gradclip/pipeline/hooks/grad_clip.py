@@ -71,10 +71,6 @@ clipped=True, skipped=False, nonfinite=0)
 
     def __init__(self, cfg: "GradientClippingHookConfig") -> None:
         super().__init__()
-        self.clip_mode = cfg.clip_mode
-        self.clip_value = cfg.clip_value
-        self.max_norm = cfg.max_norm
-        self.norm_type = cfg.norm_type
         self._cfg = cfg
         self._policy = cfg.as_policy()
         self._step: OwnedStep | None = None
@@ -95,6 +91,27 @@ clipped=True, skipped=False, nonfinite=0)
                 "clip gradients", self._before_optimizer_step, self._after_optimizer_step
             ),
         )
+
+    # To be read: to set one would change nothing, the policy is made of them.
+    @property
+    def clip_mode(self) -> str | None:
+        """As configured."""
+        return self._cfg.clip_mode
+
+    @property
+    def clip_value(self) -> Any:
+        """As configured."""
+        return self._cfg.clip_value
+
+    @property
+    def max_norm(self) -> Any:
+        """As configured."""
+        return self._cfg.max_norm
+
+    @property
+    def norm_type(self) -> Any:
+        """As configured."""
+        return self._cfg.norm_type
 
     @property
     def clipper(self) -> GradientClipper | None:

@@ -4,7 +4,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from textwrap import indent
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar, get_args
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    Protocol,
+    Self,
+    TypeAlias,
+    TypeVar,
+    get_args,
+    runtime_checkable,
+)
 
 from gradclip.config import ClassConfig, ClassInitFromConfigMixin, ClassType, ConfigOf
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
@@ -19,9 +29,12 @@ if TYPE_CHECKING:
     from gradclip.pipeline.checkpoint.data_position import DataPosition
 
 __all__ = [
+    "ClassType",
     "HookContext",
     "HookContextChannel",
     "HookListConfig",
+    "ModelOutput",
+    "ModelOutputHasLossKeys",
     "PipelineHookArgs",
     "PipelineHookChanelType",
     "PipelineHookChannelType",
@@ -29,6 +42,30 @@ __all__ = [
     "PipelineHooksConfig",
     "RemoveableHandle",
 ]
+
+
+@runtime_checkable
+class ModelOutput(Protocol):
+    """What a model returns by name, as a dictionary does."""
+
+    def __getitem__(self, key: str) -> Any: ...
+
+    def keys(self) -> Iterable[Any]:
+        """Return the names."""
+
+    def items(self) -> Iterable[tuple[Any, Any]]:
+        """Return pairs of a name and a value."""
+
+    def values(self) -> Iterable[Any]:
+        """Return the values."""
+
+
+@runtime_checkable
+class ModelOutputHasLossKeys(ModelOutput, Protocol):
+    """What a model returns, if it says which of it are losses."""
+
+    def loss_keys(self) -> Iterable[str]:
+        """Return the names of the losses."""
 
 
 @dataclass(eq=False)
@@ -140,14 +177,15 @@ class PipelineHooks(ClassInitFromConfigMixin):
         self.hooks: dict[PipelineHookChanelType, HookContextChannel[PipelineHookArgs]] = {
             name: HookContextChannel(name) for name in _CHANNELS
         }
-        self._children: tuple[PipelineHooks, ...] = ()
+        # Mangled: a hook may have attributes of any name.
+        self.__registered: tuple[PipelineHooks, ...] = ()
         for hook_config in () if cfg is None else cfg.hooks:
             self.register_pipeline_hooks(hook_config())
 
     @property
-    def children(self) -> "tuple[PipelineHooks, ...]":
+    def registered_sets(self) -> "tuple[PipelineHooks, ...]":
         """The sets of hooks that were registered here, in order."""
-        return self._children
+        return self.__registered
 
     def begin(self, channel: PipelineHookChanelType, arg: PipelineHookArgs) -> "_Begin":
         """Run the hooks of a channel around a ``with`` block, which is given ``arg``.
@@ -155,7 +193,7 @@ class PipelineHooks(ClassInitFromConfigMixin):
         While the block lasts, ``arg.hooks`` is this object, if ``arg`` has such an attribute. What
         happens when a hook fails is written at ``HookContextChannel.begin``.
         """
-        return _Begin(self, self._channel(channel), arg)
+        return _Begin(self, _channel(self, channel), arg)
 
     def register_hook(
         self, channel: PipelineHookChanelType, hook: HookContext[PipelineHookArgs]
@@ -165,15 +203,15 @@ class PipelineHooks(ClassInitFromConfigMixin):
         Returns:
             A handle that removes it.
         """
-        return self._channel(channel).register(hook)
+        return _channel(self, channel).register(hook)
 
     def register_pipeline_hooks(
         self, hooks: "PipelineHooks"
     ) -> RemoveableHandle[Callable[[], None]]:
-        """Add the hooks of another set, those of now and of later, and the set to ``children``.
+        """Add the hooks of another set, those of now and of later.
 
         Returns:
-            A handle that removes both.
+            A handle that removes them.
 
         Raises:
             ArgumentTypeError: ``hooks`` is not a ``PipelineHooks``.
@@ -186,13 +224,13 @@ class PipelineHooks(ClassInitFromConfigMixin):
         handles = [
             self.hooks[name].register_hook_channel(channel) for name, channel in hooks.hooks.items()
         ]
-        if not any(child is hooks for child in self._children):
-            self._children += (hooks,)
+        if not any(each is hooks for each in self.__registered):
+            self.__registered += (hooks,)
 
         def remove() -> None:
             for handle in handles:
                 handle.remove()
-            self._children = tuple(child for child in self._children if child is not hooks)
+            self.__registered = tuple(each for each in self.__registered if each is not hooks)
 
         return RemoveableHandle(remove)
 
@@ -204,11 +242,11 @@ class PipelineHooks(ClassInitFromConfigMixin):
         """Remove every hook from every channel."""
         for channel in self.hooks.values():
             channel.unregister_all()
-        self._children = ()
+        self.__registered = ()
 
-    def move_to_end(self, child: "PipelineHooks") -> None:
+    def move_to_end(self, registered: "PipelineHooks") -> None:
         """Let the hooks of a set that is registered here run after all others."""
-        for name, channel in child.hooks.items():
+        for name, channel in registered.hooks.items():
             self.hooks[name].move_to_end(channel)
 
     def walk(self) -> "Iterator[PipelineHooks]":
@@ -220,7 +258,7 @@ class PipelineHooks(ClassInitFromConfigMixin):
             if id(hooks) not in seen:
                 seen.add(id(hooks))
                 yield hooks
-                waiting.extend(reversed(hooks.children))
+                waiting.extend(reversed(hooks.__registered))  # noqa: SLF001 - its own
 
     @classmethod
     def from_hooks(cls, hooks: "PipelineHooksLike") -> Self:
@@ -249,19 +287,22 @@ class PipelineHooks(ClassInitFromConfigMixin):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` returned; called before the run begins."""
 
-    def _channel(self, name: PipelineHookChanelType) -> HookContextChannel[PipelineHookArgs]:
-        try:
-            return self.hooks[name]
-        except (KeyError, TypeError):
-            raise ArgumentValueError(
-                f"there is no channel {name!r}; the channels are {', '.join(_CHANNELS)}"
-            ) from None
-
     def __repr__(self) -> str:
         channels = "".join(
             f"\n{indent(repr(channel), '  ')}" for channel in self.hooks.values() if len(channel)
         )
         return f"{type(self).__name__}({channels})"
+
+
+def _channel(
+    hooks: PipelineHooks, name: PipelineHookChanelType
+) -> HookContextChannel[PipelineHookArgs]:
+    try:
+        return hooks.hooks[name]
+    except (KeyError, TypeError):
+        raise ArgumentValueError(
+            f"there is no channel {name!r}; the channels are {', '.join(_CHANNELS)}"
+        ) from None
 
 
 class _Begin:

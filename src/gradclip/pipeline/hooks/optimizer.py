@@ -1,10 +1,11 @@
 """The optimizer's step as a hook: it steps, or it does not, and everything else follows that."""
 
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, Any
 
 from gradclip.clipping import withhold
 from gradclip.config import ClassType
-from gradclip.errors import ArgumentValueError
+from gradclip.errors import ArgumentValueError, warn
 from gradclip.hook import HookContext
 from gradclip.integrations.deepspeed import engine_of
 from gradclip.integrations.wrapped import behind_accelerate
@@ -12,6 +13,8 @@ from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, Pipel
 from gradclip.pipeline.shortcuts import step_scheduler, stepping
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
 __all__ = ["OptimizerHook", "OptimizerHookConfig"]
@@ -27,6 +30,9 @@ class OptimizerHook(PipelineHooks):
 
     What fails after the step does not undo it: the scheduler follows, and the gradients go.
 
+    Where the accelerator has ``step_scheduler_with_optimizer=False``, the scheduler also steps with
+    the batches that end no window.
+
     DeepSpeed's engine steps by itself. There the hook tells whether it did, and the scheduler
     follows, unless that is the engine's too.
 
@@ -37,6 +43,8 @@ class OptimizerHook(PipelineHooks):
     def __init__(self, cfg: "OptimizerHookConfig | None" = None) -> None:  # noqa: ARG002
         super().__init__()
         self._engine_steps = 0
+        self._undo_scheduler: Callable[[], None] | None = None
+        self._warned = False
         self.register_hook(
             "on_step",
             HookContext.from_callable("optimizer step", self._before_step, self._after_step),
@@ -62,6 +70,8 @@ class OptimizerHook(PipelineHooks):
                 "PipelineHookArgs(optimizer=...) to begin()."
             )
         if not arg.is_optimizer_step_boundary:
+            if engine is None and arg.lr_scheduler is not None:
+                self._step_scheduler_alone(arg)
             return
         # Through arg.hooks, so that every hook of the pipeline sees the step.
         try:
@@ -70,8 +80,32 @@ class OptimizerHook(PipelineHooks):
                 arg.is_optimizer_step_committed, arg.is_optimizer_step_settled = made, True
         finally:
             if arg.is_optimizer_step_settled:
+                self._undo_scheduler = None
                 with arg.stop.held():
                     _follow(arg, drop=engine is None)
+
+    def _step_scheduler_alone(self, arg: PipelineHookArgs) -> None:
+        """Step the scheduler with a batch that ends no window, if the accelerator says so."""
+        accelerator = arg.accelerator
+        if accelerator is None or accelerator.step_scheduler_with_optimizer:
+            return
+        if not self._warned:
+            self._warned = True
+            warn(
+                "the accelerator has step_scheduler_with_optimizer=False, so the scheduler steps "
+                f"with every batch, {accelerator.gradient_accumulation_steps} times for each step "
+                "of the optimizer. For one step each, make the accelerator without it."
+            )
+        with arg.stop.held():
+            if self._undo_scheduler is None:
+                self._undo_scheduler = _undoing(arg.lr_scheduler, arg.optimizer)
+            step_scheduler(accelerator, arg.lr_scheduler)
+
+    def take_back(self) -> None:
+        """Bring the scheduler back to where the broken window began."""
+        undo, self._undo_scheduler = self._undo_scheduler, None
+        if undo is not None:
+            undo()
 
 
 class OptimizerHookConfig(PipelineHooksConfig[OptimizerHook]):
@@ -89,6 +123,19 @@ def _follow(arg: PipelineHookArgs, *, drop: bool) -> None:
         if drop and arg.optimizer is not None:
             # Not through Accelerate's wrapper: at a boundary it does the same, and slower.
             behind_accelerate(arg.optimizer).zero_grad()
+
+
+def _undoing(scheduler: Any, optimizer: Any) -> "Callable[[], None]":
+    """Return what brings a scheduler, and the learning rates, back to now."""
+    state = copy.deepcopy(scheduler.state_dict())
+    rates = [copy.copy(group["lr"]) for group in optimizer.param_groups]
+
+    def undo() -> None:
+        scheduler.load_state_dict(state)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    return undo
 
 
 def _step(arg: PipelineHookArgs, optimizer: "torch.optim.Optimizer") -> bool:

@@ -27,11 +27,16 @@ class ValidationHook(PipelineHooks):
     def __init__(self, cfg: "ValidationHookConfig") -> None:
         super().__init__()
         self.cfg = cfg
+        self.step_eval_freq = cfg.step_eval_freq
+        self.epoch_eval_freq = cfg.epoch_eval_freq
+        self._after_epoch = False
         name = "validation"
         if cfg.step_eval_freq is not None:
-            self.register_hook("on_step", HookContext.from_callable(name, after=self._after_step))
+            self.register_hook("on_step", HookContext.from_callable(name, after=self._on_step_end))
         if cfg.epoch_eval_freq is not None:
-            self.register_hook("on_epoch", HookContext.from_callable(name, after=self._after_epoch))
+            self.register_hook(
+                "on_epoch", HookContext.from_callable(name, after=self._on_epoch_end)
+            )
         if cfg.eval_at_begin:
             self.register_hook("on_loop", HookContext.from_callable(name, before=self.evaluate))
 
@@ -49,15 +54,24 @@ class ValidationHook(PipelineHooks):
         with evaluating_optimizer(arg.optimizer), evaluating(arg.model):
             self.cfg.eval_callback(arg.model)
 
-    def _after_step(self, arg: PipelineHookArgs) -> None:
-        self._evaluate_at(arg, arg.global_step_id, self.cfg.step_eval_freq)
+    def need_eval(self, arg: PipelineHookArgs) -> bool:
+        """Whether to evaluate now, after a step or after an epoch; a subclass may decide it."""
+        number, frequency = arg.global_step_id, self.step_eval_freq
+        if self._after_epoch:
+            number, frequency = arg.epoch_id, self.epoch_eval_freq
+        return frequency is not None and (number + 1) % frequency == 0
 
-    def _after_epoch(self, arg: PipelineHookArgs) -> None:
+    def _on_step_end(self, arg: PipelineHookArgs) -> None:
+        self._after_epoch = False
+        self._evaluate_if_needed(arg)
+
+    def _on_epoch_end(self, arg: PipelineHookArgs) -> None:
+        self._after_epoch = True
         if not arg.stop.agreed:  # or the epoch is not at its end
-            self._evaluate_at(arg, arg.epoch_id, self.cfg.epoch_eval_freq)
+            self._evaluate_if_needed(arg)
 
-    def _evaluate_at(self, arg: PipelineHookArgs, number: int, frequency: int | None) -> None:
-        if arg.exception is None and frequency is not None and (number + 1) % frequency == 0:
+    def _evaluate_if_needed(self, arg: PipelineHookArgs) -> None:
+        if arg.exception is None and self.need_eval(arg):
             self.evaluate(arg)
 
 

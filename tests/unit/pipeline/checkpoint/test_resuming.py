@@ -44,6 +44,11 @@ def content(folder):
     }
 
 
+def test_a_checkpoint_on_another_machine_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="'s3://bucket/run', on another machine: copy"):
+        trainer(tmp_path, resume_from="s3://bucket/run")
+
+
 def test_a_finished_run_is_not_overwritten(tmp_path):
     """The same script without resume_from: neither its checkpoints nor its record."""
     record = RecordHookConfig(path=str(tmp_path / "run.jsonl"))

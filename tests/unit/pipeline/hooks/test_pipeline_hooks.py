@@ -110,9 +110,11 @@ def test_an_unknown_channel_is_named_with_those_that_exist():
 
 def test_from_hooks_takes_none_hooks_configurations_and_nested_iterables():
     log = []
-    assert PipelineHooks.from_hooks(None).children == ()
+    assert PipelineHooks.from_hooks(None).registered_sets == ()
     assert len(PipelineHooks.from_hooks(Logging()).hooks["on_step"]) == 1
-    assert isinstance(PipelineHooks.from_hooks(OptimizerHookConfig()).children[0], OptimizerHook)
+    assert isinstance(
+        PipelineHooks.from_hooks(OptimizerHookConfig()).registered_sets[0], OptimizerHook
+    )
     nested = [Logging(name="a", log=log), (each for each in [Logging(name="b", log=log), None]), []]
     run(PipelineHooks.from_hooks(nested))
     assert log == ["a before", "b before", "a after", "b after"]
@@ -142,10 +144,10 @@ def test_adding_something_else_is_a_type_error():
 def test_a_handle_removes_the_hooks_and_the_child_once():
     hooks, child = PipelineHooks(), Logging()
     handle = hooks.register_pipeline_hooks(child)
-    assert hooks.children == (child,)
+    assert hooks.registered_sets == (child,)
     handle.remove()
     handle()
-    assert hooks.children == ()
+    assert hooks.registered_sets == ()
     run(hooks)
     assert child.log == []
 
@@ -186,7 +188,7 @@ def test_a_set_that_was_moved_to_the_end_keeps_its_place_as_it_grows():
 def test_unregister_all_leaves_nothing():
     hooks = PipelineHooks.from_hooks([Logging(), OptimizerHook()])
     hooks.unregister_all()
-    assert hooks.children == ()
+    assert hooks.registered_sets == ()
     assert not any(len(channel) for channel in hooks.hooks.values())
 
 
@@ -195,7 +197,7 @@ def test_the_same_hooks_twice_run_once():
     hooks = PipelineHooks.from_hooks([child, child])
     run(hooks)
     assert child.log == ["hook before", "hook after"]
-    assert hooks.children == (child,)
+    assert hooks.registered_sets == (child,)
 
 
 def test_move_to_end_lets_a_child_run_last():
@@ -270,7 +272,7 @@ def test_a_pipeline_fits_in_one_file(tmp_path, format_):
     again = load(path)
     assert again == config
     built = again()
-    assert [type(child) for child in built.children] == [OptimizerHook, Logging]
+    assert [type(child) for child in built.registered_sets] == [OptimizerHook, Logging]
     assert len(built.hooks["on_step"]) == 2
 
 
@@ -345,3 +347,16 @@ def test_begin_takes_any_arg(arg):
         assert given is arg
     assert seen == [arg]
     assert not hasattr(arg, "hooks")
+
+
+def test_a_hook_may_have_attributes_of_any_name():
+    seen = []
+    hooks = PipelineHooks()
+    for name in ("_registered", "_channel", "walk", "move_to_end", "children"):
+        setattr(hooks, name, 0)
+    hooks.register_hook("on_step", HookContext.from_callable(before=seen.append))
+    joined = PipelineHooks.from_hooks(hooks)
+    with joined.begin("on_step", None):
+        pass
+    assert seen == [None]
+    assert list(joined.walk()) == [joined, hooks]

@@ -2,8 +2,10 @@
 
 import json
 import random
+from collections import deque
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from gradclip.errors import ArgumentValueError
+from gradclip.errors import ArgumentTypeError, ArgumentValueError
 from gradclip.pipeline import HookBasedTrainer, SimpleBatchProcessor
 from gradclip.pipeline.hooks import (
     GradientClippingHookConfig,
@@ -46,7 +48,9 @@ def train(hooks, accelerator=None, dataloader=None, **limits):
 
 def saved(root):
     """(epoch, batches of all epochs) of every checkpoint."""
-    return [tuple(int(part) for part in p.name.split("-")[1:4:2]) for p in sorted(root.iterdir())]
+    return [
+        tuple(int(part) for part in p.name.split("-")[1:4:2]) for p in sorted(root.glob("epoch-*"))
+    ]
 
 
 def save(root, **fields):
@@ -150,12 +154,97 @@ def test_it_works_in_a_loop_written_by_hand(tmp_path, linear, weights):
     ].tolist() == [[1.0, 2.0]]
 
 
-def test_the_project_folder_is_the_default_and_not_renamed_by_accelerate(tmp_path):
-    project = ProjectConfiguration(str(tmp_path), automatic_checkpoint_naming=True, total_limit=1)
+@pytest.mark.parametrize(
+    ("limit", "config", "kept"),
+    [(2, {}, [4, 5]), (None, {}, [1, 2, 3, 4, 5]), (2, {"keep_last": 4}, [2, 3, 4, 5])],
+)
+def test_where_accelerate_names_checkpoints_its_limit_counts(tmp_path, caplog, limit, config, kept):
+    project = ProjectConfiguration(
+        str(tmp_path), automatic_checkpoint_naming=True, total_limit=limit
+    )
     accelerator = Accelerator(cpu=True, project_config=project)
-    train(SaveCheckpointConfig(save_step_freq=1), accelerator, max_step=2)
-    assert saved(tmp_path / "checkpoints") == [(0, 1), (0, 2)]
-    assert project.automatic_checkpoint_naming
+    theirs = tmp_path / "checkpoints" / "checkpoint_0"
+    theirs.mkdir(parents=True)
+    with caplog.at_level("INFO", "gradclip"):
+        train(SaveCheckpointConfig(save_step_freq=1, **config), accelerator, max_step=5)
+    assert [step for _, step in saved(tmp_path / "checkpoints")] == kept
+    assert theirs.is_dir()
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("Save checkpoint at the end of step" in each for each in said) == 5
+    assert sum("Remove checkpoint" in each for each in said) == 5 - len(kept)
+
+
+def test_two_hooks_that_keep_different_numbers_need_two_folders(tmp_path):
+    steps = SaveCheckpointConfig(save_root=str(tmp_path), save_step_freq=1, keep_last=1)
+    epochs = SaveCheckpointConfig(save_root=f"{tmp_path}/x/..", keep_last=None)
+    with pytest.raises(ArgumentValueError, match="keep_last=1 and one with keep_last=None, so one"):
+        train([steps, epochs], max_step=2)
+    assert not list(tmp_path.iterdir())
+    train([steps, epochs.replace(save_root=f"{tmp_path}/x")], max_step=2)
+    assert (tmp_path / "x").is_dir()
+
+
+class Holding(PipelineHooks):
+    def __init__(self, state):
+        super().__init__()
+        self.state = state
+        self.children = "a name of one's own"
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+def test_hooks_keep_plain_kinds_and_what_is_none_is_refused_before_the_first_step(tmp_path):
+    state = {"queue": deque([1, np.float32(2)], maxlen=3), "at": Path("a"), "ids": np.arange(3)}
+    train([Holding(state), save(tmp_path / "a")], max_step=1)
+    again = Holding({})
+    train([again, save(tmp_path / "a")], max_step=1, resume_from=str(tmp_path / "a"))
+    assert again.state["queue"] == state["queue"]
+    assert again.state["queue"].maxlen == 3
+    assert again.state["at"] == Path("a")
+    assert again.state["ids"].tolist() == [0, 1, 2]
+
+    steps = []
+    counting = PipelineHooks()
+    counting.register_hook("on_step", HookContext.from_callable(before=steps.append))
+    wrong = Holding({"seen": {"all": [object()]}})
+    with pytest.raises(ArgumentTypeError, match=r"Holding.state_dict\(\)\['seen'\]\['all'\]\[0\]"):
+        train([wrong, counting, save(tmp_path / "b")], max_step=1)
+    assert not steps
+
+
+def test_functions_that_run_before_models_are_saved_and_loaded_are_called(tmp_path):
+    accelerator, seen = Accelerator(cpu=True), []
+
+    def write(models, weights, folder):
+        assert [set(each) for each in weights] == [{"weight", "bias"}]
+        (Path(folder) / "model.config.json").write_text("{}")
+
+    accelerator.register_save_state_pre_hook(write)
+    train(save(tmp_path / "a"), accelerator, max_step=1)
+    (checkpoint,) = (tmp_path / "a").iterdir()
+    assert "model.config.json" in json.loads((checkpoint / "manifest.json").read_text())["files"]
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.register_load_state_pre_hook(lambda models, folder: seen.append(folder))
+    train(save(tmp_path / "a"), accelerator, max_step=1, resume_from=str(tmp_path / "a"))
+    assert seen == [str(checkpoint)]
+
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.pop())
+    with pytest.raises(ArgumentValueError, match="took a model out of its list"):
+        train(save(tmp_path / "b"), accelerator, max_step=1)
+
+
+def test_what_does_nothing_is_accepted_and_workers_that_stay_are_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match=r"SaveCheckpointConfig\(save_model=...\) does nothing"):
+        config = save(tmp_path, save_model=False)
+    batches = TensorDataset(torch.ones(4, 2))
+    loader = DataLoader(batches, 2, num_workers=1, persistent_workers=True)
+    with pytest.warns(UserWarning, match="persistent_workers=True"):
+        train(config, dataloader=loader, max_step=1)
 
 
 def test_what_cannot_be_saved_is_known_before_the_first_step(tmp_path):

@@ -1,6 +1,6 @@
-"""What happens to one batch: forward, loss, backward, with hooks around each."""
+"""Forward, loss and backward of one batch, with hooks around each."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
+from gradclip.pipeline.batch_processor.mixin import BatchProcessorMixin
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks
 from gradclip.pipeline.shortcuts import backward
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BatchProcessorFromCallable",
-    "BatchProcessorMixin",
     "LossNotProvidedError",
     "SimpleBatchProcessor",
 ]
@@ -28,29 +28,6 @@ class LossNotProvidedError(ArgumentValueError):
     """``forward`` returned no loss, and a backward pass needs one."""
 
 
-class BatchProcessorMixin(ABC):
-    """Processes a batch, and leaves outputs and loss on the hook's argument."""
-
-    def prepare(self, accelerator: "Accelerator") -> None:  # noqa: B027 - most own nothing
-        """Prepare what the processor owns; called before the first batch, and before a resume."""
-
-    @abstractmethod
-    def __call__(
-        self,
-        pipeline_hooks: PipelineHooks,
-        on_batch_hook_args: PipelineHookArgs,
-        model: Callable[..., Any],
-    ) -> None:
-        """Process ``on_batch_hook_args.batch``.
-
-        Args:
-            pipeline_hooks: The hooks to open channels of.
-            on_batch_hook_args: Has ``accelerator`` and ``batch``; is given ``model_outputs`` and
-                ``reduce_loss``.
-            model: The prepared model.
-        """
-
-
 class SimpleBatchProcessor(BatchProcessorMixin):
     """Runs ``forward`` inside ``on_model_forward`` and the backward inside ``on_model_backward``.
 
@@ -59,25 +36,36 @@ class SimpleBatchProcessor(BatchProcessorMixin):
 
     Args:
         need_backward: Whether there is a backward pass; without it no loss is needed.
+        transforms: None. RoboOrchardLab took transforms of the batch here once.
+
+    Raises:
+        ArgumentValueError: GC010, ``transforms`` is not None.
     """
 
     need_backward: bool = True
     accelerator: "Accelerator | None" = None
     _prepared = False
 
-    def __init__(self, need_backward: bool = True) -> None:
+    def __init__(self, need_backward: bool = True, transforms: None = None) -> None:
+        if transforms is not None:
+            raise ArgumentValueError(
+                "transforms of a batch processor are not supported: transform the batch in "
+                "forward(), or in the dataset"
+            )
         self.need_backward = need_backward
 
     @staticmethod
     def from_callable(
-        forward_fn: ForwardFunction, need_backward: bool = True
+        forward_fn: ForwardFunction, need_backward: bool = True, transforms: None = None
     ) -> "BatchProcessorFromCallable":
         """Make a processor of a function ``(model, batch) -> (outputs, loss)``."""
-        return BatchProcessorFromCallable(forward_fn, need_backward)
+        return BatchProcessorFromCallable(forward_fn, need_backward, transforms)
 
     @abstractmethod
     def forward(self, model: Any, batch: Any) -> tuple[Any, Tensor | None]:
         """Return the outputs and the loss, which is already reduced over the batch.
+
+        Where there is no backward pass, the loss may be a number too.
 
         Args:
             model: The prepared model; its inputs and it are on the same device.
@@ -111,7 +99,7 @@ class SimpleBatchProcessor(BatchProcessorMixin):
         if accelerator is not None:
             self.prepare(accelerator)
         with pipeline_hooks.begin("on_model_forward", arg.copy_with_updates()) as forward_arg:
-            outputs, loss = _pair(self.forward(model, arg.batch))
+            outputs, loss = _pair(self.forward(model, arg.batch), self.need_backward)
             reduced = None if loss is None else loss.detach()
             if reduced is not None and accelerator is not None and accelerator.num_processes > 1:
                 reduced = accelerator.reduce(reduced, reduction="mean")
@@ -134,10 +122,13 @@ class BatchProcessorFromCallable(SimpleBatchProcessor):
     Args:
         forward_fn: ``(model, batch) -> (outputs, loss)``.
         need_backward: Whether there is a backward pass.
+        transforms: None; see ``SimpleBatchProcessor``.
     """
 
-    def __init__(self, forward_fn: ForwardFunction, need_backward: bool = True) -> None:
-        super().__init__(need_backward)
+    def __init__(
+        self, forward_fn: ForwardFunction, need_backward: bool = True, transforms: None = None
+    ) -> None:
+        super().__init__(need_backward, transforms)
         self._forward_fn = forward_fn
 
     def forward(self, model: Any, batch: Any) -> tuple[Any, Tensor | None]:
@@ -145,13 +136,16 @@ class BatchProcessorFromCallable(SimpleBatchProcessor):
         return self._forward_fn(model, batch)
 
 
-def _pair(returned: object) -> tuple[Any, Tensor | None]:
-    if isinstance(returned, tuple) and len(returned) == 2:  # noqa: PLR2004 - a pair
-        outputs, loss = returned
-        if loss is None or isinstance(loss, torch.Tensor):
-            return outputs, loss
+def _pair(returned: object, need_backward: bool) -> tuple[Any, Tensor | None]:
+    kind = type(returned).__name__
+    if isinstance(returned, tuple | list):
+        if len(returned) == 2:  # noqa: PLR2004 - a pair
+            outputs, loss = returned
+            if loss is None or isinstance(loss, Tensor):
+                return outputs, loss
+            if isinstance(loss, int | float) and not need_backward:
+                return outputs, torch.tensor(float(loss))
+        kind += f" of {[type(each).__name__ for each in returned]}"
     raise ArgumentTypeError(
-        "forward returns the pair (outputs, loss), the loss a tensor or None; seen "
-        f"{type(returned).__name__}"
-        + (f" of {[type(each).__name__ for each in returned]}" if type(returned) is tuple else "")
+        f"forward returns the pair (outputs, loss), the loss a tensor or None; seen {kind}"
     )
