@@ -44,6 +44,11 @@ ROWS = [
         "test_where_accelerate_names_checkpoints_its_limit_counts",
     ),
     Row(
+        "with `automatic_checkpoint_naming` it warns and ignores `save_root`",
+        "`save_root` says where checkpoints go, if it is given",
+        f"{_HOOKS}/test_save_checkpoint.py::test_a_root_that_is_given_is_taken_in_any_case",
+    ),
+    Row(
         "`save_model`, `cache_dir`, `safe_serialization`",
         "accepted, with a warning that they do nothing",
         f"{_HOOKS}/test_save_checkpoint.py::"

@@ -9,7 +9,7 @@ from typing import Final, Literal, TypeAlias
 from gradclip.config.literals import as_number
 from gradclip.config.report import Document, Span, file_error
 from gradclip.config.robo_orchard import with_nulls
-from gradclip.config.yaml_nodes import read_yaml
+from gradclip.config.yaml_nodes import MAX_TOKENS, TOO_MANY, read_yaml
 
 __all__ = ["MAX_BYTES", "MAX_DEPTH", "Format", "parse"]
 
@@ -26,11 +26,11 @@ _TOML_KEY = r"""(?:[A-Za-z0-9_-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')"""
 _TOML_TOKEN = re.compile(
     r'"""(?:[^\\]|\\.)*?(?:"""|\Z)'
     r"|'''.*?(?:'''|\Z)"
-    r"|\#[^\n]*+"
+    r"|(?P<comment>\#[^\n]*+)"
     rf"|(?P<deep>{_TOML_KEY}(?:[ \t]*+\.[ \t]*+{_TOML_KEY}){{{MAX_DEPTH},}})"
     rf"|{_TOML_KEY}"
     r"|(?P<open>[\[{])|(?P<close>[\]}])"
-    r"|[^\"'\#A-Za-z0-9_\[\]{}-]++",
+    r"|(?P<between>[^\"'\#A-Za-z0-9_\[\]{}-]++)",
     re.DOTALL,
 )
 _TOML_PLACE = re.compile(r"(?P<what>.*) \(at line (?P<line>\d+), column (?P<column>\d+)\)")
@@ -82,8 +82,10 @@ def _scan_json(text: str, name: str) -> None:
     """Refuse, with its place, what Python's parser takes: deep nesting, repeated keys, NaN."""
     nesting: list[set[str] | None] = []  # the keys so far of each open object; None for a list
     last = ("", 0)
-    for match in _JSON_TOKEN.finditer(text):
+    for number, match in enumerate(_JSON_TOKEN.finditer(text)):
         part, offset = match[0], match.start()
+        if number == MAX_TOKENS:
+            raise file_error(name, TOO_MANY, text, Span.at(text, offset))
         if part in {"{", "["}:
             nesting.append(set() if part == "{" else None)
             if len(nesting) > MAX_DEPTH:
@@ -102,8 +104,11 @@ def _scan_json(text: str, name: str) -> None:
 
 
 def _parse_toml(text: str, name: str) -> Document:
-    depth = 0
+    depth = tokens = 0
     for match in _TOML_TOKEN.finditer(text):
+        tokens += not (match["comment"] or match["between"])
+        if tokens > MAX_TOKENS:
+            raise file_error(name, TOO_MANY, text, Span.at(text, match.start()))
         depth += bool(match["open"]) - bool(match["close"])
         if match["deep"] or depth > MAX_DEPTH:
             raise file_error(name, _TOO_DEEP, text, Span.at(text, match.start()))

@@ -14,10 +14,12 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from gradclip.config.literals import AMBIGUOUS_IN_YAML, as_number, why_ambiguous
 from gradclip.config.report import KEY, Path, Span, file_error
 
-__all__ = ["read_yaml", "write_yaml"]
+__all__ = ["MAX_TOKENS", "TOO_MANY", "read_yaml", "write_yaml"]
 
 MAX_TOKENS: Final = 20_000
 """No configuration has more keys, values and brackets: about a thousand groups of limits."""
+
+TOO_MANY: Final = f"more than {MAX_TOKENS} keys, values and brackets are no configuration"
 
 _TAG = "tag:yaml.org,2002:"
 _AMBIGUOUS = "ambiguous"
@@ -52,8 +54,7 @@ class _Loader(yaml.SafeLoader):
     def fetch_more_tokens(self) -> None:
         if self.tokens_taken > MAX_TOKENS:
             raise _RefusedError(
-                f"more than {MAX_TOKENS} keys, values and brackets are too many for a "
-                "configuration in YAML\nJSON has no such limit",
+                TOO_MANY,
                 self.get_mark(),
             )
         super().fetch_more_tokens()

@@ -184,6 +184,13 @@ def test_two_hooks_that_keep_different_numbers_need_two_folders(tmp_path):
     assert (tmp_path / "x").is_dir()
 
 
+def test_a_root_that_is_given_is_taken_in_any_case(tmp_path):
+    project = ProjectConfiguration(str(tmp_path / "a"), automatic_checkpoint_naming=True)
+    accelerator = Accelerator(cpu=True, project_config=project)
+    train(save(tmp_path / "b"), accelerator, max_step=1)
+    assert saved(tmp_path / "b") == [(0, 1)]
+
+
 class Holding(PipelineHooks):
     def __init__(self, state):
         super().__init__()
