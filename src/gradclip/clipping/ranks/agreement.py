@@ -134,8 +134,8 @@ def _check_groups(outlines: Mapping[int, Outline]) -> None:
     if not strangers <= outlines.keys() or not connected(outlines):
         raise ArgumentValueError(
             f"ranks {list(outlines)[:_SHOWN]} hold parameters together, and others are on ranks "
-            f"{sorted(strangers - outlines.keys())[:_SHOWN]}, so that no norm is of all of them. Name "
-            'the group of all ranks: partitioned={"*": dist.group.WORLD}.'
+            f"{sorted(strangers - outlines.keys())[:_SHOWN]}, so that no norm is of all of them. "
+            'Name the group of all ranks: partitioned={"*": dist.group.WORLD}.'
         )
 
 
