@@ -4,8 +4,10 @@ A collective would wait for it until the group's timeout. So who comes says so i
 ranks share, and who fails before that leaves a note there. Each meeting of a group gets one
 verdict, which its ranks have alike: they talk, or they do not, and why.
 
-A note does not say for which groups it is: who leaves it knows none. It counts for a group if the
-rank that left it has failed more often since that group met last than the rank that reads it.
+A note does not say for which groups it is: who leaves it knows none. So ranks count how often a
+group did not meet since it met last: by notes of their own, and by meetings that they gave up. A
+note counts for a group if the rank that left it has counted more than the one that reads it. What
+fails after a group has met is no matter of that group's next meeting.
 
 A rank that does not come may have begun the same clipper without the group: alone, or with other
 ranks. So each rank says how many clippers it has begun, and what kind the last one is. Who has
@@ -56,8 +58,10 @@ class _World:
 
     def __init__(self, store: Any) -> None:
         self.store = store
-        self.failed = 0
-        """How many clippers could not be made here."""
+        self.noted = 0
+        """How many clippers failed here before any other rank could hear of it."""
+        self.given_up: Counter[tuple[int, ...]] = Counter()
+        """How often this rank gave up to meet a group since it met last."""
         self.begun = 0
         """How many were begun here, with whomever."""
         self.has_met = False
@@ -66,8 +70,8 @@ class _World:
         """How often the ranks of a group have met; the same on each of them."""
         self.left: dict[tuple[int, ...], str] = {}
         """Where they met last, in the store."""
-        self.notes: dict[int, list[tuple[int, str]]] = {}
-        """By rank: how many clippers it could not make by then, and what it says of it."""
+        self.notes: dict[int, list[tuple[int, dict[str, int], str]]] = {}
+        """By rank: what it had counted by then (of groups by their names), and what it says."""
         self._read = 0
 
     def announce(self, kind: str, groups: Iterable[tuple[int, ...]]) -> None:
@@ -81,8 +85,10 @@ class _World:
         while self._read < self.store.add(_NOTES, 0):
             self._read += 1
             note = _text(self.store.get(f"{_NOTES}/{self._read}"))
-            rank, failed, words = note.split(" ", 2)
-            self.notes.setdefault(int(rank), []).append((int(failed), words))
+            rank, noted, listed, words = note.split(" ", 3)
+            pairs = [each.split(":") for each in listed.split(",") if each]
+            given_up = {name: int(count) for name, count in pairs}
+            self.notes.setdefault(int(rank), []).append((int(noted), given_up, words))
 
 
 _WORLDS: dict[str, _World] = {}
@@ -94,14 +100,15 @@ _NOW: "tuple[weakref.ref[Any], _World] | None" = None
 def leave_note(error: Exception) -> None:
     """Tell the others that this rank failed, if they could not hear of it in a meeting."""
     world = _world()
-    if world is None:
+    if world is None or world.has_met:
         return
-    world.failed += 1
-    if not world.has_met:
-        world.begun += 1  # as the others, which come and hear of it
-        words = f"{type(error).__name__}: {error}"
-        number = world.store.add(_NOTES, 1)
-        world.store.set(f"{_NOTES}/{number}", f"{dist.get_rank()} {world.failed} {words}")
+    world.noted += 1
+    world.begun += 1  # as the others, which come and hear of it
+    given_up = ",".join(f"{_name(ranks)}:{count}" for ranks, count in world.given_up.items())
+    words = f"{type(error).__name__}: {error}"
+    number = world.store.add(_NOTES, 1)
+    said = f"{dist.get_rank()} {world.noted} {given_up} {words}"
+    world.store.set(f"{_NOTES}/{number}", said)
 
 
 def pass_by(kind: str) -> None:
@@ -163,16 +170,17 @@ class _Meeting:
     def __init__(self, world: _World, ranks: tuple[int, ...], kind: str) -> None:
         self.ranks = ranks
         self._world, self._store, self._kind = world, world.store, kind
-        self._group = f"gradclip/met/{_hashed(repr(ranks))}"
+        self._name = _name(ranks)
+        self._group = f"gradclip/met/{self._name}"
         self._then = self._counts_of(dist.get_rank())
         own = str(dist.get_rank())
         while True:
-            self._tries = world.failed - self._then[0]
+            self._tries = world.noted - self._then[0] + world.given_up[ranks]
             self._here = self._place(self._tries)
             gone = _get(self._store, f"{self._here}/verdict").split(" ", 1)[0]
             if own not in gone.split(","):
                 break
-            world.failed += 1  # the others failed since this rank did not come
+            world.given_up[ranks] += 1  # as the others, since this rank did not come
         if self._is_missing(dist.get_rank()):  # else it left this meeting by Ctrl-C
             self._store.set(f"{self._here}/{own}", "1")
             self._store.add(self._here, 1)
@@ -183,12 +191,15 @@ class _Meeting:
             return self._close(_MET)
         self._world.read_notes()
         known = [
-            (failed - self._counts_of(rank)[0], rank, words)
+            (noted - then + given_up.get(self._name, 0), rank, words)
             for rank in self._world.notes.keys() & set(self.ranks)
-            for failed, words in self._world.notes[rank]
+            for then in self._counts_of(rank)[:1]
+            for noted, given_up, words in self._world.notes[rank]
+            if noted > then
         ]
         if later := [each for each in known if each[0] > self._tries]:
             _, rank, words = min(later)
+            self._world.given_up[self.ranks] += 1
             return f"rank {rank} could not make its clipper: {words}"
         if waited < _PATIENCE:
             return None
@@ -215,10 +226,12 @@ class _Meeting:
         """Return the verdict that all have: the first one that a rank came to."""
         first = _text(self._store.compare_set(f"{self._here}/verdict", "", verdict))
         if first != _MET:
+            self._world.given_up[self.ranks] += 1
             gone, words = first.split(" ", 1)
             return f"rank {gone.split(',')[0]} {words}"
         self._world.met[self.ranks] += 1
-        now = f"{self._world.failed} {self._world.begun}"
+        self._world.given_up.pop(self.ranks, None)
+        now = f"{self._world.noted} {self._world.begun}"
         self._store.set(f"{self._group}/then/{dist.get_rank()}", now)
         self._clear(self._world.left.pop(self.ranks, ""))
         self._world.left[self.ranks] = self._here
@@ -241,9 +254,13 @@ class _Meeting:
         return not self._store.check([f"{self._here}/{rank}"])
 
     def _counts_of(self, rank: int) -> list[int]:
-        """Return what a rank had counted when this group met last: failures, clippers begun."""
+        """Return what a rank had counted when this group met last: notes, clippers begun."""
         known = _get(self._store, f"{self._group}/then/{rank}")
         return [int(each) for each in known.split()] or [0, 0]
+
+
+def _name(ranks: tuple[int, ...]) -> str:
+    return _hashed(repr(ranks))
 
 
 def _hashed(words: str) -> str:
