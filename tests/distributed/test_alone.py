@@ -88,6 +88,50 @@ def test_a_list_that_leaves_one_rank_with_plain_parameters():
     on_ranks(only_plain, 2)
 
 
+def other_groups(rank):
+    """A group that one stage alone declares, and a rank that goes on after it failed alone."""
+    rollcall._PATIENCE = 2.0
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "tensor"))
+    weight = ("weight", sharded(torch.ones(8), mesh["tensor"], Shard(0)))
+    everyone = {"*": dist.group.WORLD}
+    if rank < 2:
+        GradientClipper([weight], 1e9)
+    else:
+        words = r"rank 0 made its clipper over the process groups \[0, 1\], and"
+        call = lambda: GradientClipper([weight], 1e9, partitioned=everyone)  # noqa: E731
+        fails(call, ArgumentValueError, words)
+    dist.barrier()
+    if rank == 3:
+        fails(lambda: GradientClipper([weight], -1.0), ArgumentValueError, "number >= 0")
+    words = "rank . heard that" if rank == 3 else "rank 3 could not"
+    call = lambda: GradientClipper([weight], 1e9, partitioned=everyone)  # noqa: E731
+    fails(call, ArgumentValueError, words)
+    dist.barrier()
+    started = time.monotonic()
+    if rank < 2:  # what one stage caught is no matter of the others
+        call = lambda: GradientClipper([weight], {"head": 1.0, "*": 1.0})  # noqa: E731
+        fails(call, ArgumentValueError, "matches no parameter")
+    GradientClipper([weight], 1e9, partitioned=everyone)
+    assert time.monotonic() - started < 2.0
+    # A clipper of another kind is no sign of that, however late a rank is.
+    if rank == 1:
+        GradientClipper([plain(torch.ones(2))], 7.0)
+        time.sleep(3.0)
+    clipper = GradientClipper([weight], 1e9, partitioned=everyone)
+    assert clipper.clip().norm_pre.item() == pytest.approx(4.0)
+    store, seen = dist.distributed_c10d._get_default_store(), []
+    for _ in range(4):
+        GradientClipper([weight], 1e9, partitioned=everyone)
+        dist.barrier()
+        seen.append(store.num_keys())
+        dist.barrier()
+    assert seen[-1] == seen[-2], seen
+
+
+def test_groups_that_other_ranks_do_not_come_to():
+    on_ranks(other_groups, 4)
+
+
 def chain(rank, what):
     """Groups of two neighbours each: what is said at one end has a long way to the other."""
     size = dist.get_world_size()

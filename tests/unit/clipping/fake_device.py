@@ -68,11 +68,13 @@ def everyone(fact):
     for rank in range(4):
         said[rank] = fact
         if isinstance(fact, Facts):
-            parts = {
-                (tuple(rank for _ in place), count, checksum): weight
-                for (place, count, checksum), weight in fact.outline.parts.items()
-            }
-            said[rank] = replace(fact, outline=replace(fact.outline, parts=parts))
+            outline = fact.outline
+            # Each stands at another place of its group.
+            parts, apart = (
+                {((rank,) * len(place), *which): value for (place, *which), value in each.items()}
+                for each in (outline.parts, outline.apart)
+            )
+            said[rank] = replace(fact, outline=replace(outline, parts=parts, apart=apart))
     return said
 
 

@@ -98,7 +98,7 @@ class Binding:
         groups = self._parameters.groups()
         self.peers = self._find_peers(groups, awaited=awaited)
         if self._groups is None and self.peers.is_single and self._meet is None:
-            pass_by()
+            pass_by(self._rules, self._options.in_words)
         # At a step the ranks that were found now wait for this one.
         with self.peers.guarding() if awaited else nullcontext():
             self._bind(groups)

@@ -15,7 +15,7 @@ from torch import Tensor
 from gradclip.clipping.collect.parameters import ParameterGroup
 from gradclip.clipping.collect.sources import ParameterSource
 from gradclip.clipping.ranks import rollcall
-from gradclip.clipping.ranks.peers import Peers, Rule, SingleProcess
+from gradclip.clipping.ranks.peers import Peers, Rule, SingleProcess, in_words
 from gradclip.errors import ArgumentValueError
 
 if TYPE_CHECKING:
@@ -92,10 +92,10 @@ def telling_others() -> Iterator[None]:
         raise
 
 
-def pass_by() -> None:
+def pass_by(rules: Mapping[str, Rule | None], options: str) -> None:
     """Tell ranks that wait that this one made a clipper of what it holds alone."""
     if _is_one_of_several():
-        rollcall.pass_by()
+        rollcall.pass_by(in_words(rules, options))
 
 
 def is_shared(parameter: Tensor) -> bool:

@@ -40,6 +40,19 @@ class Rule:
         return self.scope != "group" and not self.is_fixed
 
 
+def in_words(rules: Mapping[str, Rule | None], options: str) -> str:
+    """Say what is done with gradients, so that ranks can compare it.
+
+    Args:
+        rules: By pattern; None leaves it alone.
+        options: The other arguments, in words.
+    """
+    policies = ", ".join(
+        f"{pattern!r}: {None if rule is None else rule.label}" for pattern, rule in rules.items()
+    )
+    return f"{{{policies}}} with {options}"
+
+
 @dataclass(frozen=True, eq=False)
 class PatternShare:
     """What an engine needs to know of how ranks hold the parameters of one pattern.

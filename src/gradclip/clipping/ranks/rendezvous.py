@@ -16,7 +16,7 @@ from gradclip.clipping.ranks.columns import Member
 from gradclip.clipping.ranks.coverage import compact
 from gradclip.clipping.ranks.dimension import Dimension, gathered
 from gradclip.clipping.ranks.fsdp1 import is_flattened
-from gradclip.clipping.ranks.peers import PatternShare, Rule
+from gradclip.clipping.ranks.peers import PatternShare, Rule, in_words
 from gradclip.clipping.ranks.ranks import Ranks
 from gradclip.clipping.ranks.rollcall import meet
 from gradclip.clipping.ranks.share import Share
@@ -66,10 +66,11 @@ class Rendezvous:
             self.duplicated,
         )
         error = survey.error or _unable(bounded.values())
-        missed = meet(d.ranks for d in survey.dimensions) if agree else {}
+        dimensions, words = survey.dimensions, in_words(self.rules, self.options)
+        missed = meet((d.ranks for d in dimensions), words) if agree else {}
         if missed:
             error = error or ArgumentValueError(next(iter(missed.values())))
-        there = [d for d in survey.dimensions if d.size > 1 and d.ranks not in missed]
+        there = [d for d in dimensions if d.size > 1 and d.ranks not in missed]
         facts = self._facts(groups, survey, there, parameters, error, agree=agree)
         everyone = gather_facts(there, facts) if agree else None
         if error is not None:
@@ -110,7 +111,7 @@ class Rendezvous:
         doubles = [_is_double(parameter) for parameter in parameters]
         names = [name for p, group in groups.items() if self.rules[p] for name in group.names]
         return Facts(
-            policies=self._policies_in_words(),
+            policies=in_words(self.rules, self.options),
             outline=survey.outline(),
             parameters=survey.fingerprints(names) if agree else {},
             doubles=any(doubles),
@@ -135,7 +136,7 @@ class Rendezvous:
         count, checksum = survey.fingerprints([""] * len(parameters))[None]
         kinds = [k for k, has in (("float64", facts.doubles), ("others", facts.singles)) if has]
         return (
-            f"{self._policies_in_words()} for {count} plain parameters (checksum {checksum:08x}), "
+            f"{facts.policies} for {count} plain parameters (checksum {checksum:08x}), "
             f"dimensions of {[dimension.size for dimension in survey.dimensions]} ranks, and "
             f"parameters of {' and '.join(kinds)}"
         )
@@ -143,14 +144,6 @@ class Rendezvous:
     def _names(self, groups: Sequence[ParameterGroup]) -> list[str | None]:
         known = self.source.names()
         return [known[number] for group in groups for number in group.numbers]
-
-    def _policies_in_words(self) -> str:
-        """Say what is done with gradients, so that ranks can compare it."""
-        policies = ", ".join(
-            f"{pattern!r}: {None if rule is None else rule.label}"
-            for pattern, rule in self.rules.items()
-        )
-        return f"{{{policies}}} with {self.options}"
 
     def _unmatched(
         self, groups: Mapping[str, ParameterGroup], matched: set[str]

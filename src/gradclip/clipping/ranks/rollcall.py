@@ -4,8 +4,15 @@ A collective would wait for it until the group's timeout. So who comes says so i
 ranks share, and who fails before that leaves a note there. Each meeting of a group gets one
 verdict, which its ranks have alike: they talk, or they do not, and why.
 
-A note does not say for which groups it is: who leaves it knows none. It counts for a group if the
-rank that left it has failed more often since that group met last than the rank that reads it.
+A note does not say for which groups it is: who leaves it knows none. So ranks count how often a
+group did not meet since it met last: by notes of their own, and by meetings that they gave up. A
+note counts for a group if the rank that left it has counted more than the one that reads it. What
+fails after a group has met is no matter of that group's next meeting.
+
+A rank that does not come may have begun the same clipper without the group: alone, or with other
+ranks. So each rank says how many clippers it has begun, and what kind the last one is. Who has
+waited for long gives up where a missing rank began as many as it did itself, and the last one is
+alike.
 """
 
 import time
@@ -24,11 +31,21 @@ _PATIENCE = 20.0
 
 _SHORTEST, _LONGEST = 0.001, 0.25
 _MET, _GIVEN_UP = "met", 1 << 40
+_SHOWN = 16
 _NOTES = "gradclip/notes"
 _ALONE = (
     "made a clipper of parameters that it holds alone, so it takes part in nothing, and other "
     "ranks hold parameters together with it. Give every rank all parameters, those without a "
     "gradient too: they are skipped where they are."
+)
+_ELSEWHERE = (
+    "made its clipper over the process groups {groups}, and the others of {ranks} wait for it. "
+    "Give every rank all parameters and the same process groups: all ranks that hold different "
+    "parameters declare one group, partitioned={{pattern: process group}}."
+)
+_HEARD = (
+    "heard that another rank could not make its clipper, raised that, and did not try again. Where "
+    "one rank goes on after such an error, all ranks have to."
 )
 
 
@@ -41,25 +58,37 @@ class _World:
 
     def __init__(self, store: Any) -> None:
         self.store = store
-        self.failed = 0
-        """How many clippers could not be made here."""
-        self.alone = 0
-        """How many were made here without any other rank."""
+        self.noted = 0
+        """How many clippers failed here before any other rank could hear of it."""
+        self.given_up: Counter[tuple[int, ...]] = Counter()
+        """How often this rank gave up to meet a group since it met last."""
+        self.begun = 0
+        """How many were begun here, with whomever."""
         self.has_met = False
         """Whether the ranks of the clipper that is made now have met."""
         self.met: Counter[tuple[int, ...]] = Counter()
         """How often the ranks of a group have met; the same on each of them."""
-        self.notes: dict[int, list[tuple[int, str]]] = {}
-        """By rank: how many clippers it could not make by then, and what it says of it."""
+        self.left: dict[tuple[int, ...], str] = {}
+        """Where they met last, in the store."""
+        self.notes: dict[int, list[tuple[int, dict[str, int], str]]] = {}
+        """By rank: what it had counted by then (of groups by their names), and what it says."""
         self._read = 0
+
+    def announce(self, kind: str, groups: Iterable[tuple[int, ...]]) -> None:
+        """Say that a clipper of a kind is begun here, and with whom."""
+        self.begun += 1
+        said = f"{self.begun} {_hashed(kind)} {', '.join(str(list(r[:_SHOWN])) for r in groups)}"
+        self.store.set(f"gradclip/begun/{dist.get_rank()}", said)
 
     def read_notes(self) -> None:
         """Read what ranks have left since."""
         while self._read < self.store.add(_NOTES, 0):
             self._read += 1
             note = _text(self.store.get(f"{_NOTES}/{self._read}"))
-            rank, failed, words = note.split(" ", 2)
-            self.notes.setdefault(int(rank), []).append((int(failed), words))
+            rank, noted, listed, words = note.split(" ", 3)
+            pairs = [each.split(":") for each in listed.split(",") if each]
+            given_up = {name: int(count) for name, count in pairs}
+            self.notes.setdefault(int(rank), []).append((int(noted), given_up, words))
 
 
 _WORLDS: dict[str, _World] = {}
@@ -71,30 +100,38 @@ _NOW: "tuple[weakref.ref[Any], _World] | None" = None
 def leave_note(error: Exception) -> None:
     """Tell the others that this rank failed, if they could not hear of it in a meeting."""
     world = _world()
-    if world is None:
+    if world is None or world.has_met:
         return
-    world.failed += 1
-    if not world.has_met:
-        words = f"{type(error).__name__}: {error}"
-        number = world.store.add(_NOTES, 1)
-        world.store.set(f"{_NOTES}/{number}", f"{dist.get_rank()} {world.failed} {words}")
+    world.noted += 1
+    world.begun += 1  # as the others, which come and hear of it
+    given_up = ",".join(f"{_name(ranks)}:{count}" for ranks, count in world.given_up.items())
+    words = f"{type(error).__name__}: {error}"
+    number = world.store.add(_NOTES, 1)
+    said = f"{dist.get_rank()} {world.noted} {given_up} {words}"
+    world.store.set(f"{_NOTES}/{number}", said)
 
 
-def pass_by() -> None:
+def pass_by(kind: str) -> None:
     """Tell the others that this rank made a clipper of parameters that it holds alone."""
     world = _world()
     if world is not None:
-        world.alone += 1
-        world.store.set(f"gradclip/alone/{dist.get_rank()}", str(world.alone))
+        world.announce(kind, ())
 
 
-def meet(groups: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], str]:
-    """Wait until the ranks of each group are here; return those that will not be, and why."""
+def meet(groups: Iterable[tuple[int, ...]], kind: str) -> dict[tuple[int, ...], str]:
+    """Wait until the ranks of each group are here; return those that will not be, and why.
+
+    Args:
+        groups: The ranks of each.
+        kind: What clipper it is, in words that are the same on all ranks.
+    """
     world = _world()
     if world is None:
         return {}
     missed: dict[tuple[int, ...], str] = {}
-    meetings = [_Meeting(world, ranks) for ranks in groups if len(ranks) > 1]
+    several = [ranks for ranks in groups if len(ranks) > 1]
+    world.announce(kind, several)
+    meetings = [_Meeting(world, ranks, _hashed(kind)) for ranks in several]
     started, pause = time.monotonic(), _SHORTEST
     while meetings:
         waited = time.monotonic() - started
@@ -127,20 +164,23 @@ class _Meeting:
     Args:
         world: The store, and what is known of it.
         ranks: Who should come.
+        kind: What clipper it is.
     """
 
-    def __init__(self, world: _World, ranks: tuple[int, ...]) -> None:
+    def __init__(self, world: _World, ranks: tuple[int, ...], kind: str) -> None:
         self.ranks = ranks
-        self._world, self._store = world, world.store
-        self._group = f"gradclip/met/{blake2b(repr(ranks).encode(), digest_size=8).hexdigest()}"
+        self._world, self._store, self._kind = world, world.store, kind
+        self._name = _name(ranks)
+        self._group = f"gradclip/met/{self._name}"
         self._then = self._counts_of(dist.get_rank())
         own = str(dist.get_rank())
         while True:
-            self._tries = world.failed - self._then[0]
-            self._here = f"{self._group}/{world.met[ranks]}/{self._tries}"
-            if _get(self._store, f"{self._here}/verdict").split(" ", 1)[0] != own:
+            self._tries = world.noted - self._then[0] + world.given_up[ranks]
+            self._here = self._place(self._tries)
+            gone = _get(self._store, f"{self._here}/verdict").split(" ", 1)[0]
+            if own not in gone.split(","):
                 break
-            world.failed += 1  # the others failed since this rank did not come
+            world.given_up[ranks] += 1  # as the others, since this rank did not come
         if self._is_missing(dist.get_rank()):  # else it left this meeting by Ctrl-C
             self._store.set(f"{self._here}/{own}", "1")
             self._store.add(self._here, 1)
@@ -151,41 +191,80 @@ class _Meeting:
             return self._close(_MET)
         self._world.read_notes()
         known = [
-            (failed - self._counts_of(rank)[0], rank, words)
+            (noted - then + given_up.get(self._name, 0), rank, words)
             for rank in self._world.notes.keys() & set(self.ranks)
-            for failed, words in self._world.notes[rank]
+            for then in self._counts_of(rank)[:1]
+            for noted, given_up, words in self._world.notes[rank]
+            if noted > then
         ]
         if later := [each for each in known if each[0] > self._tries]:
             _, rank, words = min(later)
+            self._world.given_up[self.ranks] += 1
             return f"rank {rank} could not make its clipper: {words}"
         if waited < _PATIENCE:
             return None
-        passed = self._world.alone - self._then[1]
-        for rank in filter(self._is_missing, self.ranks):
-            alone = int(_get(self._store, f"gradclip/alone/{rank}") or 0)
-            if alone - self._counts_of(rank)[1] > passed:
-                self._store.add(self._here, _GIVEN_UP)
-                return self._close(f"{rank} {_ALONE}")
-        return self._close(_MET)
+        missing = list(filter(self._is_missing, self.ranks))
+        gone = {rank: words for rank in missing if (words := self._why_gone(rank))}
+        if not gone:
+            return self._close(_MET)
+        self._store.add(self._here, _GIVEN_UP)
+        return self._close(f"{','.join(map(str, gone))} {next(iter(gone.values()))}")
+
+    def _why_gone(self, rank: int) -> str:
+        """Return why a rank that is missing will not come; nothing where it may be slow."""
+        if any(self._store.check([f"{self._place(n)}/{rank}"]) for n in range(self._tries)):
+            return _HEARD
+        said = _get(self._store, f"gradclip/begun/{rank}") or "0  "
+        begun, kind, groups = said.split(" ", 2)
+        since = int(begun) - self._counts_of(rank)[1]
+        if kind != self._kind or since < self._world.begun - self._then[1]:
+            return ""
+        ranks = list(self.ranks[:_SHOWN])
+        return _ELSEWHERE.format(groups=groups, ranks=ranks) if groups else _ALONE
 
     def _close(self, verdict: str) -> str:
         """Return the verdict that all have: the first one that a rank came to."""
         first = _text(self._store.compare_set(f"{self._here}/verdict", "", verdict))
         if first != _MET:
-            self._world.alone += 1  # the rank that did not come has counted it too
-            return f"rank {first}"
+            self._world.given_up[self.ranks] += 1
+            gone, words = first.split(" ", 1)
+            return f"rank {gone.split(',')[0]} {words}"
         self._world.met[self.ranks] += 1
-        now = f"{self._world.failed} {self._world.alone}"
+        self._world.given_up.pop(self.ranks, None)
+        now = f"{self._world.noted} {self._world.begun}"
         self._store.set(f"{self._group}/then/{dist.get_rank()}", now)
+        self._clear(self._world.left.pop(self.ranks, ""))
+        self._world.left[self.ranks] = self._here
         return first
+
+    def _clear(self, place: str) -> None:
+        """Forget an earlier meeting: who comes to a later one has left it."""
+        if not place:
+            return
+        with suppress(RuntimeError, NotImplementedError):  # not every store can
+            self._store.delete_key(f"{place}/{dist.get_rank()}")
+            if dist.get_rank() == self.ranks[0]:
+                self._store.delete_key(place)
+                self._store.delete_key(f"{place}/verdict")
+
+    def _place(self, tries: int) -> str:
+        return f"{self._group}/{self._world.met[self.ranks]}/{tries}"
 
     def _is_missing(self, rank: int) -> bool:
         return not self._store.check([f"{self._here}/{rank}"])
 
     def _counts_of(self, rank: int) -> list[int]:
-        """Return what a rank had counted when this group met last: failures, clippers alone."""
+        """Return what a rank had counted when this group met last: notes, clippers begun."""
         known = _get(self._store, f"{self._group}/then/{rank}")
         return [int(each) for each in known.split()] or [0, 0]
+
+
+def _name(ranks: tuple[int, ...]) -> str:
+    return _hashed(repr(ranks))
+
+
+def _hashed(words: str) -> str:
+    return blake2b(words.encode(), digest_size=8).hexdigest()
 
 
 def _get(store: Any, key: str) -> str:
