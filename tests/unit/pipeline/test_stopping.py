@@ -26,6 +26,14 @@ SIGNALS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_heard():
+    """A shell that runs tests in the background lets them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def on(channel, function, moment="after"):
     hooks = PipelineHooks()
     hooks.register_hook(channel, HookContext.from_callable(**{moment: function}))
