@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -23,6 +24,7 @@ def run(name, folder):
     """Run an example in this process, where every warning is an error; return what it wrote."""
     written = io.StringIO()
     with (
+        mock.patch.object(sys, "argv", [name]),
         contextlib.chdir(folder),
         contextlib.redirect_stdout(written),
         warnings.catch_warnings(action="error"),

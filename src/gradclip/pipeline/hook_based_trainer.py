@@ -234,8 +234,14 @@ class HookBasedTrainer:
         finally:
             switch_optimizer(self.optimizer, train=False)
         raise_for_signal(self._stop.wanted)  # one that came when the loop was at its end
+        clipping = [each for each in self.hooks.walk() if isinstance(each, GradientClippingHook)]
+        clipped = "".join(
+            f"; {each.stats.clipped} of {each.stats.steps} optimizer steps were clipped"
+            for each in clipping
+        )
         self._log(
             f"FINISH TRAINING after {progress.epoch_id} epochs and {progress.global_step_id} steps"
+            f"{clipped}"
         )
 
     def _log(self, message: str) -> None:

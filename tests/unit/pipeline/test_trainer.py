@@ -483,9 +483,12 @@ def test_the_scheduler_follows_the_accelerator_in_a_window(with_optimizer, each_
 def test_begin_and_end_are_logged(caplog):
     with caplog.at_level("INFO", "gradclip"):
         trainer(max_epoch=1)()
+        trainer(max_epoch=1, grad_clip=CLIP)()
     assert [record.message for record in caplog.records] == [
         "BEGIN TRAINING from epoch 0 and step 0",
         "FINISH TRAINING after 1 epochs and 5 steps",
+        "BEGIN TRAINING from epoch 0 and step 0",
+        "FINISH TRAINING after 1 epochs and 5 steps; 5 of 5 optimizer steps were clipped",
     ]
 
 

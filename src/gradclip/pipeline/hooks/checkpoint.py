@@ -143,7 +143,7 @@ class SaveCheckpoint(PipelineHooks):
             return
         if wanted and progress != self._saved:
             self.save(arg, progress)
-            self._say(arg, "training")
+            self._say(arg, "training, which was interrupted," if interrupted else "training")
         if interrupted and _accelerator(arg).is_main_process:
             _say_how_to_go_on(self._place, self.root(_accelerator(arg)), arg.resume_from)
 

@@ -1,7 +1,7 @@
 """Losses as a hook: their means go to the log and to Accelerate's trackers."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -50,6 +50,7 @@ class LossTracker(PipelineHooks):
     def __init__(self, cfg: "LossTrackerConfig") -> None:
         super().__init__()
         self.cfg = cfg
+        self._accelerator: Accelerator | None = None
         self.reset_cached_loss()
         name = "loss tracker"
         self.register_hook("on_step", HookContext.from_callable(name, after=self._on_step_end))
@@ -86,9 +87,25 @@ class LossTracker(PipelineHooks):
         del self._batches[len(self._batches) - min(self._window, len(self._batches)) :]
         self._window = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the means so far, of every process; all of them ask at the same time."""
+        mine = dict(self.cached_loss), dict(self.moving_average_count)
+        every = gathered(self._accelerator, mine)
+        return {"means": every} if any(means for means, _ in every) else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the means of this process; with none where it was not there."""
+        from accelerate import PartialState  # noqa: PLC0415 - hooks need no Accelerate
+
+        number = PartialState().process_index
+        if number < len(state["means"]):
+            means, counts = state["means"][number]
+            self.cached_loss, self.moving_average_count = dict(means), dict(counts)
+
     def _on_step_end(self, arg: PipelineHookArgs) -> None:
         if arg.exception is not None:
             return
+        self._accelerator = arg.accelerator
         if arg.model_outputs is not None:
             self.update(arg.accelerator, arg.model_outputs)
         if arg.is_optimizer_step_boundary:

@@ -137,7 +137,7 @@ class MetricTracker(PipelineHooks):
             self._reset()
 
     def _on_epoch_end(self, arg: PipelineHookArgs) -> None:
-        if arg.exception is not None:
+        if arg.exception is not None or arg.stop.agreed:
             return
         if _falls_on(self.epoch_log_freq, arg.epoch_id):
             self._log(f"Epoch[{arg.epoch_id}]: ", is_main_process=_is_main(arg))

@@ -98,7 +98,7 @@ class StatsMonitor(PipelineHooks):
         )
 
     def _on_epoch_end(self, arg: PipelineHookArgs) -> None:
-        if arg.exception is not None or not _is_main(arg):
+        if arg.exception is not None or arg.stop.agreed or not _is_main(arg):
             return
         if self.steps_per_epoch is None:
             self.steps_per_epoch = arg.step_id

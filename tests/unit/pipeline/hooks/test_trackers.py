@@ -21,6 +21,7 @@ from gradclip.pipeline.hooks import (
     MetricTrackerConfig,
     PipelineHookArgs,
     PipelineHooks,
+    SaveCheckpointConfig,
     StatsMonitorConfig,
 )
 
@@ -97,6 +98,28 @@ def test_losses_are_logged_as_means_since_the_last_log(caplog):
     assert messages(caplog)[0] == (
         "Epoch[0/1] Step[1] GlobalStep[1/NA]: a_loss[2.5000]\tloss_b[25.0000]\ttotal_loss[27.5000]"
     )
+
+
+def test_a_run_that_resumes_logs_what_the_whole_run_logs(tmp_path):
+    whole, all_scalars = run(LossTrackerConfig(step_log_freq=4), max_epoch=2)
+    whole()
+    save = SaveCheckpointConfig(save_root=str(tmp_path), save_epoch_freq=9)
+    first, scalars = run([LossTrackerConfig(step_log_freq=4), save], max_step=6)
+    first()
+    again, rest = run([LossTrackerConfig(step_log_freq=4), save], max_epoch=2, resume_from="auto")
+    again()
+    assert scalars + rest == all_scalars
+
+
+def test_an_epoch_that_a_stop_cuts_is_not_said_to_be_over(caplog):
+    stopping = PipelineHooks()
+    stopping.register_hook(
+        "on_step", HookContext.from_callable(after=lambda arg: arg.request_stop())
+    )
+    metric = MetricTrackerConfig(class_type=Tracking, metric_entrys=MetricEntry(["a", "b"], Sum()))
+    with caplog.at_level(logging.INFO, "gradclip"):
+        run([stopping, StatsMonitorConfig(), metric])[0]()
+    assert messages(caplog) == []
 
 
 def test_the_losses_of_the_last_batch_alone():
