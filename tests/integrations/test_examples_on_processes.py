@@ -4,7 +4,7 @@ import re
 import shutil
 import sys
 
-from example_runs import EXAMPLES, execute, launched, run
+from example_runs import EXAMPLES, execute, launched
 
 
 def by_process(text):
@@ -16,7 +16,8 @@ def by_process(text):
 
 def test_many_processes(tmp_path):
     """One process, two, and four of another engine that resume: the same numbers."""
-    epochs, error, processes = by_process(run("many_processes.py", tmp_path))
+    alone = [sys.executable, str(EXAMPLES / "many_processes.py")]  # it ends its process
+    epochs, error, processes = by_process(execute(alone, tmp_path))
     assert (len(epochs), processes) == (4, 1)
     assert error < 0.8
 
