@@ -68,12 +68,15 @@ def counted(everyone: Callable[[Any], dict[int, Any]]) -> Iterator[list[tuple[li
         Dimension.all_reduce, Dimension.gather = all_reduce, gather
 
 
-def as_of_all(sizes: tuple[int, ...], order: list[int]) -> Callable[[Any], dict[int, Any]]:
+def as_of_all(
+    sizes: tuple[int, ...], order: list[int], held: list[int]
+) -> Callable[[Any], dict[int, Any]]:
     """Return what turns what rank 0 says of itself into what every rank would say.
 
     Args:
         sizes: Of the mesh.
         order: In which the ranks reduce over its dimensions.
+        held: The order of the dimensions in which a rank says where it stands.
     """
     ranks = torch.arange(prod(sizes)).view(sizes)
     known: dict[int, Any] = {}
@@ -85,7 +88,7 @@ def as_of_all(sizes: tuple[int, ...], order: list[int]) -> Callable[[Any], dict[
         for rank in range(prod(sizes)):
             at = [int(n) for n in torch.unravel_index(torch.tensor(rank), sizes)]
             lines = [ranks[(*at[:dim], slice(None), *at[dim + 1 :])].tolist() for dim in order]
-            place = tuple(at[dim] for dim in order)
+            place = tuple(at[dim] for dim in held)
             outline = Outline(
                 tuple(compact(tuple(line)) for line in lines),
                 {(place, count, checksum): weight},
@@ -114,8 +117,9 @@ def count(
         parameter.grad = DTensor.from_local(local + 1, inner, placements, run_check=False)
         parameters.append(parameter)
     partitioned = {"*": mesh[declared]} if declared else None
-    order = [names.index(name) for name in (*sharded, *declared)]
-    with counted(as_of_all(sizes, order)) as calls:
+    held = [names.index(name) for name in (*sharded, *declared)]
+    order = [names.index(name) for name in (*sorted(sharded), *declared)]
+    with counted(as_of_all(sizes, order, held)) as calls:
         clipper = GradientClipper(
             parameters, NormClip(max_norm=1.0, norm_type=p), partitioned=partitioned
         )

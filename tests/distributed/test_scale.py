@@ -28,9 +28,9 @@ def counted_on(layouts):
 def test_collectives_on_thousands_of_ranks():
     dimensions = {
         "FSDP2 over 1024": [1024],
-        "8 x 8 x 16": [16, 8, 8],
+        "8 x 8 x 16": [8, 16, 8],
         "FSDP2 over 4096": [4096],
-        "4096 as 4 x 16 x 8 x 8": [16, 8, 8, 4],
+        "4096 as 4 x 16 x 8 x 8": [8, 16, 8, 4],
     }
     if not ALL_COMBINATIONS:
         del dimensions["FSDP2 over 4096"]  # it takes a minute

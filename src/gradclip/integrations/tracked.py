@@ -2,6 +2,7 @@
 
 from gradclip.clipping import ClipResult
 from gradclip.clipping.step.rows import StepLog
+from gradclip.record.ring import READING
 from gradclip.record.stats import Stats, StepStats, together
 
 __all__ = ["Tracked", "numbers_of"]
@@ -20,9 +21,10 @@ class Tracked:
 
     def take(self) -> Stats:
         """Return what the steps since the last call came to; waits for the device."""
-        self._log.catch_up()
-        found = together([self._since])
-        self._since.clear()
+        with READING:
+            self._log.catch_up()
+            found = together([self._since])
+            self._since.clear()
         return found
 
 

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from threading import RLock
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 LAG = 4
@@ -12,6 +13,9 @@ BATCH = 64
 """Steps whose numbers are read together from then on."""
 _MOST_HELD = 2**17
 """Numbers that may wait on a device; a policy with a norm for each row has many at one step."""
+
+READING = RLock()
+"""One for all: another thread may ask for numbers while a step adds its own."""
 
 _Note = TypeVar("_Note")
 _Row = TypeVar("_Row")
@@ -141,23 +145,25 @@ class StepRing(Generic[_Row]):
             row: What the step left behind.
             numbers: How many numbers it keeps on the device.
         """
-        self._rows.append(row)
-        self._pushed += 1
-        self._held += numbers
-        if len(self._rows) >= self._size or self._held >= _MOST_HELD:
-            self._begin(waiting=False)
-        while self._copied:
-            since, copied = self._copied[0]
-            if copied.waits and self._pushed - since < LAG:
-                break
-            self._hand_out()
+        with READING:
+            self._rows.append(row)
+            self._pushed += 1
+            self._held += numbers
+            if len(self._rows) >= self._size or self._held >= _MOST_HELD:
+                self._begin(waiting=False)
+            while self._copied:
+                since, copied = self._copied[0]
+                if copied.waits and self._pushed - since < LAG:
+                    break
+                self._hand_out()
 
     def flush(self) -> None:
         """Tell the readers of all steps there were; waits for the device."""
-        if self._rows:
-            self._begin(waiting=True)
-        while self._copied:
-            self._hand_out()
+        with READING:
+            if self._rows:
+                self._begin(waiting=True)
+            while self._copied:
+                self._hand_out()
 
     def _begin(self, *, waiting: bool) -> None:
         rows, self._rows, self._held, self._size = self._rows, [], 0, BATCH

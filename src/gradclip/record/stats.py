@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from math import isfinite, nan
 
-from gradclip.record.ring import StepNumbers
+from gradclip.record.ring import READING, StepNumbers
 
 __all__ = ["Stats", "StepStats", "together"]
 
@@ -114,20 +114,21 @@ class StepStats:
 
 def together(counted: Iterable[StepStats]) -> Stats:
     """Return what the steps of one or several optimizers came to."""
-    every = list(counted)
-    windows = [each.window for each in every if each.window]
-    norms = sorted(norm for window in windows for _, norm in window if isfinite(norm))
-    return Stats(
-        steps=sum(each.steps for each in every),
-        clipped=sum(each.clipped for each in every),
-        skipped=sum(each.skipped for each in every),
-        nonfinite=sum(each.nonfinite for each in every),
-        p50=_quantile(norms, 0.5),
-        p90=_quantile(norms, 0.9),
-        p99=_quantile(norms, 0.99),
-        max=norms[-1] if norms else nan,
-        since=min((window[0][0] for window in windows), default=0),
-    )
+    with READING:
+        every = list(counted)
+        windows = [each.window for each in every if each.window]
+        norms = sorted(norm for window in windows for _, norm in window if isfinite(norm))
+        return Stats(
+            steps=sum(each.steps for each in every),
+            clipped=sum(each.clipped for each in every),
+            skipped=sum(each.skipped for each in every),
+            nonfinite=sum(each.nonfinite for each in every),
+            p50=_quantile(norms, 0.5),
+            p90=_quantile(norms, 0.9),
+            p99=_quantile(norms, 0.99),
+            max=norms[-1] if norms else nan,
+            since=min((window[0][0] for window in windows), default=0),
+        )
 
 
 def _short(value: float) -> str:

@@ -1,6 +1,7 @@
 """Clipping inside ``optimizer.step()``, for every kind of optimizer, with and without a scaler."""
 
 import copy
+import dataclasses
 import gc
 import math
 import pickle
@@ -281,11 +282,17 @@ def test_a_second_clipper_is_named(how):
     GradientClipper(optimizer, ObserveClip())  # to measure is fine
 
 
-@pytest.mark.parametrize("how", ["position", "keyword"])
+class Renamed(torch.optim.SGD):
+    def step(self, model=None, loss_of=None):
+        return super().step(loss_of)
+
+
+@pytest.mark.parametrize("how", ["position", "closure", "other position", "loss_of"])
 @pytest.mark.parametrize("bad", [False, True])
 def test_a_closure_runs_once_before_clipping(how, bad):
     weight = nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9)
+    kind = Renamed if how in {"other position", "loss_of"} else torch.optim.SGD
+    optimizer = kind([weight], lr=1.0, momentum=0.9)
     handle = attach(optimizer, 1.0)
     calls = []
 
@@ -297,7 +304,8 @@ def test_a_closure_runs_once_before_clipping(how, bad):
         return loss
 
     with torch.no_grad():
-        loss = optimizer.step(closure) if how == "position" else optimizer.step(closure=closure)
+        given = {"position": (closure,), "other position": (nn.ReLU(), closure)}.get(how, ())
+        loss = optimizer.step(*given, **({} if given else {how: closure}))
     assert calls == [True]
     assert math.isnan(loss.detach()) if bad else loss == 6.0
     assert bool(handle.last.skipped) == bad
@@ -306,6 +314,24 @@ def test_a_closure_runs_once_before_clipping(how, bad):
     assert bool(optimizer.state) != bad
     optimizer.step(None)  # as Accelerate calls it
     assert handle.clipper.step == 2
+
+
+def test_optimizers_that_are_equal_are_two():
+    @dataclasses.dataclass
+    class Kept(torch.optim.SGD):
+        lr: float
+
+        def __post_init__(self):
+            self.weight = nn.Parameter(torch.zeros(2))
+            super().__init__([self.weight], lr=self.lr)
+
+    both = Kept(1.0), Kept(1.0)
+    handles = [attach(each, 1.0) for each in both]
+    for each in both:
+        each.weight.grad = torch.tensor([3.0, 4.0])
+        each.step()
+        assert each.weight.tolist() == pytest.approx([-0.6, -0.8], rel=1e-5)
+    assert [handle.clipper.step for handle in handles] == [1, 1]
 
 
 def test_what_computes_gradients_in_its_step_is_refused_by_name():
@@ -387,6 +413,10 @@ def test_what_is_no_optimizer_or_steps_in_the_backward_pass():
     _apply_optimizer_in_backward(torch.optim.SGD, module.parameters(), {"lr": 0.1})
     with pytest.raises(ArgumentValueError, match="inside the backward pass"):
         attach(optimizer, 1.0)
+    released = torch.optim.SGD(model().parameters())
+    released.defaults["gradient_release"] = True  # as those of optimi
+    with pytest.raises(ArgumentValueError, match="gradient_release"):
+        attach(released, 1.0)
     attach(torch.optim.SGD(model().parameters()), 1.0)
     with pytest.raises(gradclip.errors.GradClipError):
         attach(torch.optim.SGD(model().parameters()), -1.0)

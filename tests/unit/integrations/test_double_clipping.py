@@ -248,6 +248,20 @@ def test_marks_keep_no_gradient_and_no_clipper_alive(module):
     assert gradient() is None
 
 
+def test_what_was_removed_is_not_kept_by_a_gradient_that_lives_on(module):
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    gone = []
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=False)
+        backward(module)
+        with attach(optimizer, 0.5) as handle:
+            optimizer.step()
+        gone.append(weakref.ref(handle._step._role))
+        del handle
+    gc.collect()
+    assert [each() for each in gone[:-1]] == [None, None]
+
+
 def test_a_clipper_of_a_large_model_leaves_few_marks():
     parameters = [nn.Parameter(torch.zeros(1)) for _ in range(300)]
     clipper = GradientClipper(parameters, 1.0)

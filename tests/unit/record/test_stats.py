@@ -2,14 +2,26 @@
 
 import logging
 import math
+import sys
+import threading
 
 import numpy as np
 import pytest
 
-from gradclip.record.ring import StepNumbers
+from gradclip.record.ring import StepNumbers, StepRing
 from gradclip.record.stats import WINDOW, Stats, StepStats, together
 
 NAN, INF = math.nan, math.inf
+
+
+class Rows:
+    waits = False
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def read(self):
+        return self.rows
 
 
 def counted(*norms, start=0, limit=10.0, expected=False):
@@ -52,6 +64,36 @@ def test_quantiles_cover_the_last_steps_and_counts_cover_all():
 def test_of_several_optimizers_together():
     stats = together([counted(1.0, 3.0), counted(2.0, NAN, start=7), counted()])
     assert (stats.steps, stats.skipped, stats.p50, stats.since) == (4, 1, 2.0, 0)
+
+
+def test_another_thread_may_ask_while_steps_are_made():
+    stats, end = StepStats(), threading.Event()
+    ring = StepRing(lambda rows, _: [Rows(rows)], stats)
+    seen, errors = [], []
+
+    def ask():
+        try:
+            while not end.is_set():
+                ring.flush()
+                seen.append(together([stats]))
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        for step in range(3000):
+            ring.push(StepNumbers(step, 1.0, 0.5, True, False, False), 1)
+    finally:
+        sys.setswitchinterval(before)
+        end.set()
+        thread.join()
+    ring.flush()
+    assert errors == []
+    assert all(each.steps == each.clipped for each in seen)
+    assert together([stats]).steps == 3000
 
 
 def test_it_begins_anew():

@@ -121,13 +121,15 @@ class OptimizerParameters(_HasGradients):
         if (
             getattr(self.optimizer, "_overlap_with_ddp", False)
             or type(self.optimizer).__name__ == "LayerWiseDummyOptimizer"  # of transformers
+            or getattr(self.optimizer, "defaults", {}).get("gradient_release", False)  # of optimi
             or any(hasattr(tensor, "_in_backward_optimizers") for tensor in self.tensors())
         ):
             raise ArgumentValueError(
                 "these parameters are stepped inside the backward pass, tensor by tensor, before a "
                 "norm of all gradients is known, so nothing can be clipped by it. Step after "
-                "backward(): without _apply_optimizer_in_backward, overlap_with_ddp=True, or a "
-                "layer-wise optimizer of transformers. No gradient was changed."
+                "backward(): without _apply_optimizer_in_backward, overlap_with_ddp=True, "
+                "gradient_release=True, or a layer-wise optimizer of transformers. No gradient was "
+                "changed."
             )
 
     def tensors(self) -> list[Tensor]:

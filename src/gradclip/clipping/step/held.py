@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gradclip.clipping.flags import Flag, any_of
@@ -66,15 +66,17 @@ class HeldStep:
         attributes = vars(optimizer)
         self._had = {name: attributes.get(name, _UNSET) for name in ("step", "__getstate__")}
         before = optimizer.step
-        self._before = None if self._had["step"] is _UNSET else before
+        plain = self._had["step"] is _UNSET and hasattr(type(optimizer), "step")
+        self._before = None if plain else before
         names = list(arguments_of(before))
-        self._closure_at = names.index("closure") if "closure" in names else 0
+        self._closure_at = names.index("closure") if "closure" in names else None
+        self._is_torchs = _is_torchs(optimizer, before)
         self._is_whole = False
         self._hook: Any = None
+        self._stored = ExitStack()
         self.bound = _asking(self, optimizer, before)
         # Past a __setattr__ of its own, which may hand attributes on.
         attributes["step"] = self.bound
-        self._stored = ExitStack()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle as one that asks nobody: it is among the hooks of an optimizer."""
@@ -87,6 +89,10 @@ class HeldStep:
         step.gates, step._running = [], local()  # noqa: SLF001 - its own class
         return step
 
+    def is_of(self, optimizer: Any) -> bool:
+        """Return whether it is the step of this very optimizer."""
+        return self._optimizer() is optimizer
+
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Ask the gates in their order; step, or do not."""
         gates = list(self.gates)
@@ -98,8 +104,8 @@ class HeldStep:
             loss, args, kwargs = self._evaluated(optimizer, args, kwargs)
         entered: list[Gate] = []
         error: BaseException | None = None
-        self._running.inside = True
-        try:
+        try:  # a Ctrl-C may come behind any call, and no later step may pass for an inner one
+            self._running.inside = True
             withheld: Flag = False
             for gate in gates:
                 entered.append(gate)
@@ -144,9 +150,8 @@ class HeldStep:
 
         So it is if it is torch's own, and nobody has a hook on it: others do not look at the flag.
         """
-        own = getattr(self.bound, "__module__", "").startswith("torch.optim.")
         others = hooks_before(optimizer) or _hooks_after(optimizer)
-        return own and not others and takes_found_inf(optimizer)
+        return self._is_torchs and not others and takes_found_inf(optimizer)
 
     def _evaluated(
         self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -156,14 +161,19 @@ class HeldStep:
         The gradients are clipped between the closure and the step, so the step may ask for the
         loss once, where its weights still are, and not for new gradients.
         """
+        if not (args or kwargs):
+            return None, args, kwargs
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         at = self._closure_at
-        closure = args[at] if at < len(args) else kwargs.get("closure")
-        if not callable(closure):
+        # Where a step has another name for it, it is the first that can be called, and no model.
+        keys = given if at is None else (at, "closure")
+        found = ((key, given[key]) for key in keys if callable(given.get(key)))
+        key, closure = next((p for p in found if not isinstance(p[1], nn.Module)), (None, None))
+        if closure is None:
             return None, args, kwargs
         known = _Known(optimizer, closure)
-        if at < len(args):
-            return known.loss, (*args[:at], known, *args[at + 1 :]), kwargs
-        return known.loss, args, {**kwargs, "closure": known}
+        args = tuple(known if n == key else each for n, each in enumerate(args))
+        return known.loss, args, {k: known if k == key else each for k, each in kwargs.items()}
 
     def _see(self, optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG002
         """Refuse a step that comes past ``run``."""
@@ -256,8 +266,27 @@ def gates_of(optimizer: Any) -> list[Gate]:
 
 
 def _step_of(optimizer: Any) -> HeldStep | None:
-    step = getattr(getattr(optimizer, "step", None), _HELD, None)
-    return step if isinstance(step, HeldStep) else None
+    found = getattr(optimizer, "step", None)
+    step = getattr(found, _HELD, None)
+    if not isinstance(step, HeldStep):
+        return None
+    # A copy that has it among its attributes is not held: it asks nobody.
+    return step if not isinstance(found, MethodType) or step.is_of(found.__self__) else None
+
+
+def _is_torchs(optimizer: Any, step: Any) -> bool:
+    """Return whether a step is that of a class of torch's, perhaps in a scheduler's wrapper.
+
+    ``__module__`` does not tell: ``functools.wraps`` hands it on.
+    """
+    if not type(optimizer).__module__.startswith("torch.optim."):
+        return False
+    function = getattr(step, "__func__", step)
+    while function is not None:
+        if not getattr(function, "__globals__", {}).get("__name__", "").startswith("torch."):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
 
 
 def hooks_before(optimizer: Any) -> list[Any]:

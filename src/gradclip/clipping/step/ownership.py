@@ -10,17 +10,18 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
-from weakref import WeakKeyDictionary, ref
+from typing import Any, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from gradclip.clipping.step.wrappers import unwrapped
 from gradclip.errors import DoubleClippingError
 
-_CLAIMS: "WeakKeyDictionary[torch.optim.Optimizer, tuple[ref[object], str]]" = WeakKeyDictionary()
+_CLAIMS: Any = WeakIdKeyDictionary()
+"""Owner and label by optimizer, of which some compare by value, or cannot be hashed."""
 
 _MARKING: "list[_Marking]" = []
 """What has left marks; it is kept here as long as a gradient that it marked lives."""
@@ -136,8 +137,10 @@ class _Marking:
             _MARKING[:] = [*(each for each in list(_MARKING) if each.is_marked()), self]
 
     def is_marked(self) -> bool:
-        """Return whether a gradient that it marked still lives."""
-        return any(m.gradient() is not None for m in chain.from_iterable(list(self.marks)))
+        """Return whether its marks mean something: a gradient that it marked still lives."""
+        return not self.released and any(
+            m.gradient() is not None for m in chain.from_iterable(list(self.marks))
+        )
 
 
 class Guest(_Marking):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradclip.clipping.flags import Flag
 from gradclip.clipping.step.held import held
+from gradclip.errors import ArgumentTypeError
 
 
 @contextmanager
@@ -28,7 +29,8 @@ def withhold(optimizer: torch.optim.Optimizer, skipped: Tensor | bool) -> Iterat
         skipped: Whether the update should not happen: 0-d bool tensor, or a bool.
 
     Raises:
-        ArgumentTypeError: GC011, the ``step`` of what was given cannot be replaced.
+        ArgumentTypeError: GC011, the ``step`` of what was given cannot be replaced, or ``skipped``
+            is not one flag.
         ArgumentValueError: GC010, in ``step``: it was taken before the context began, and called
             past it.
 
@@ -40,11 +42,33 @@ def withhold(optimizer: torch.optim.Optimizer, skipped: Tensor | bool) -> Iterat
     >>> weight.tolist(), optimizer.state_dict()["state"]
     ([1.0, 1.0], {})
     """
-    if skipped is False:
+    flag = _as_flag(skipped)
+    if flag is False:
         yield
         return
-    with held(optimizer, _Given(skipped)):
+    with held(optimizer, _Given(flag)):
         yield
+
+
+def _as_flag(skipped: Any) -> Flag:
+    """Return one flag; what is no tensor is asked for its truth, as numpy's bool is.
+
+    Raises:
+        ArgumentTypeError: GC011, it is None, or of several elements.
+    """
+    if isinstance(skipped, bool):
+        return skipped
+    if isinstance(skipped, Tensor) and skipped.numel() == 1:
+        flag = skipped.reshape(())
+        return flag if flag.dtype is torch.bool else flag != 0
+    is_tensor = isinstance(skipped, Tensor)
+    if is_tensor or skipped is None or not hasattr(skipped, "__bool__"):
+        what = f"a tensor of shape {tuple(skipped.shape)}" if is_tensor else repr(skipped)
+        raise ArgumentTypeError(
+            f"skipped is {what}: expected one flag, a bool or a tensor of one element, such as "
+            "result.skipped. Nothing was changed."
+        )
+    return bool(skipped)
 
 
 class _Given:

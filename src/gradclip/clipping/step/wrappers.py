@@ -37,7 +37,8 @@ def wrapped(optimizer: Any) -> Any:
 def is_replaceable(optimizer: Any) -> bool:
     """Return whether the ``step`` of an object can be replaced, on this object alone."""
     step = inspect.getattr_static(type(optimizer), "step", None)
-    return hasattr(optimizer, "__dict__") and not hasattr(step, "__set__")
+    has_place = type(optimizer).__dictoffset__ and type(optimizer).__weakrefoffset__
+    return bool(has_place) and not hasattr(step, "__set__")
 
 
 def unwrapped(optimizer: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import gc
 import inspect
 import pickle
@@ -315,12 +316,31 @@ class Averages(torch.optim.AdamW):
         self.count += 1
 
 
-@pytest.mark.parametrize("kind", ["hands on", "averages", "hook"])
+class Dressed(Averages):
+    """Shows the name and module of the step of its base."""
+
+    @functools.wraps(torch.optim.AdamW.step)
+    def step(self, closure=None):
+        Averages.step(self, closure)
+
+
+class Sees(Averages):
+    """Counts in a method that the step of its base calls."""
+
+    step = torch.optim.AdamW.step
+
+    def _init_group(self, *args):
+        self.count += 1
+        return super()._init_group(*args)
+
+
+@pytest.mark.parametrize("kind", ["hands on", "averages", "dressed", "sees", "hook"])
 def test_only_torchs_own_fused_step_is_called_to_change_nothing(kind):
     weight = nn.Parameter(torch.ones(2))
     inner = torch.optim.AdamW([weight], lr=0.1, fused=True)
     optimizer = {"hands on": HandsOn(inner), "hook": inner}.get(kind)
-    optimizer = optimizer or Averages([weight], lr=0.1, fused=True)
+    own = {"dressed": Dressed, "sees": Sees}.get(kind, Averages)
+    optimizer = optimizer or own([weight], lr=0.1, fused=True)
     seen = []
     if kind == "hook":
         optimizer.register_step_post_hook(lambda *_: seen.append(1))
@@ -389,6 +409,49 @@ def test_an_optimizer_that_is_copied_with_all_its_attributes_steps_plainly(copie
     give(param)
     other.step()
     assert param.tolist() == [-3.0, -3.0]
+    give(param)
+    with attach(other, 1.0) as handle:
+        other.step()
+    assert float(handle.last.norm_pre) == pytest.approx(3 * 2**0.5)
+    assert param.tolist() == pytest.approx([-3.0 - 0.5**0.5] * 2, rel=1e-5)
+    give(param)
+    with withhold(other, skipped=True):
+        other.step()
+    assert param.tolist() == pytest.approx([-3.0 - 0.5**0.5] * 2, rel=1e-5)
+
+
+def interrupted(at, action):
+    """Raise behind a call within the held step, where a Ctrl-C comes; return whether one was."""
+    left = at
+
+    def profile(frame, event, _):
+        nonlocal left
+        left -= event == "c_return" and frame.f_code.co_filename.endswith("held.py")
+        if left == 0:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.setprofile(profile)
+        try:
+            action()
+        finally:
+            sys.setprofile(None)
+    return left == 0
+
+
+def test_the_next_step_is_clipped_after_an_interrupt_at_any_call():
+    at = found = 1
+    while found:
+        weight, optimizer = trainee()
+        with attach(optimizer, 1.0):
+            give(weight)
+            found = interrupted(at, optimizer.step)
+            give(weight)
+            optimizer.step()
+        assert float(weight.grad.norm()) == pytest.approx(1.0, rel=1e-5)
+        at += 1
+    assert at > 5
 
 
 def test_a_closure_that_is_evaluated_where_the_weights_have_moved_is_refused():

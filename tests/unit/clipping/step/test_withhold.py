@@ -9,6 +9,7 @@ import torch
 
 import oracle
 from gradclip import GradientClipper, withhold
+from gradclip.errors import ArgumentTypeError
 from pairwise import pairwise
 
 INF, NAN = math.inf, math.nan
@@ -275,16 +276,36 @@ class Alone:
         self.param_groups, self.step = optimizer.param_groups, optimizer.step
 
 
+@pytest.mark.parametrize("made", [False, True])
 @pytest.mark.parametrize("wrap", [Slots, Proxy, Alone])
-def test_wrappers_of_any_make_are_withheld(wrap):
+def test_wrappers_of_any_make_are_withheld(wrap, made):
     params = oracle.parameters(torch.ones(2))
     optimizer = torch.optim.SGD(params, lr=0.1)
     before = params[0].detach().clone()
+    params[0].grad = torch.ones(2)
     outer = wrap(optimizer)
-    with withhold(outer, skipped=True):
+    with withhold(outer, torch.tensor(not made)):
         outer.step()
-    assert torch.equal(params[0].detach(), before)
+    assert torch.equal(params[0].detach(), before) is not made
     assert "step" not in vars(optimizer)
+
+
+class Weakless:
+    __slots__ = ("__dict__", "param_groups")
+
+    def step(self):
+        pass
+
+
+@pytest.mark.parametrize("skipped", [None, "yes", torch.tensor([True, False])])
+def test_what_cannot_be_withheld_is_said_before_the_step(skipped):
+    optimizer = torch.optim.SGD(oracle.parameters(torch.ones(2)), lr=0.1)
+    with pytest.raises(ArgumentTypeError, match="expected one flag"), withhold(optimizer, skipped):
+        pass
+    weakless = Weakless()
+    weakless.param_groups = optimizer.param_groups
+    with pytest.raises(ArgumentTypeError, match="cannot be replaced"), withhold(weakless, True):
+        pass
 
 
 def test_what_stands_for_a_step_can_be_copied():
