@@ -8,7 +8,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from gradclip.clipping.apply.coefficients import Coefficients
+from gradclip.clipping.apply.coefficients import Coefficients, OneCoefficient
+from gradclip.clipping.apply.lean import LeanStep
 from gradclip.clipping.flags import Flag, as_flag
 from gradclip.clipping.measure.norm import combine
 
@@ -61,7 +62,7 @@ class ClipResult:
 
     measured_S: Tensor
     thresholds: float | Tensor
-    coefficients: Coefficients | Tensor
+    coefficients: Coefficients | OneCoefficient | Tensor
     withheld: Flag
     tensor_sums_T: Tensor
     norm_type: float
@@ -236,6 +237,26 @@ def reported(value: Tensor, dtype: torch.dtype) -> Tensor:
         return value
     limited = value.clamp(max=torch.finfo(dtype).max)
     return torch.where(value.isinf(), value, limited).to(dtype)
+
+
+def of_small(small: LeanStep, scopes: Sequence[str]) -> ClipResult:
+    """Return the result of a small model that was read as one; no gradient holds a NaN.
+
+    Args:
+        small: What its gradients came to.
+        scopes: What the norm is called.
+    """
+    norms_S = torch.full((1,), small.norm, dtype=torch.float64, device="cpu")
+    return ClipResult(
+        measured_S=norms_S,
+        thresholds=small.threshold,
+        coefficients=OneCoefficient(norms_S, small.number),
+        withheld=False,
+        tensor_sums_T=norms_S.expand(len(small.gradients)),
+        norm_type=2.0,
+        dtype=torch.float32,
+        scopes=scopes,
+    )
 
 
 def over_all(

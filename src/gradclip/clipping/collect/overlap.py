@@ -51,6 +51,23 @@ class DisjointCheck:
         self._passed = seen
 
 
+def lie_apart(specs: TensorSpecs, addresses: list[int]) -> bool:
+    """Return whether it is plain to see that tensors share no byte: one behind another.
+
+    Args:
+        specs: Of tensors that have elements, and no gaps.
+        addresses: Where each begins.
+    """
+    kept = specs.plan(_Bytes)
+    if addresses == kept.apart:
+        return True
+    ends = sorted(map(add, addresses, kept.lengths))
+    if not all(map(le, ends, sorted(addresses)[1:])):
+        return False
+    kept.apart = addresses
+    return True
+
+
 def _lie_apart(batches: Sequence[Batch]) -> bool:
     """Return whether it is plain to see that no byte is shared: no gaps, one behind another."""
     if not all(batch.specs.plan(_Bytes).packed for batch in batches):
@@ -85,6 +102,8 @@ class _Bytes:
         self.taken = torch.tensor(
             [length for length in self.lengths if length], dtype=torch.int64, device="cpu"
         )
+        self.apart: list[int] | None = None
+        """Addresses that were looked at: tensors of these lengths lie apart there."""
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,8 @@ def as_source(params: object) -> ParameterSource:
         ArgumentTypeError: GC011, for anything else.
         ArgumentValueError: GC010, for a generator that was already exhausted.
     """
+    if type(params) is list:
+        return _listed(params)
     if isinstance(params, ListedParameters | ModuleParameters | OptimizerParameters):
         return params
     if isinstance(params, nn.Module):

@@ -32,6 +32,7 @@ class TensorSpecs:
         packed: Whether each fills the memory from its first element to its last, in any order of
             dimensions, and no element twice.
         flat: Whether each row of a tensor is one stretch of memory behind the last.
+        plain: Whether each is a tensor of torch's own type.
         rows: Rows of each tensor: 1, or its leading dimension.
     """
 
@@ -41,6 +42,7 @@ class TensorSpecs:
     dense: list[bool]
     packed: list[bool]
     flat: list[bool]
+    plain: list[bool]
     rows: list[int]
     _plans: dict[Any, Any] = field(default_factory=dict)
 
@@ -64,6 +66,7 @@ class TensorSpecs:
                 fills and (n == 1 or tensor.is_contiguous())
                 for tensor, n, fills in zip(tensors, counts, packed, strict=True)
             ],
+            plain=[type(tensor) is Tensor for tensor in tensors],
             rows=counts,
         )
 
@@ -123,6 +126,7 @@ class TensorSpecs:
             dense=[self.dense[i] for i in chosen],
             packed=[self.packed[i] for i in chosen],
             flat=[self.flat[i] for i in chosen],
+            plain=[self.plain[i] for i in chosen],
             rows=[self.rows[i] for i in chosen],
         )
 

@@ -100,7 +100,8 @@ class HeldStep:
             return self._call(args, kwargs)
         optimizer: Any = self._optimizer()
         loss = None
-        if any(gate.lasts for gate in gates):  # it clips what the closure computes
+        # What lasts clips what the closure computes.
+        if (args or kwargs) and any(gate.lasts for gate in gates):
             loss, args, kwargs = self._evaluated(optimizer, args, kwargs)
         entered: list[Gate] = []
         error: BaseException | None = None

@@ -8,9 +8,8 @@ that they clipped. An owner looks for the marks of others before the step; a gue
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import ref
 
 import torch
@@ -90,8 +89,7 @@ class Role(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
-class _Mark:
+class _Mark(NamedTuple):
     """A gradient that was clipped, as it was then; it is not kept alive."""
 
     gradient: TensorWeakRef
@@ -133,7 +131,7 @@ class _Marking:
             some = gradients[::stride]
             marks += [_Mark(TensorWeakRef(each), _version(each), policy) for each in some]
         self.marks.append(marks)
-        if all(each is not self for each in _MARKING):
+        if self not in _MARKING:
             _MARKING[:] = [*(each for each in list(_MARKING) if each.is_marked()), self]
 
     def is_marked(self) -> bool:

@@ -1,4 +1,4 @@
-"""Sums of squares of bfloat16 and float16 on the CPU, by dot products that torch adds in float32."""
+"""Sums of squares of bfloat16 and float16 on the CPU, by dot products that are added in float32."""
 
 import math
 

@@ -1,0 +1,148 @@
+"""The common step of a small model on a CPU: one sum over all gradients, one limit, one factor.
+
+There the checks and results of the ordinary way take longer than the arithmetic. This way reads
+all gradients as one, and answers only where nothing is unusual. Otherwise nothing was done, and the
+ordinary way begins from the start: it alone knows what to do about a NaN.
+"""
+
+from collections.abc import Sequence
+from math import inf, sqrt
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors
+
+from gradclip.clipping import flags
+from gradclip.clipping.apply.coefficients import quotient
+from gradclip.clipping.collect.gradients import COARSE_GUARD
+from gradclip.clipping.collect.overlap import lie_apart
+from gradclip.clipping.kernels import Batch, SpecsCache, TensorSpecs, Write, carry_out, foreach
+from gradclip.clipping.kernels.gathering import ALIKE, GATHERED, cut, taker
+from gradclip.clipping.policies import FixedLimit, Policy
+from gradclip.clipping.step.ownership import Role
+
+_SMALL = 1 << 16
+"""Elements of all gradients together up to which a model is small."""
+
+_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+"""Squares of their elements neither vanish nor overflow in float64."""
+
+_CPU = torch.device("cpu")
+_EUCLIDEAN = 2.0
+_LARGEST = torch.finfo(torch.float32).max
+_COARSE = 2.0**-100
+"""Smaller coefficients are applied in steps."""
+
+
+class LeanStep(NamedTuple):
+    """What a small model's gradients came to; nothing is written yet.
+
+    Args:
+        gradients: Those that exist.
+        policy: What bounds them.
+        threshold: Above this their norm is brought down.
+        norm: Their norm, which float32 has room for.
+        number: What they are multiplied by.
+        writes: What multiplies them.
+    """
+
+    gradients: Sequence[Tensor]
+    policy: Policy
+    threshold: float
+    norm: float
+    number: float
+    writes: list[Write]
+
+    def write(self, role: Role) -> None:
+        """Multiply the gradients, and let a role mark them."""
+        if self.writes:
+            carry_out(self.writes)
+        role.mark([(self.gradients, self.policy)] if self.policy.writes else [])
+
+
+class Lean:
+    """Reads the gradients of a small model under one limit that numbers say completely.
+
+    Args:
+        policy: What bounds them.
+        limit: The policy as numbers.
+    """
+
+    def __init__(self, policy: Policy, limit: FixedLimit) -> None:
+        self._policy = policy
+        self._threshold, self._target = limit.threshold, limit.target
+
+    @classmethod
+    def of(cls, policy: Policy | None) -> "Lean | None":
+        """Return what reads for a policy; None for one that needs more than one norm."""
+        limit = None if policy is None else policy.fixed()
+        if policy is None or limit is None:
+            return None
+        is_one_norm = policy.scope == "group" and policy.order == _EUCLIDEAN
+        plain = limit.target > 0 and limit.skip_above == inf and policy.element_limit is None
+        return cls(policy, limit) if is_one_norm and plain else None
+
+    def read(self, found: Sequence[Tensor | None], known: SpecsCache) -> LeanStep | None:
+        """Read gradients, and prepare to scale them; None where that takes the ordinary way.
+
+        Args:
+            found: The gradient of each parameter, if it has one.
+            known: Recognises gradients that the ordinary way has checked before.
+        """
+        gradients = [each for each in found if each is not None]
+        specs = known.find(gradients)
+        if specs is None or not (plan := specs.plan(_Pieces)).fit or flags.host_waits_for(_CPU):
+            return None
+        if not lie_apart(specs, list(map(Tensor.data_ptr, gradients))):
+            return None
+        norm = plan.norm(gradients)
+        if not norm <= _LARGEST:  # NaN, too
+            return None
+        number = quotient(norm, self._threshold, self._target, COARSE_GUARD)
+        if number < _COARSE:
+            return None
+        writes: list[Write] = []
+        if number != 1:
+            writes = foreach.scaling(Batch(gradients, specs), number)
+        return LeanStep(gradients, self._policy, self._threshold, norm, number, writes)
+
+
+class _Pieces:
+    """Whether tensors are few and plain enough to be summed as one, and how they are gathered."""
+
+    def __init__(self, specs: TensorSpecs) -> None:
+        sizes = specs.row_sizes
+        self.fit = (
+            len(set(specs.dtypes)) == 1
+            and specs.dtypes[0] in _DTYPES
+            and set(specs.devices) == {_CPU}
+            and all(specs.plain)
+            and all(specs.packed)
+            and all(specs.dense)
+            and specs.one_row_each
+            and all(0 < size <= GATHERED for size in sizes)
+            and 0 < sum(sizes) <= _SMALL
+        )
+        alike: dict[torch.Size, list[int]] = {}
+        for index, shape in enumerate(specs.shapes):
+            alike.setdefault(shape, []).append(index)
+        rest: list[int] = []
+        pieces: list[tuple[list[int], bool]] = []
+        for shape, indices in alike.items():
+            if len(indices) >= ALIKE and shape:  # numbers cannot be concatenated
+                pieces += [(piece, True) for piece in cut(indices, sizes, GATHERED)]
+            else:
+                rest += indices
+        pieces += [(piece, False) for piece in cut(rest, sizes, GATHERED)]
+        self._pieces = [(taker(indices), are_alike) for indices, are_alike in pieces]
+
+    def norm(self, tensors: Sequence[Tensor]) -> float:
+        """Return the 2-norm of all: finite just where all elements are."""
+        total = 0.0
+        for take, are_alike in self._pieces:
+            taken = take(tensors)
+            together = torch.cat(taken).reshape(-1) if are_alike else _flatten_dense_tensors(taken)
+            values = together.to(torch.float64)
+            total += torch.dot(values, values).item()
+        return sqrt(total)
