@@ -108,7 +108,8 @@ class Engine:
         if self._lean is not None and self._settled and grad_scale is None and not defer_scaling:
             last = self._clip_lean(self._lean, expected=overflow_expected)
         if last is None:
-            last = self._clip(grad_scale, expected=overflow_expected, defer=defer_scaling)
+            with torch.no_grad():
+                last = self._clip(grad_scale, expected=overflow_expected, defer=defer_scaling)
         self.step += 1
         self.last = last
         self.step_log.push(last, self.step - 1, overflow_expected, grad_scale is not None)

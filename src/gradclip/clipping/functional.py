@@ -64,8 +64,7 @@ def _clip_once(source: ParameterSource, policy: Policy, nonfinite: Nonfinite) ->
         known=_KNOWN,
         meet=_remembered,
     )
-    with torch.no_grad():
-        return engine.clip()
+    return engine.clip()
 
 
 @lru_cache(maxsize=64)
@@ -80,15 +79,11 @@ def _clip_lean(source: ParameterSource, lean: Lean) -> Tensor | None:
     has_twins = len(set(map(id, parameters))) < len(parameters)
     if has_twins or may_be_shared(parameters) or not choose("auto").are_portable:
         return None
-    with torch.no_grad():
-        small = lean.read(source.gradients(parameters), _KNOWN)
-        if small is not None:
-            small.write(_GUEST)
-    return (
-        None
-        if small is None
-        else torch.scalar_tensor(small.norm, dtype=torch.float32, device="cpu")
-    )
+    small = lean.read(source.gradients(parameters), _KNOWN)
+    if small is None:
+        return None
+    small.write(_GUEST)
+    return torch.scalar_tensor(small.norm, dtype=torch.float32, device="cpu")
 
 
 def _remembered(rendezvous: "Rendezvous", groups: Mapping[str, ParameterGroup]) -> "Ranks":

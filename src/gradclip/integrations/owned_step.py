@@ -85,7 +85,12 @@ class OwnedStep:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle as one that let the optimizer go: it holds no step of the copy."""
-        gone: dict[str, Any] = {"_kept": ExitStack(), "_taken": None, "_clipped": [], "_released": True}
+        gone: dict[str, Any] = {
+            "_kept": ExitStack(),
+            "_taken": None,
+            "_clipped": [],
+            "_released": True,
+        }
         return {**vars(self), **gone}
 
     def clip(self, scaler: Any = None, *, unscale: bool = True) -> ClipResult:

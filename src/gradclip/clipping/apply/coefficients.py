@@ -47,20 +47,20 @@ def quotient(norm: float, threshold: float, target: float, guard: float) -> floa
 
 @dataclass(frozen=True, eq=False)
 class OneCoefficient:
-    """A coefficient of one scope that the host knows.
+    """A coefficient of one scope on the CPU that the host knows, as it knows the norm.
 
     Args:
-        norms_S: The norm, float64 (1,).
+        norm: The norm before.
         number: The coefficient.
     """
 
-    norms_S: Tensor
+    norm: float
     number: float
 
     @property
     def values_S(self) -> Tensor:
         """What the scope is multiplied by, float64 (1,)."""
-        return torch.full_like(self.norms_S, self.number)
+        return torch.full((1,), self.number, dtype=torch.float64, device="cpu")
 
 
 @dataclass(eq=False)

@@ -16,8 +16,8 @@ from torch._utils import _flatten_dense_tensors
 from gradclip.clipping import flags
 from gradclip.clipping.apply.coefficients import quotient
 from gradclip.clipping.collect.gradients import COARSE_GUARD
-from gradclip.clipping.collect.overlap import lie_apart
-from gradclip.clipping.kernels import Batch, SpecsCache, TensorSpecs, Write, carry_out, foreach
+from gradclip.clipping.collect.overlap import Bytes
+from gradclip.clipping.kernels import SpecsCache, TensorSpecs
 from gradclip.clipping.kernels.gathering import ALIKE, GATHERED, cut, taker
 from gradclip.clipping.policies import FixedLimit, Policy
 from gradclip.clipping.step.ownership import Role
@@ -44,20 +44,20 @@ class LeanStep(NamedTuple):
         threshold: Above this their norm is brought down.
         norm: Their norm, which float32 has room for.
         number: What they are multiplied by.
-        writes: What multiplies them.
+        factor: The same in float32, which multiplies any of their dtypes; None for 1.
     """
 
-    gradients: Sequence[Tensor]
+    gradients: list[Tensor]
     policy: Policy
     threshold: float
     norm: float
     number: float
-    writes: list[Write]
+    factor: Tensor | None
 
     def write(self, role: Role) -> None:
         """Multiply the gradients, and let a role mark them."""
-        if self.writes:
-            carry_out(self.writes)
+        if self.factor is not None:
+            torch._foreach_mul_(self.gradients, self.factor)
         role.mark([(self.gradients, self.policy)] if self.policy.writes else [])
 
 
@@ -94,7 +94,7 @@ class Lean:
         specs = known.find(gradients)
         if specs is None or not (plan := specs.plan(_Pieces)).fit or flags.host_waits_for(_CPU):
             return None
-        if not lie_apart(specs, list(map(Tensor.data_ptr, gradients))):
+        if not plan.bytes.lie_apart(list(map(Tensor.data_ptr, gradients))):
             return None
         norm = plan.norm(gradients)
         if not norm <= _LARGEST:  # NaN, too
@@ -102,23 +102,23 @@ class Lean:
         number = quotient(norm, self._threshold, self._target, COARSE_GUARD)
         if number < _COARSE:
             return None
-        writes: list[Write] = []
+        factor = None
         if number != 1:
-            writes = foreach.scaling(Batch(gradients, specs), number)
-        return LeanStep(gradients, self._policy, self._threshold, norm, number, writes)
+            factor = torch.scalar_tensor(number, dtype=torch.float32, device="cpu")
+        return LeanStep(gradients, self._policy, self._threshold, norm, number, factor)
 
 
 class _Pieces:
     """Whether tensors are few and plain enough to be summed as one, and how they are gathered."""
 
     def __init__(self, specs: TensorSpecs) -> None:
-        sizes = specs.row_sizes
+        sizes, self.bytes = specs.row_sizes, specs.plan(Bytes)
         self.fit = (
             len(set(specs.dtypes)) == 1
             and specs.dtypes[0] in _DTYPES
             and set(specs.devices) == {_CPU}
             and all(specs.plain)
-            and all(specs.packed)
+            and self.bytes.packed
             and all(specs.dense)
             and specs.one_row_each
             and all(0 < size <= GATHERED for size in sizes)
@@ -143,6 +143,6 @@ class _Pieces:
         for take, are_alike in self._pieces:
             taken = take(tensors)
             together = torch.cat(taken).reshape(-1) if are_alike else _flatten_dense_tensors(taken)
-            values = together.to(torch.float64)
+            values = together.double()
             total += torch.dot(values, values).item()
         return sqrt(total)

@@ -90,8 +90,12 @@ class Role(Protocol):
 
 
 class _Mark(NamedTuple):
-    """A gradient that was clipped, as it was then; it is not kept alive."""
+    """A gradient that was clipped, as it was then; it is not kept alive.
 
+    Its identity tells at once that it is none of those of a step; a new one may have the same.
+    """
+
+    identity: int
     gradient: TensorWeakRef
     version: tuple[int, int]
     policy: object
@@ -129,7 +133,7 @@ class _Marking:
         for gradients, policy in clipped:
             stride = 1 if every else max(1, -(-len(gradients) // self._few))
             some = gradients[::stride]
-            marks += [_Mark(TensorWeakRef(each), _version(each), policy) for each in some]
+            marks += [_Mark(id(g), TensorWeakRef(g), _version(g), policy) for g in some]
         self.marks.append(marks)
         if self not in _MARKING:
             _MARKING[:] = [*(each for each in list(_MARKING) if each.is_marked()), self]
@@ -169,8 +173,8 @@ class Owner(_Marking):
                 continue
             mine = {id(gradient) for gradient in gradients} if mine is None else mine
             for mark in chain.from_iterable(list(other.marks)):  # threads have engines of their own
-                gradient = mark.gradient()
-                if id(gradient) in mine and mark.version == _version(gradient):
+                gradient = mark.gradient() if mark.identity in mine else None
+                if gradient is not None and mark.version == _version(gradient):
                     self._refuse(other, mark)
 
     def _refuse(self, other: _Marking, mark: _Mark) -> None:
