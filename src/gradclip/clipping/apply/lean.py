@@ -6,24 +6,31 @@ ordinary way begins from the start: it alone knows what to do about a NaN.
 """
 
 from collections.abc import Sequence
-from math import inf, sqrt
+from math import hypot, inf
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 
 from gradclip.clipping import flags
 from gradclip.clipping.apply.coefficients import quotient
 from gradclip.clipping.collect.gradients import COARSE_GUARD
 from gradclip.clipping.collect.overlap import Bytes
 from gradclip.clipping.kernels import SpecsCache, TensorSpecs
-from gradclip.clipping.kernels.gathering import ALIKE, GATHERED, cut, taker
 from gradclip.clipping.policies import FixedLimit, Policy
 from gradclip.clipping.step.ownership import Role
 
 _SMALL = 1 << 16
 """Elements of all gradients together up to which a model is small."""
+
+_FEW = 64
+"""Tensors up to which a copy of each costs less than to concatenate those of one shape."""
+
+_UNCUT = 1 << 15
+"""Elements of a tensor that torch copies and multiplies without starting threads."""
+
+_PIECE = 1 << 14
+"""Elements that are summed at a time, for the same reason; its dot product starts some earlier."""
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """Squares of their elements neither vanish nor overflow in float64."""
@@ -92,7 +99,7 @@ class Lean:
         """
         gradients = [each for each in found if each is not None]
         specs = known.find(gradients)
-        if specs is None or not (plan := specs.plan(_Pieces)).fit or flags.host_waits_for(_CPU):
+        if specs is None or not (plan := specs.plan(_Gathering)).fit or flags.host_waits_for(_CPU):
             return None
         if not plan.bytes.lie_apart(list(map(Tensor.data_ptr, gradients))):
             return None
@@ -108,41 +115,44 @@ class Lean:
         return LeanStep(gradients, self._policy, self._threshold, norm, number, factor)
 
 
-class _Pieces:
-    """Whether tensors are few and plain enough to be summed as one, and how they are gathered."""
+class _Gathering:
+    """Whether tensors are few and plain enough to be summed as one, and where that is done."""
 
     def __init__(self, specs: TensorSpecs) -> None:
-        sizes, self.bytes = specs.row_sizes, specs.plan(Bytes)
+        self.bytes = specs.plan(Bytes)
+        self._shapes, self._sizes = specs.shapes, specs.row_sizes
         self.fit = (
             len(set(specs.dtypes)) == 1
             and specs.dtypes[0] in _DTYPES
             and set(specs.devices) == {_CPU}
             and all(specs.plain)
-            and self.bytes.packed
             and all(specs.dense)
+            and self.bytes.packed
             and specs.one_row_each
-            and all(0 < size <= GATHERED for size in sizes)
-            and 0 < sum(sizes) <= _SMALL
+            and all(0 < size <= _UNCUT for size in self._sizes)
+            and sum(self._sizes) <= _SMALL
+            and len(specs) <= _FEW
         )
-        alike: dict[torch.Size, list[int]] = {}
-        for index, shape in enumerate(specs.shapes):
-            alike.setdefault(shape, []).append(index)
-        rest: list[int] = []
-        pieces: list[tuple[list[int], bool]] = []
-        for shape, indices in alike.items():
-            if len(indices) >= ALIKE and shape:  # numbers cannot be concatenated
-                pieces += [(piece, True) for piece in cut(indices, sizes, GATHERED)]
-            else:
-                rest += indices
-        pieces += [(piece, False) for piece in cut(rest, sizes, GATHERED)]
-        self._pieces = [(taker(indices), are_alike) for indices, are_alike in pieces]
+        self._free: list[tuple[list[Tensor], Sequence[Tensor]]] = []
 
-    def norm(self, tensors: Sequence[Tensor]) -> float:
+    def norm(self, tensors: list[Tensor]) -> float:
         """Return the 2-norm of all: finite just where all elements are."""
-        total = 0.0
-        for take, are_alike in self._pieces:
-            taken = take(tensors)
-            together = torch.cat(taken).reshape(-1) if are_alike else _flatten_dense_tensors(taken)
-            values = together.double()
-            total += torch.dot(values, values).item()
-        return sqrt(total)
+        try:
+            buffer = self._free.pop()
+        except IndexError:  # the first call, or another thread has it
+            buffer = self._buffer()
+        places, pieces = buffer
+        torch._foreach_copy_(places, tensors)
+        norms = [torch.linalg.vector_norm(piece).item() for piece in pieces]
+        self._free.append(buffer)
+        return hypot(*norms)
+
+    def _buffer(self) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """Return the place of each tensor in memory of float64, and that memory in pieces.
+
+        It is kept: to get the pages of new memory takes longer than to fill them.
+        """
+        with torch.inference_mode(mode=False):  # it is for calls of any mode
+            values = torch.empty(sum(self._sizes), dtype=torch.float64, device="cpu")
+            each = zip(values.split(self._sizes), self._shapes, strict=True)
+            return [place.view(shape) for place, shape in each], values.split(_PIECE)

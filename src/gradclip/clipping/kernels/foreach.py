@@ -9,6 +9,7 @@ reads the host.
 
 from collections.abc import Callable, Iterator, Sequence
 from math import inf, isfinite, isnan
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -16,18 +17,23 @@ from torch._utils import _flatten_dense_tensors
 
 from gradclip.clipping.kernels import Batch, Clamped, TensorSpecs, Write, blocks, carry_out, halves
 from gradclip.clipping.kernels.device import result_device_of
-from gradclip.clipping.kernels.gathering import ALIKE, GATHERED, cut, taker
 from gradclip.clipping.kernels.rows import in_blocks, shaped
 from gradclip.clipping.kernels.writes import clamp_each
 
 _SMALL = 8192
 """Rows up to this many elements are gathered and converted to float64 together."""
 
+_GATHERED = 1 << 15
+"""Elements gathered at a time: they stay in a cache, and start no threads."""
+
 _WORTH_LANES = 1024
 """Rows from this many elements on are summed as those of large tensors are, if they are alike."""
 
 _GATHERED_IN_LANES = 1 << 18
 """Elements gathered at a time for that, which is worth threads."""
+
+_ALIKE = 4
+"""Rows of one shape that are worth a gathering of their own, which is cheaper for each."""
 
 _CONVERTED = 1 << 23
 """Bytes of a large tensor converted at a time, so that no temporary grows with the model."""
@@ -168,19 +174,19 @@ class _Gathering:
         matrices: list[tuple[list[int], bool]] = []
         rest: list[int] = []
         for shape, indices in alike.items():
-            if len(indices) >= ALIKE and shape:  # numbers cannot be concatenated
+            if len(indices) >= _ALIKE and shape:  # numbers cannot be concatenated
                 size = sizes[indices[0]]
                 fits = size >= _WORTH_LANES and size % _LANES == 0
                 in_lanes = fits and specs.dtypes[0] is not torch.float64
-                limit = _GATHERED_IN_LANES if in_lanes else GATHERED
-                matrices += [(piece, in_lanes) for piece in cut(indices, sizes, limit)]
+                limit = _GATHERED_IN_LANES if in_lanes else _GATHERED
+                matrices += [(cut, in_lanes) for cut in _cut(indices, sizes, limit)]
             else:
                 rest += indices
-        segments = cut(rest, sizes, GATHERED)
-        self.matrices = [(taker(indices), in_lanes) for indices, in_lanes in matrices]
+        segments = _cut(rest, sizes, _GATHERED)
+        self.matrices = [(_taker(indices), in_lanes) for indices, in_lanes in matrices]
         self.in_lanes = any(in_lanes for _, in_lanes in matrices)
         self.segments = [
-            (taker(indices), torch.tensor([sizes[index] for index in indices], device="cpu"))
+            (_taker(indices), torch.tensor([sizes[index] for index in indices], device="cpu"))
             for indices in segments
         ]
         gathered = [indices for indices, _ in matrices]
@@ -188,6 +194,26 @@ class _Gathering:
         # Where each row is found among the results of all of them.
         placed = order == sorted(order)
         self.places = None if placed else torch.tensor(order, device="cpu").argsort()
+
+
+def _taker(indices: list[int]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
+    """Return what takes the elements of a sequence at some indices."""
+    if len(indices) == 1:
+        return lambda rows: (rows[indices[0]],)
+    return itemgetter(*indices)
+
+
+def _cut(indices: list[int], sizes: list[int], limit: int) -> list[list[int]]:
+    """Cut indices so that no piece holds more elements than are gathered at a time."""
+    pieces: list[list[int]] = []
+    total = 0
+    for index in indices:
+        total += sizes[index]
+        if not pieces or total > limit:
+            pieces.append([])
+            total = sizes[index]
+        pieces[-1].append(index)
+    return pieces
 
 
 def _by_rows(batch: Batch, p: float, large: Callable[[Tensor], float]) -> Tensor:
