@@ -148,7 +148,8 @@ class OwnedStep:
         Args:
             made: Whether the step was made, for the loss scaler; None where it is not known.
         """
-        self._give_back()
+        if self._taken is not None:
+            self._give_back()
         if made is not None and self._scaled:
             self._overflows.settle(negated(made))
 
@@ -170,7 +171,8 @@ class OwnedStep:
                 f"this {self.label} was removed, or another one took its place, so it clips "
                 "nothing any more: make a new one. No gradient was changed."
             )
-        self._give_back()  # the last step may have raised
+        if self._taken is not None:  # the last step may have raised
+            self._give_back()
         if not self._claims and self.clipper.writes:
             check_unclaimed(self.optimizer, self._owner, self.label)
 

@@ -171,7 +171,8 @@ class Attachment:
     def before(self, optimizer: Any, kwargs: dict[str, Any]) -> Flag:
         """Clip, and return whether the step should not be made; its ``step`` calls this."""
         self._scaled = getattr(optimizer, "found_inf", None) is not None
-        _check_call(optimizer, kwargs)
+        if kwargs:
+            _check_call(optimizer, kwargs)
         scale = _scale(optimizer)
         if scale is not None:
             self._see_floor(scale)
@@ -185,8 +186,8 @@ class Attachment:
 
     def after(self, error: BaseException | None) -> None:
         """Give back what was lent for the step; its ``step`` calls this."""
-        lent, self._lent = self._lent, None
-        if lent is not None:
+        if self._lent is not None:
+            lent, self._lent = self._lent, None
             lent.close()
         self._step.settle()
         if error is not None and self._scaled:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from itertools import chain
+from operator import attrgetter
 from threading import local
 from types import MethodType
 from typing import Any, Protocol
@@ -26,6 +27,9 @@ from gradclip.errors import ArgumentTypeError, ArgumentValueError, warn
 _UNSET = object()
 _HELD = "_gradclip_held"
 """An attribute of the function that holds a step; ``functools.wraps`` hands it on to others."""
+
+
+_lasts = attrgetter("lasts")
 
 
 class Gate(Protocol):
@@ -100,8 +104,7 @@ class HeldStep:
             return self._call(args, kwargs)
         optimizer: Any = self._optimizer()
         loss = None
-        # What lasts clips what the closure computes.
-        if (args or kwargs) and any(gate.lasts for gate in gates):
+        if any(map(_lasts, gates)) and (args or kwargs):  # it clips what the closure computes
             loss, args, kwargs = self._evaluated(optimizer, args, kwargs)
         entered: list[Gate] = []
         error: BaseException | None = None
@@ -110,8 +113,10 @@ class HeldStep:
             withheld: Flag = False
             for gate in gates:
                 entered.append(gate)
-                withheld = any_of([withheld, gate.before(optimizer, kwargs)])
-            result = self._step(withheld, args, kwargs)
+                found = gate.before(optimizer, kwargs)
+                withheld = found if withheld is False else any_of([withheld, found])
+            made = withheld is False
+            result = self._call(args, kwargs) if made else self._step(withheld, args, kwargs)
         except BaseException as raised:
             error = raised
             raise
