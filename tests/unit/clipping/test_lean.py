@@ -15,7 +15,7 @@ from gradclip.clipping import engine, flags, functional
 from gradclip.clipping.kernels import SpecsCache
 from gradclip.errors import DoubleClippingError
 
-SHAPES = [(), (1,), (7,), (16, 3), (3, 4, 2), (128,), (64, 32)]
+SHAPES = [(), (1,), (7,), (16, 3), (3, 4, 2), (128,), (128, 96)]
 ODD = [None, nan, inf, -inf, 0.0, 1e-45, 6e-8, 60000.0, 3e38]
 
 
@@ -243,6 +243,10 @@ def test_marks_of_both_ways_are_found_by_both():
         optimizer.step()
         optimizer.step()  # its own marks do not stop it
         assert was_lean(handle.last)
+        watch = GradientClipper(parameters, ObserveClip())
+        warmed(parameters, watch.clip)
+        assert was_lean(watch.clip())
+        optimizer.step()  # what only measures leaves no marks
         clipper = GradientClipper(parameters, 0.5)
         warmed(parameters, clipper.clip)
         clip = (lambda: gradclip.clip_grad_norm_(parameters, 0.5)) if by_function else clipper.clip  # noqa: B023
