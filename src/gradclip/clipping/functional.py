@@ -69,7 +69,8 @@ def _clip_once(source: ParameterSource, policy: Policy, nonfinite: Nonfinite) ->
 
 @lru_cache(maxsize=64)
 def _norm_clip(max_norm: float, norm_type: float) -> tuple[NormClip, Lean | None]:
-    policy = NormClip(max_norm=max_norm, norm_type=norm_type)
+    ceiling, order = as_ceiling(max_norm, "max_norm"), as_norm_order(norm_type)
+    policy = NormClip(max_norm=ceiling, norm_type=order)
     return policy, Lean.of(policy)
 
 
@@ -145,7 +146,11 @@ def clip_grad_norm_(
     tensor(5.)
     """
     _check_foreach(foreach)
-    policy, lean = _norm_clip(as_ceiling(max_norm, "max_norm"), as_norm_order(norm_type))
+    if type(max_norm) is not float:
+        max_norm = as_ceiling(max_norm, "max_norm")
+    if type(norm_type) is not float:
+        norm_type = as_norm_order(norm_type)
+    policy, lean = _norm_clip(max_norm, norm_type)
     raises = _check_flag(error_if_nonfinite)
     nonfinite: Nonfinite = "raise" if raises else "propagate"
     source = as_source(parameters)

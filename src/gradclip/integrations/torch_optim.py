@@ -189,7 +189,6 @@ class Attachment:
         if self._lent is not None:
             lent, self._lent = self._lent, None
             lent.close()
-        self._step.settle()
         if error is not None and self._scaled:
             # It would have done so, had nothing been raised: what it leaves counts twice.
             _forget_scaler(self.optimizer)

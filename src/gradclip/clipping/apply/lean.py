@@ -7,7 +7,7 @@ ordinary way begins from the start: it alone knows what to do about a NaN.
 
 from collections.abc import Sequence
 from math import hypot, inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,8 +97,11 @@ class Lean:
             found: The gradient of each parameter, if it has one.
             known: Recognises gradients that the ordinary way has checked before.
         """
-        gradients = [each for each in found if each is not None]
-        specs = known.find(gradients)
+        gradients: Any = found
+        specs = known.find(gradients)  # what holds a None fits none
+        if specs is None:
+            gradients = [each for each in found if each is not None]
+            specs = known.find(gradients)
         if specs is None or not (plan := specs.plan(_Gathering)).fit or flags.host_waits_for(_CPU):
             return None
         if not plan.bytes.lie_apart(list(map(Tensor.data_ptr, gradients))):

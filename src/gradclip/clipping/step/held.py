@@ -100,7 +100,7 @@ class HeldStep:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Ask the gates in their order; step, or do not."""
         gates = list(self.gates)
-        if not gates or self._is_inside():
+        if not gates or getattr(self._running, "inside", False):
             return self._call(args, kwargs)
         optimizer: Any = self._optimizer()
         loss = None
@@ -127,10 +127,6 @@ class HeldStep:
             for gate in reversed(entered):
                 gate.after(error)
             error = None  # or this frame, and all that the error has, would wait for the collector
-
-    def _is_inside(self) -> bool:
-        """Return whether this thread is within a step."""
-        return bool(getattr(self._running, "inside", False))
 
     def _step(self, withheld: Flag, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Step under a flag: on the device where the optimizer takes one, else read by the host."""
@@ -183,7 +179,7 @@ class HeldStep:
 
     def _see(self, optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG002
         """Refuse a step that comes past ``run``."""
-        if self.gates and not self._is_inside():
+        if self.gates and not getattr(self._running, "inside", False):
             label = self.gates[0].label
             raise ArgumentValueError(
                 f"{type(optimizer).__name__}.step was called past {label}, so its gradients are "

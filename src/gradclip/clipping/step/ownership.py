@@ -14,7 +14,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 from gradclip.clipping.step.wrappers import unwrapped
 from gradclip.errors import DoubleClippingError
@@ -96,9 +96,26 @@ class _Mark(NamedTuple):
     """
 
     identity: int
-    gradient: TensorWeakRef
-    version: tuple[int, int]
+    gradient: "ref[Tensor]"
+    version: int
+    address: int
     policy: object
+
+    @property
+    def alive(self) -> Tensor | None:
+        """The gradient, if it still lives."""
+        found = self.gradient()
+        if found is not None:
+            found._fix_weakref()  # type: ignore[attr-defined]  # noqa: SLF001 - as torch's own TensorWeakRef
+        return found
+
+    def stands(self) -> bool:
+        """Return whether the gradient lives, and was not written since."""
+        found = self.alive
+        if found is None:
+            return False
+        version = found._version  # noqa: SLF001 - how often it was written, as autograd counts
+        return (version, _address(found)) == (self.version, self.address)
 
 
 class _Marking:
@@ -133,7 +150,7 @@ class _Marking:
         for gradients, policy in clipped:
             stride = 1 if every else max(1, -(-len(gradients) // self._few))
             some = gradients[::stride]
-            marks += [_Mark(id(g), TensorWeakRef(g), _version(g), policy) for g in some]
+            marks += [_Mark(id(g), ref(g), g._version, _address(g), policy) for g in some]  # noqa: SLF001 - as autograd
         self.marks.append(marks)
         if self not in _MARKING:
             _MARKING[:] = [*(each for each in list(_MARKING) if each.is_marked()), self]
@@ -141,7 +158,7 @@ class _Marking:
     def is_marked(self) -> bool:
         """Return whether its marks mean something: a gradient that it marked still lives."""
         return not self.released and any(
-            m.gradient() is not None for m in chain.from_iterable(list(self.marks))
+            m.alive is not None for m in chain.from_iterable(list(self.marks))
         )
 
 
@@ -173,8 +190,7 @@ class Owner(_Marking):
                 continue
             mine = {id(gradient) for gradient in gradients} if mine is None else mine
             for mark in chain.from_iterable(list(other.marks)):  # threads have engines of their own
-                gradient = mark.gradient() if mark.identity in mine else None
-                if gradient is not None and mark.version == _version(gradient):
+                if mark.identity in mine and mark.stands():
                     self._refuse(other, mark)
 
     def _refuse(self, other: _Marking, mark: _Mark) -> None:
@@ -187,7 +203,6 @@ class Owner(_Marking):
         )
 
 
-def _version(gradient: Tensor) -> tuple[int, int]:
-    """Return how often a gradient was written, as autograd counts, and where it lies."""
-    address = gradient.data_ptr() if gradient.layout is torch.strided else 0
-    return gradient._version, address  # noqa: SLF001 - what autograd itself asks
+def _address(gradient: Tensor) -> int:
+    """Return where a gradient lies, if it has memory of its own."""
+    return gradient.data_ptr() if gradient.layout is torch.strided else 0
