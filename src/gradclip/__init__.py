@@ -47,11 +47,12 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Import the engine, and torch with it, on the first use of one of its names."""
-    if name in ("attach", "attached"):
-        return getattr(import_module("gradclip.integrations.torch_optim"), name)
-    if name in __all__:
-        return getattr(import_module("gradclip.clipping"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    has_it = "integrations.torch_optim" if name in {"attach", "attached"} else "clipping"
+    found: object = getattr(import_module(f"gradclip.{has_it}"), name)
+    globals()[name] = found  # so that this is not asked for it again
+    return found
 
 
 def __dir__() -> list[str]:

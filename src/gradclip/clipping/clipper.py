@@ -159,10 +159,9 @@ clipped=True, skipped=False, nonfinite=0)
 
         All are raised before any gradient is changed, but for the last on an accelerator.
         """
-        with torch.no_grad():
-            return self._engine.clip(
-                grad_scale, overflow_expected=overflow_expected, defer_scaling=defer_scaling
-            )
+        return self._engine.clip(
+            grad_scale, overflow_expected=overflow_expected, defer_scaling=defer_scaling
+        )
 
     def take_back(self) -> None:
         """Take the last call back from the histories: its step was not made, and comes again.

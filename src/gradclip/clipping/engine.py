@@ -1,7 +1,7 @@
 """The engine: collect, measure, decide, apply. What varies between its users is given to it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from gradclip.clipping import flags
 from gradclip.clipping.apply.clamping import Clamping
 from gradclip.clipping.apply.coefficients import Coefficients
+from gradclip.clipping.apply.lean import Lean
 from gradclip.clipping.apply.scaling import scaling
 from gradclip.clipping.arguments import Options, check_grad_scale
 from gradclip.clipping.collect.gradients import warn_of_none
@@ -29,9 +30,9 @@ from gradclip.clipping.policies import Decision, Measurement, Policy
 from gradclip.clipping.policies.checks import check_decision, decide_by_shared
 from gradclip.clipping.ranks import telling_others
 from gradclip.clipping.ranks.peers import Peers
-from gradclip.clipping.result import ClipResult, over_all
+from gradclip.clipping.result import ClipResult, of_small, over_all
 from gradclip.clipping.state import STATE_VERSION, Histories, read_state
-from gradclip.clipping.step.judge import Judge
+from gradclip.clipping.step.judge import Decided, Judge
 from gradclip.clipping.step.ownership import Owner, Role
 from gradclip.clipping.step.rows import StepLog
 
@@ -40,25 +41,6 @@ if TYPE_CHECKING:
 
 _COARSE = 2.0**-80
 """A coefficient below this may not have a loss scale in float32."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Decided:
-    """What all policies decided together.
-
-    Args:
-        decisions: Of each pattern.
-        bounded: Whether nothing was found in a pattern that its policy cannot bound.
-        committed: Whether nothing forbids the step: no NaN, no infinity, no error on any rank.
-        unwanted: Whether a policy asks to skip the step.
-        made: Whether the step is made: committed, and not unwanted.
-    """
-
-    decisions: list[Decision]
-    bounded: list[Flag]
-    committed: Flag
-    unwanted: Flag
-    made: Flag
 
 
 class Engine:
@@ -104,6 +86,8 @@ class Engine:
         self._judge = Judge(options, self._binding.total_order, called=called, owned=owned)
         self.step_log = StepLog(called or "gradclip", owned=owned)
         self._histories = Histories()
+        portable = self._backends.are_portable
+        self._lean = Lean.of(policies["*"]) if portable and not (by_pattern or once) else None
         self._settled, self._warned = once, False
         self._asked: set[str] = set()
         self.step = 0
@@ -120,6 +104,35 @@ class Engine:
         defer_scaling: bool = False,
     ) -> ClipResult:
         """Clip the gradients that exist now; see ``GradientClipper.clip``."""
+        last = None
+        if self._lean is not None and self._settled and grad_scale is None and not defer_scaling:
+            last = self._clip_lean(self._lean, expected=overflow_expected)
+        if last is None:
+            with torch.no_grad():
+                last = self._clip(grad_scale, expected=overflow_expected, defer=defer_scaling)
+        self.step += 1
+        self.last = last
+        self.step_log.push(last, self.step - 1, overflow_expected, grad_scale is not None)
+        return last
+
+    def _clip_lean(self, lean: Lean, *, expected: bool) -> ClipResult | None:
+        """Clip a small model where nothing is unusual; None elsewhere, where nothing was done."""
+        pattern = self._binding.lone
+        small = None if pattern is None else lean.read(pattern.found(), pattern.known)
+        if pattern is None or small is None:
+            return None
+        if pattern.writes:
+            self._role.check(small.gradients)
+        last = of_small(small, pattern.scope_names)
+        if is_capturing(last.measured_S.device):
+            last.compute()
+        self._judge.pass_sound(last.measured_S, overflow_expected=expected)
+        small.write(self._role)
+        return last
+
+    def _clip(
+        self, grad_scale: float | Tensor | None, *, expected: bool, defer: bool
+    ) -> ClipResult:
         peers = self._find_peers()
         sound: Flag | None = None
         while sound is None:  # again where ranks had to agree first
@@ -133,16 +146,10 @@ class Engine:
                     peers = self._binding.find_again(awaited=True)
         try:
             with peers.owing(self.step):
-                last = self._finish(
-                    step, found, sound, peers, expected=overflow_expected, defer=defer_scaling
-                )
+                return self._finish(step, found, sound, peers, expected=expected, defer=defer)
         except Exception:
             self.step += peers.owes  # as on the ranks that made it
             raise
-        self.step += 1
-        self.last = last
-        self.step_log.push(last, self.step - 1, overflow_expected, grad_scale is not None)
-        return last
 
     def _finish(
         self,
@@ -164,10 +171,7 @@ class Engine:
         self._judge.judge(
             step.groups,
             found,
-            decided.decisions,
-            bounded=decided.bounded,
-            committed=decided.committed,
-            unwanted=decided.unwanted,
+            decided,
             overflow_expected=expected,
             may_skip=self._binding.may_skip,
             peers=peers,
@@ -292,11 +296,11 @@ class Engine:
 
     def _decide_together(
         self, step: Step, found: list[Found], norms: list[Tensor], sound: Flag, peers: Peers
-    ) -> _Decided:
+    ) -> Decided:
         """Decide, and tell other ranks where a policy that is asked fails on this one alone."""
         if peers.is_single or not self._binding.asks:
             return self._decide(step, found, norms, sound)
-        decided = _Decided([], [], committed=False, unwanted=False, made=False)
+        decided = Decided([], [], committed=False, unwanted=False, made=False)
         with peers.guarding():
             decided = self._decide(step, found, norms, sound)
         sure = peers.confirm()
@@ -306,7 +310,7 @@ class Engine:
             made=all_of([decided.made, sure]),
         )
 
-    def _decide(self, step: Step, found: list[Found], norms: list[Tensor], sound: Flag) -> _Decided:
+    def _decide(self, step: Step, found: list[Found], norms: list[Tensor], sound: Flag) -> Decided:
         """Ask each policy, but for those that numbers say completely."""
         bounded = [
             each.is_bounded(group.of, norms_S)
@@ -329,7 +333,7 @@ class Engine:
             pairs = zip(step.groups, decisions, strict=True)
             unwanted = any_of([as_known(each.skip) for group, each in pairs if group.of.writes])
         made = all_of([committed, negated(unwanted)])
-        return _Decided(decisions, bounded, committed, unwanted, made)
+        return Decided(decisions, bounded, committed, unwanted, made)
 
     def _ask(
         self, step: Step, group: Group, found: Found, norms_S: Tensor, committed: Flag
@@ -354,7 +358,7 @@ class Engine:
         self._histories.check(pattern.name, pattern.policy, decision.state)
         return decision
 
-    def _commit(self, step: Step, decided: _Decided) -> None:
+    def _commit(self, step: Step, decided: Decided) -> None:
         """Write what policies remember, where the step is made."""
         made = decided.made
         new = {
@@ -372,7 +376,7 @@ class Engine:
     def _apply(
         self,
         step: Step,
-        decided: _Decided,
+        decided: Decided,
         number: int,
         found: Found,
         norms_S: Tensor,

@@ -1,7 +1,7 @@
 """Drop-ins for ``torch.nn.utils``: same names, same arguments in the same order."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from numbers import Real
 from typing import TYPE_CHECKING, cast
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.apply.coefficients import Coefficients
+from gradclip.clipping.apply.lean import Lean
 from gradclip.clipping.apply.scaling import scaling
 from gradclip.clipping.arguments import Nonfinite, Options
 from gradclip.clipping.collect.gradients import collect, warn_of_none
@@ -27,6 +28,7 @@ from gradclip.clipping.kernels import SpecsCache, carry_out, choose
 from gradclip.clipping.kernels.device import result_device_of, untraced
 from gradclip.clipping.measure.norm import reduced as reduced_norms
 from gradclip.clipping.policies import Decision, NormClip, ObserveClip, Policy, ValueClip
+from gradclip.clipping.ranks import may_be_shared
 from gradclip.clipping.result import ClipResult
 from gradclip.clipping.step.ownership import Guest
 from gradclip.config import as_ceiling, as_norm_order
@@ -62,8 +64,27 @@ def _clip_once(source: ParameterSource, policy: Policy, nonfinite: Nonfinite) ->
         known=_KNOWN,
         meet=_remembered,
     )
-    with torch.no_grad():
-        return engine.clip()
+    return engine.clip()
+
+
+@lru_cache(maxsize=64)
+def _norm_clip(max_norm: float, norm_type: float) -> tuple[NormClip, Lean | None]:
+    ceiling, order = as_ceiling(max_norm, "max_norm"), as_norm_order(norm_type)
+    policy = NormClip(max_norm=ceiling, norm_type=order)
+    return policy, Lean.of(policy)
+
+
+def _clip_lean(source: ParameterSource, lean: Lean) -> Tensor | None:
+    """Clip a small model where nothing is unusual, and return its norm; None elsewhere."""
+    parameters = source.tensors()
+    has_twins = len(set(map(id, parameters))) < len(parameters)
+    if has_twins or may_be_shared(parameters) or not choose("auto").are_portable:
+        return None
+    small = lean.read(source.gradients(parameters), _KNOWN)
+    if small is None:
+        return None
+    small.write(_GUEST)
+    return torch.scalar_tensor(small.norm, dtype=torch.float32, device="cpu")
 
 
 def _remembered(rendezvous: "Rendezvous", groups: Mapping[str, ParameterGroup]) -> "Ranks":
@@ -125,10 +146,16 @@ def clip_grad_norm_(
     tensor(5.)
     """
     _check_foreach(foreach)
-    policy = NormClip(max_norm=as_ceiling(max_norm, "max_norm"), norm_type=as_norm_order(norm_type))
+    if type(max_norm) is not float:
+        max_norm = as_ceiling(max_norm, "max_norm")
+    if type(norm_type) is not float:
+        norm_type = as_norm_order(norm_type)
+    policy, lean = _norm_clip(max_norm, norm_type)
     raises = _check_flag(error_if_nonfinite)
     nonfinite: Nonfinite = "raise" if raises else "propagate"
-    return _clip_once(as_source(parameters), policy, nonfinite).norm_pre
+    source = as_source(parameters)
+    small = None if lean is None else _clip_lean(source, lean)
+    return _clip_once(source, policy, nonfinite).norm_pre if small is None else small
 
 
 @untraced

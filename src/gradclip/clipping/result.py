@@ -8,7 +8,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from gradclip.clipping.apply.coefficients import Coefficients
+from gradclip.clipping.apply.coefficients import Coefficients, OneCoefficient
+from gradclip.clipping.apply.lean import LeanStep
 from gradclip.clipping.flags import Flag, as_flag
 from gradclip.clipping.measure.norm import combine
 
@@ -48,6 +49,7 @@ class ClipResult:
         coefficients: What each scope was multiplied by: 0 where it was zeroed.
         withheld: Whether the update should not happen.
         tensor_sums_T: A number for each tensor, not finite just where the tensor was not: (T,).
+            None where all were finite.
         norm_type: p of the norms.
         dtype: float32, or float64 when a gradient is.
         scopes: What each entry of ``norms_S`` is the norm of.
@@ -61,9 +63,9 @@ class ClipResult:
 
     measured_S: Tensor
     thresholds: float | Tensor
-    coefficients: Coefficients | Tensor
+    coefficients: Coefficients | OneCoefficient | Tensor
     withheld: Flag
-    tensor_sums_T: Tensor
+    tensor_sums_T: Tensor | None
     norm_type: float
     dtype: torch.dtype
     scopes: Sequence[str]
@@ -117,6 +119,8 @@ class ClipResult:
         """How many tensors held a NaN or an infinity, each shard for itself: 0-d int."""
         if self.nonfinite_on_ranks is not None:
             return self.nonfinite_on_ranks.round().to(torch.int64)
+        if self.tensor_sums_T is None:
+            return torch.zeros((), dtype=torch.int64, device=self.measured_S.device)
         return (~self.tensor_sums_T.isfinite()).sum()
 
     @cached_property
@@ -238,6 +242,25 @@ def reported(value: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(value.isinf(), value, limited).to(dtype)
 
 
+def of_small(small: LeanStep, scopes: Sequence[str]) -> ClipResult:
+    """Return the result of a small model that was read as one; no gradient holds a NaN.
+
+    Args:
+        small: What its gradients came to.
+        scopes: What the norm is called.
+    """
+    return ClipResult(
+        measured_S=torch.full((1,), small.norm, dtype=torch.float64, device="cpu"),
+        thresholds=small.threshold,
+        coefficients=OneCoefficient(small.norm, small.number),
+        withheld=False,
+        tensor_sums_T=None,
+        norm_type=2.0,
+        dtype=torch.float32,
+        scopes=scopes,
+    )
+
+
 def over_all(
     groups: Mapping[str, ClipResult],
     totals_S: Sequence[Tensor],
@@ -264,7 +287,7 @@ def over_all(
         thresholds=torch.cat([r.thresholds_S for r in results]),
         coefficients=torch.cat([r.coefficients_S for r in results]),
         withheld=torch.stack([r.skipped for r in results]).any(),
-        tensor_sums_T=torch.cat([r.tensor_sums_T for r in results]),
+        tensor_sums_T=torch.cat([r.tensor_sums_T for r in results if r.tensor_sums_T is not None]),
         norm_type=order,
         dtype=max((r.dtype for r in results), key=lambda dtype: dtype.itemsize),
         scopes=(),

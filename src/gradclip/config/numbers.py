@@ -64,6 +64,8 @@ def as_norm_order(value: object, name: str = "norm_type") -> float:
 
 
 def _number(value: Any, name: str) -> float:
+    if type(value) is float:
+        return value
     seen = _repr.repr(value)
     if hasattr(value, "numel"):  # a tensor: this module does not know torch
         if value.numel() != 1:

@@ -80,11 +80,17 @@ class OwnedStep:
         self._overflows, self._unscale = OverflowWatch(), Unscaling()
         self._clipped: list[tuple[Tensor, TensorWeakRef]] = []
         self._scaled = self._released = False
-        self._kept, self._taken = ExitStack(), ExitStack()
+        self._kept = ExitStack()
+        self._taken: ExitStack | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle as one that let the optimizer go: it holds no step of the copy."""
-        gone = {"_kept": ExitStack(), "_taken": ExitStack(), "_clipped": [], "_released": True}
+        gone: dict[str, Any] = {
+            "_kept": ExitStack(),
+            "_taken": None,
+            "_clipped": [],
+            "_released": True,
+        }
         return {**vars(self), **gone}
 
     def clip(self, scaler: Any = None, *, unscale: bool = True) -> ClipResult:
@@ -128,6 +134,7 @@ class OwnedStep:
     def withhold(self) -> None:
         """Keep the optimizer from stepping until ``settle``, if the step was skipped."""
         if self.skipped is not False:
+            self._taken = self._taken or ExitStack()
             self._taken.enter_context(held(self.optimizer, Verdict(self)))
 
     def verdict(self) -> Flag:
@@ -141,16 +148,22 @@ class OwnedStep:
         Args:
             made: Whether the step was made, for the loss scaler; None where it is not known.
         """
-        self._taken.close()
+        if self._taken is not None:
+            self._give_back()
         if made is not None and self._scaled:
             self._overflows.settle(negated(made))
 
     def release(self) -> None:
         """Let the optimizer go; twice is harmless. The clipper stays, with its history."""
         self._released = self._role.released = True
-        self._taken.close()
+        self._give_back()
         self._kept.close()
         release(self.optimizer, self._owner)
+
+    def _give_back(self) -> None:
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            taken.close()
 
     def _begin(self) -> None:
         if self._released:
@@ -158,7 +171,8 @@ class OwnedStep:
                 f"this {self.label} was removed, or another one took its place, so it clips "
                 "nothing any more: make a new one. No gradient was changed."
             )
-        self._taken.close()  # the last step may have raised
+        if self._taken is not None:  # the last step may have raised
+            self._give_back()
         if not self._claims and self.clipper.writes:
             check_unclaimed(self.optimizer, self._owner, self.label)
 

@@ -117,7 +117,7 @@ class Attachment:
         _warn_of_hooks(self.optimizer)
         source = OptimizerParameters(self.optimizer)
         self._step = OwnedStep(optimizer, source, policy, options, owner=self, label=_LABEL)
-        self._lent = ExitStack()
+        self._lent: ExitStack | None = None
         self._scaled = False
         self._at_floor = False
         self._scales: Ring[None] = Ring()
@@ -149,7 +149,7 @@ class Attachment:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle as one that was removed: a copy of the optimizer is not clipped."""
-        return {**vars(self), "_lent": ExitStack(), "_removed": True}
+        return {**vars(self), "_lent": None, "_removed": True}
 
     def __enter__(self) -> Self:
         return self
@@ -171,28 +171,30 @@ class Attachment:
     def before(self, optimizer: Any, kwargs: dict[str, Any]) -> Flag:
         """Clip, and return whether the step should not be made; its ``step`` calls this."""
         self._scaled = getattr(optimizer, "found_inf", None) is not None
-        _check_call(optimizer, kwargs)
+        if kwargs:
+            _check_call(optimizer, kwargs)
         scale = _scale(optimizer)
-        self._see_floor(scale)
+        if scale is not None:
+            self._see_floor(scale)
         # A scaler that found an infinity answers for it.
         expected = self._scaled and not self._at_floor
         result = self._step.clip_scaled(scale, overflow_expected=expected)
         if scale is not None and result.deferred:
+            self._lent = self._lent or ExitStack()
             self._lent.enter_context(lend(optimizer, "grad_scale", _divided(scale, result)))
         return self._step.skipped
 
     def after(self, error: BaseException | None) -> None:
         """Give back what was lent for the step; its ``step`` calls this."""
-        self._lent.close()
-        self._step.settle()
+        if self._lent is not None:
+            lent, self._lent = self._lent, None
+            lent.close()
         if error is not None and self._scaled:
             # It would have done so, had nothing been raised: what it leaves counts twice.
             _forget_scaler(self.optimizer)
 
-    def _see_floor(self, scale: Tensor | None) -> None:
+    def _see_floor(self, scale: Tensor) -> None:
         """Note whether the scale can still fall: on an accelerator some steps late."""
-        if scale is None:
-            return
         if not flags.host_waits_for(scale.device):
             self._at_floor = float(scale) <= SCALE_FLOOR
         elif (late := self._scales.push(copy_to_host(scale), None)) is not None:

@@ -33,6 +33,36 @@ _BEYOND = 2.0 ** (1024 - REDUCED)
 """A reduced norm from here on is that of a norm beyond float64."""
 
 
+def quotient(norm: float, threshold: float, target: float, guard: float) -> float:
+    """Return what one norm is multiplied by, where float64 has a precise number for it.
+
+    Args:
+        norm: The norm.
+        threshold: Above this it is scaled.
+        target: What it gets.
+        guard: Relative margin that keeps rounding from exceeding the target.
+    """
+    return target / norm * (1 - guard) if norm > threshold and norm > target else 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class OneCoefficient:
+    """A coefficient of one scope on the CPU that the host knows, as it knows the norm.
+
+    Args:
+        norm: The norm before.
+        number: The coefficient.
+    """
+
+    norm: float
+    number: float
+
+    @property
+    def values_S(self) -> Tensor:
+        """What the scope is multiplied by, float64 (1,)."""
+        return torch.full((1,), self.number, dtype=torch.float64, device="cpu")
+
+
 @dataclass(eq=False)
 class Coefficients:
     """What the scopes of a pattern are multiplied by.
@@ -98,9 +128,9 @@ class Coefficients:
         norm, room = float(self.norms_S), 1 - self.guard
         threshold, target = float(self.decision.thresholds), float(self.decision.targets)
         beyond = norm >= LARGEST and self.reduced is not None and threshold < inf
-        if not (beyond or (norm > threshold and norm > target)):
+        number = quotient(norm, threshold, target, self.guard)
+        if number == 1 and not beyond:
             return 1.0
-        number = target / norm * room
         if target == 0 or (number >= 2.0**_STEP and not beyond):
             self._steps = [number]
             return number

@@ -53,9 +53,9 @@ class DisjointCheck:
 
 def _lie_apart(batches: Sequence[Batch]) -> bool:
     """Return whether it is plain to see that no byte is shared: no gaps, one behind another."""
-    if not all(batch.specs.plan(_Bytes).packed for batch in batches):
+    if not all(batch.specs.plan(Bytes).packed for batch in batches):
         return False
-    kept = [batch.specs.plan(_Bytes) for batch in batches]
+    kept = [batch.specs.plan(Bytes) for batch in batches]
     starts = array("q")
     for batch, of_each in zip(batches, kept, strict=True):
         starts.extend(compress(batch.addresses, of_each.lengths))
@@ -73,7 +73,7 @@ _MANY = 256
 """From so many tensors on torch sorts faster than Python."""
 
 
-class _Bytes:
+class Bytes:
     """How many bytes each tensor of a specs takes, which has no gaps."""
 
     def __init__(self, specs: TensorSpecs) -> None:
@@ -85,6 +85,20 @@ class _Bytes:
         self.taken = torch.tensor(
             [length for length in self.lengths if length], dtype=torch.int64, device="cpu"
         )
+        self._apart: list[int] | None = None
+
+    def lie_apart(self, addresses: list[int]) -> bool:
+        """Return whether it is plain to see that none is shared: one tensor behind another.
+
+        Args:
+            addresses: Where each tensor begins; all have elements, and no gaps.
+        """
+        if addresses != self._apart:
+            ends = sorted(map(add, addresses, self.lengths))
+            if not all(map(le, ends, sorted(addresses)[1:])):
+                return False
+            self._apart = addresses
+        return True
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, cast
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ _WRAPPERS = frozenset(
 )
 
 _PAIR = 2
+_PLAIN = {Tensor, nn.Parameter}
 
 Names: TypeAlias = list[str | None]
 
@@ -179,6 +180,8 @@ def as_source(params: object) -> ParameterSource:
         ArgumentTypeError: GC011, for anything else.
         ArgumentValueError: GC010, for a generator that was already exhausted.
     """
+    if type(params) is list:
+        return _listed(params)
     if isinstance(params, ListedParameters | ModuleParameters | OptimizerParameters):
         return params
     if isinstance(params, nn.Module):
@@ -189,8 +192,9 @@ def as_source(params: object) -> ParameterSource:
 
 
 def _listed(items: Sequence[object]) -> ListedParameters:
-    if all(issubclass(kind, Tensor) for kind in set(map(type, items))):
-        return ListedParameters(cast("list[Tensor]", list(items)))
+    kinds = set(map(type, items))
+    if kinds <= _PLAIN or all(issubclass(kind, Tensor) for kind in kinds):
+        return ListedParameters(list(items))  # type: ignore[arg-type]
     tensors: list[Tensor] = []
     names: Names = []
     for number, item in enumerate(items):

@@ -118,6 +118,11 @@ class Backends:
     def __init__(self, name: str) -> None:
         self._name = name
 
+    @property
+    def are_portable(self) -> bool:
+        """Whether torch's own operations serve the CPU."""
+        return self._name in {"auto", "foreach"}
+
     def on(self, device: torch.device) -> Kernels:
         """Return the backend for tensors of that device.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from gradclip.clipping.kernels import Batch, Clamped, TensorSpecs, Write, blocks, carry_out
+from gradclip.clipping.kernels import Batch, Clamped, TensorSpecs, Write, blocks, carry_out, halves
 from gradclip.clipping.kernels.device import result_device_of
 from gradclip.clipping.kernels.rows import in_blocks, shaped
 from gradclip.clipping.kernels.writes import clamp_each
@@ -275,20 +275,32 @@ def _lane_sums(rows: Sequence[Tensor], buffer: Tensor, top: float | Tensor | Non
     torch.cat(list(rows), out=flat.view(count * shape[0], *shape[1:]))
     if top is not None:
         blocks.clamp_to_(flat, top)
-    in_lanes = torch.linalg.vector_norm(flat.to(torch.float32).view(count, -1, _LANES), dim=2)
-    sums = torch.linalg.vector_norm(in_lanes, dim=1, dtype=torch.float64).square_()
+    if flat.dtype in halves.HALVES and halves.can_sum():
+        sums = halves.square_sums(flat, _LANES).view(count, -1).sum(1, dtype=torch.float64)
+    else:
+        lanes = flat.to(torch.float32).view(count, -1, _LANES)
+        in_lanes = torch.linalg.vector_norm(lanes, dim=2)
+        sums = torch.linalg.vector_norm(in_lanes, dim=1, dtype=torch.float64).square_()
     low = size * _LOST_FLOAT32_SQUARE
     # Neither NaN, infinities and what overflowed, nor squares that vanished.
     return sums if bool(((sums >= low) & (sums < inf)).all()) else None
 
 
 def _large_sum(row: Tensor, p: float, top: float | Tensor | None) -> float:
-    total = sum(_lane_sum(block, p) for block in _native_blocks(row, p, top))
+    if p == _EUCLIDEAN and top is None and _is_half(row):
+        total = halves.square_sum(row)
+    else:
+        total = sum(_lane_sum(block, p) for block in _native_blocks(row, p, top))
     lost = _LOST_SQUARE.get(row.dtype, _LOST_FLOAT32_SQUARE) if p == _EUCLIDEAN else 0.0
     if isfinite(total) and total >= row.numel() * lost:
         return total
     largest = float(blocks.abs_max(row))
     return float(blocks.power_sum(row, p, 0, top)) if largest != 0 else 0.0
+
+
+def _is_half(row: Tensor) -> bool:
+    is_flat = row.dim() == 1 and row.is_contiguous()
+    return row.dtype in halves.HALVES and is_flat and halves.can_sum()
 
 
 def _native_blocks(row: Tensor, p: float, top: float | Tensor | None) -> Iterator[Tensor]:
@@ -380,7 +392,7 @@ def _scaling_together(tensors: list[Tensor], coefficient: float) -> list[Write]:
     steps = [coefficient]
     if coefficient < _COARSE_COEFFICIENT:
         steps = [_COARSE_COEFFICIENT, coefficient / _COARSE_COEFFICIENT]
-    factors = [torch.tensor(step, dtype=dtype, device="cpu") for step in steps]
+    factors = [torch.scalar_tensor(step, dtype=dtype, device="cpu") for step in steps]
     return [Write(torch._foreach_mul_, (tensors, [f] * len(tensors))) for f in factors]
 
 

@@ -32,6 +32,7 @@ class TensorSpecs:
         packed: Whether each fills the memory from its first element to its last, in any order of
             dimensions, and no element twice.
         flat: Whether each row of a tensor is one stretch of memory behind the last.
+        plain: Whether each is a tensor of torch's own type, and has no graph.
         rows: Rows of each tensor: 1, or its leading dimension.
     """
 
@@ -41,6 +42,7 @@ class TensorSpecs:
     dense: list[bool]
     packed: list[bool]
     flat: list[bool]
+    plain: list[bool]
     rows: list[int]
     _plans: dict[Any, Any] = field(default_factory=dict)
 
@@ -64,6 +66,7 @@ class TensorSpecs:
                 fills and (n == 1 or tensor.is_contiguous())
                 for tensor, n, fills in zip(tensors, counts, packed, strict=True)
             ],
+            plain=[type(t) is Tensor and not t.requires_grad for t in tensors],
             rows=counts,
         )
 
@@ -123,6 +126,7 @@ class TensorSpecs:
             dense=[self.dense[i] for i in chosen],
             packed=[self.packed[i] for i in chosen],
             flat=[self.flat[i] for i in chosen],
+            plain=[self.plain[i] for i in chosen],
             rows=[self.rows[i] for i in chosen],
         )
 
@@ -217,7 +221,7 @@ class SpecsCache:
 
     def __init__(self, *, capacity: int = 4) -> None:
         self._capacity = capacity
-        self._known: tuple[tuple[Any, TensorSpecs], ...] = ()
+        self._known: tuple[tuple[int, Callable[..., bool], TensorSpecs], ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle as one that knows nothing yet."""
@@ -225,10 +229,10 @@ class SpecsCache:
 
     def find(self, tensors: Sequence[Tensor]) -> TensorSpecs | None:
         """Return the specs of earlier tensors of the same types, devices, shapes and strides."""
-        for position, (facts, specs) in enumerate(self._known):
-            if len(specs) == len(tensors) and _hold(facts, tensors):
+        for position, (count, fit, specs) in enumerate(self._known):
+            if count == len(tensors) and fit(*tensors):
                 if position:
-                    self._keep(facts, specs)
+                    self._keep(fit, specs)
                 return specs
         return None
 
@@ -240,7 +244,7 @@ class SpecsCache:
             rows: Rows of each; 1 where they are not given.
         """
         specs = TensorSpecs.of(tensors, rows)
-        self._keep(_facts(tensors), specs)
+        self._keep(_fitting(tensors), specs)
         return specs
 
     def batch(self, tensors: Sequence[Tensor], rows: Sequence[int] | None = None) -> Batch:
@@ -248,9 +252,9 @@ class SpecsCache:
         specs = self.find(tensors)
         return Batch(tensors, self.add(tensors, rows) if specs is None else specs)
 
-    def _keep(self, facts: object, specs: TensorSpecs) -> None:
-        others = [known for known in self._known if known[1] is not specs]
-        self._known = ((facts, specs), *others[: self._capacity - 1])
+    def _keep(self, fit: Callable[..., bool], specs: TensorSpecs) -> None:
+        others = [known for known in self._known if known[-1] is not specs]
+        self._known = ((len(specs), fit, specs), *others[: self._capacity - 1])
 
 
 def _is_packed(tensor: Tensor) -> bool:
@@ -267,16 +271,17 @@ def _is_packed(tensor: Tensor) -> bool:
     return True
 
 
-def _facts(tensors: Sequence[Tensor]) -> Any:
+def _fitting(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Return what compares other tensors, as many, with these; it holds none of them."""
     if _Guards is None:
-        return list(map(_fact, tensors))
-    return _Guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        return partial(_all_match, list(map(_fact, tensors)))
+    guards = _Guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    check: Callable[..., bool] = guards.check
+    return check
 
 
-def _hold(facts: Any, tensors: Sequence[Tensor]) -> bool:
-    if isinstance(facts, list):
-        return all(map(_matches, facts, tensors))
-    return bool(facts.check(*tensors))
+def _all_match(facts: Sequence[tuple[object, ...]], *tensors: Tensor | None) -> bool:
+    return all(map(_matches, facts, tensors))
 
 
 def _matches(fact: tuple[object, ...], tensor: Tensor | None) -> bool:
@@ -285,5 +290,5 @@ def _matches(fact: tuple[object, ...], tensor: Tensor | None) -> bool:
 
 def _fact(tensor: Tensor) -> tuple[object, ...]:
     strides = tensor.stride() if tensor.layout is torch.strided else None
-    signs = tensor.is_conj(), tensor.is_neg()
+    signs = tensor.is_conj(), tensor.is_neg(), tensor.requires_grad and torch.is_grad_enabled()
     return type(tensor), tensor.dtype, tensor.device, tensor.layout, tensor.shape, strides, signs

@@ -104,6 +104,14 @@ class Binding:
             self._bind(groups)
         return self.peers
 
+    @property
+    def lone(self) -> Pattern | None:
+        """The one pattern, if its parameters are those that were bound, and here alone."""
+        groups = self._parameters.groups()
+        if not self.peers.is_single or groups is not self._groups or len(self.patterns) != 1:
+            return None
+        return self.patterns[0]
+
     def bounded(self) -> list[Tensor]:
         """Return the parameters that have a policy, in the order that all ranks have."""
         return [tensor for pattern in self.patterns for tensor in pattern.parameters.parameters]

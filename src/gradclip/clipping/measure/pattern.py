@@ -4,6 +4,7 @@ from functools import cached_property
 from math import inf
 
 import torch
+from torch import Tensor
 
 from gradclip.clipping.collect.gradients import Gradients, as_gradients, collect
 from gradclip.clipping.collect.parameters import ParameterGroup
@@ -84,6 +85,10 @@ class Pattern:
             UnsupportedGradientError: GC020, for a gradient that cannot be clipped.
         """
         return collect(self.parameters, self.known, by_unit=self.by_unit)
+
+    def found(self) -> list[Tensor | None]:
+        """Return the gradient of each parameter as it is, unchecked; None where there is none."""
+        return self.parameters.source.gradients(self.parameters.parameters)
 
     def weights(self) -> Gradients:
         """Return the parameters themselves, as what is measured."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from itertools import chain
+from operator import attrgetter
 from threading import local
 from types import MethodType
 from typing import Any, Protocol
@@ -26,6 +27,9 @@ from gradclip.errors import ArgumentTypeError, ArgumentValueError, warn
 _UNSET = object()
 _HELD = "_gradclip_held"
 """An attribute of the function that holds a step; ``functools.wraps`` hands it on to others."""
+
+
+_lasts = attrgetter("lasts")
 
 
 class Gate(Protocol):
@@ -96,11 +100,11 @@ class HeldStep:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Ask the gates in their order; step, or do not."""
         gates = list(self.gates)
-        if not gates or self._is_inside():
+        if not gates or getattr(self._running, "inside", False):
             return self._call(args, kwargs)
         optimizer: Any = self._optimizer()
         loss = None
-        if any(gate.lasts for gate in gates):  # it clips what the closure computes
+        if any(map(_lasts, gates)) and (args or kwargs):  # it clips what the closure computes
             loss, args, kwargs = self._evaluated(optimizer, args, kwargs)
         entered: list[Gate] = []
         error: BaseException | None = None
@@ -109,8 +113,10 @@ class HeldStep:
             withheld: Flag = False
             for gate in gates:
                 entered.append(gate)
-                withheld = any_of([withheld, gate.before(optimizer, kwargs)])
-            result = self._step(withheld, args, kwargs)
+                found = gate.before(optimizer, kwargs)
+                withheld = found if withheld is False else any_of([withheld, found])
+            made = withheld is False
+            result = self._call(args, kwargs) if made else self._step(withheld, args, kwargs)
         except BaseException as raised:
             error = raised
             raise
@@ -121,10 +127,6 @@ class HeldStep:
             for gate in reversed(entered):
                 gate.after(error)
             error = None  # or this frame, and all that the error has, would wait for the collector
-
-    def _is_inside(self) -> bool:
-        """Return whether this thread is within a step."""
-        return bool(getattr(self._running, "inside", False))
 
     def _step(self, withheld: Flag, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Step under a flag: on the device where the optimizer takes one, else read by the host."""
@@ -177,7 +179,7 @@ class HeldStep:
 
     def _see(self, optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG002
         """Refuse a step that comes past ``run``."""
-        if self.gates and not self._is_inside():
+        if self.gates and not getattr(self._running, "inside", False):
             label = self.gates[0].label
             raise ArgumentValueError(
                 f"{type(optimizer).__name__}.step was called past {label}, so its gradients are "

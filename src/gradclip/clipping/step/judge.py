@@ -1,6 +1,7 @@
 """Whether a step may be made: errors where they are due, and the count of skipped steps."""
 
 from collections import deque
+from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 
@@ -23,6 +24,25 @@ from gradclip.clipping.step.nonfinite import (
     skip_report,
     too_many_skips,
 )
+
+
+@dataclass(frozen=True, eq=False)
+class Decided:
+    """What all policies decided together.
+
+    Args:
+        decisions: Of each pattern.
+        bounded: Whether nothing was found in a pattern that its policy cannot bound.
+        committed: Whether nothing forbids the step: no NaN, no infinity, no error on any rank.
+        unwanted: Whether a policy asks to skip the step.
+        made: Whether the step is made: committed, and not unwanted.
+    """
+
+    decisions: list[Decision]
+    bounded: list[Flag]
+    committed: Flag
+    unwanted: Flag
+    made: Flag
 
 
 class Judge:
@@ -50,11 +70,8 @@ class Judge:
         self,
         groups: list[Group],
         found: list[Found],
-        decisions: list[Decision],
+        decided: Decided,
         *,
-        bounded: list[Flag],
-        committed: Flag,
-        unwanted: Flag,
         overflow_expected: bool,
         may_skip: bool,
         peers: Peers,
@@ -65,10 +82,7 @@ class Judge:
         Args:
             groups: The gradients of each pattern.
             found: What was found in them.
-            decisions: What the policies decided.
-            bounded: Whether nothing was found in a pattern that its policy cannot bound.
-            committed: Whether nothing forbids the step, on any rank.
-            unwanted: Whether a policy asks to skip it.
+            decided: What the policies decided together.
             overflow_expected: A loss scaler answers for an overflow.
             may_skip: Whether a policy may ask to skip a step at all.
             peers: The ranks that an error tells of.
@@ -78,11 +92,13 @@ class Judge:
             NonFiniteGradientError: GC201, with ``nonfinite="raise"``.
             TooManySkipsError: GC202.
         """
-        if self._nonfinite == "raise" and not all(map(bool, bounded)):
-            raise nonfinite_error(self._report(groups, decisions, peers, step), self._called)
+        if self._nonfinite == "raise" and not all(map(bool, decided.bounded)):
+            report = self._report(groups, decided.decisions, peers, step)
+            raise nonfinite_error(report, self._called)
         skips = self._nonfinite == "skip"
         if not (skips or may_skip):
             return
+        committed, unwanted = decided.committed, decided.unwanted
         skipped = any_of([negated(committed), unwanted]) if skips else unwanted
         describe = None
         if not (self.skips.warned or skipped is False):
@@ -90,9 +106,17 @@ class Judge:
         if self.skips.record(skipped, unwanted, describe, expected=overflow_expected):
             by_policy = committed is True and unwanted is not False
             report = (
-                skip_report(step) if by_policy else self._report(groups, decisions, peers, step)
+                skip_report(step)
+                if by_policy
+                else self._report(groups, decided.decisions, peers, step)
             )
             raise too_many_skips(report, self.skips.limit)
+
+    def pass_sound(self, norms_S: Tensor, *, overflow_expected: bool) -> None:
+        """Note a step in which nothing was found: what ``judge`` and ``remember`` note of one."""
+        if self._nonfinite == "skip":
+            self.skips.record(False, expected=overflow_expected)
+        self._recent.append(norms_S)
 
     def remember(self, norms_S: Tensor) -> None:
         """Keep the norms of a step that was made, for what an error says later."""

@@ -8,14 +8,13 @@ that they clipped. An owner looks for the marks of others before the step; a gue
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 from gradclip.clipping.step.wrappers import unwrapped
 from gradclip.errors import DoubleClippingError
@@ -90,13 +89,33 @@ class Role(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
-class _Mark:
-    """A gradient that was clipped, as it was then; it is not kept alive."""
+class _Mark(NamedTuple):
+    """A gradient that was clipped, as it was then; it is not kept alive.
 
-    gradient: TensorWeakRef
-    version: tuple[int, int]
+    Its identity tells at once that it is none of those of a step; a new one may have the same.
+    """
+
+    identity: int
+    gradient: "ref[Tensor]"
+    version: int
+    address: int
     policy: object
+
+    @property
+    def alive(self) -> Tensor | None:
+        """The gradient, if it still lives."""
+        found = self.gradient()
+        if found is not None:
+            found._fix_weakref()  # type: ignore[attr-defined]  # noqa: SLF001 - as torch's own TensorWeakRef
+        return found
+
+    def stands(self) -> bool:
+        """Return whether the gradient lives, and was not written since."""
+        found = self.alive
+        if found is None:
+            return False
+        version = found._version  # noqa: SLF001 - how often it was written, as autograd counts
+        return (version, _address(found)) == (self.version, self.address)
 
 
 class _Marking:
@@ -131,15 +150,15 @@ class _Marking:
         for gradients, policy in clipped:
             stride = 1 if every else max(1, -(-len(gradients) // self._few))
             some = gradients[::stride]
-            marks += [_Mark(TensorWeakRef(each), _version(each), policy) for each in some]
+            marks += [_Mark(id(g), ref(g), g._version, _address(g), policy) for g in some]  # noqa: SLF001 - as autograd
         self.marks.append(marks)
-        if all(each is not self for each in _MARKING):
+        if self not in _MARKING:
             _MARKING[:] = [*(each for each in list(_MARKING) if each.is_marked()), self]
 
     def is_marked(self) -> bool:
         """Return whether its marks mean something: a gradient that it marked still lives."""
         return not self.released and any(
-            m.gradient() is not None for m in chain.from_iterable(list(self.marks))
+            m.alive is not None for m in chain.from_iterable(list(self.marks))
         )
 
 
@@ -171,8 +190,7 @@ class Owner(_Marking):
                 continue
             mine = {id(gradient) for gradient in gradients} if mine is None else mine
             for mark in chain.from_iterable(list(other.marks)):  # threads have engines of their own
-                gradient = mark.gradient()
-                if id(gradient) in mine and mark.version == _version(gradient):
+                if mark.identity in mine and mark.stands():
                     self._refuse(other, mark)
 
     def _refuse(self, other: _Marking, mark: _Mark) -> None:
@@ -185,7 +203,6 @@ class Owner(_Marking):
         )
 
 
-def _version(gradient: Tensor) -> tuple[int, int]:
-    """Return how often a gradient was written, as autograd counts, and where it lies."""
-    address = gradient.data_ptr() if gradient.layout is torch.strided else 0
-    return gradient._version, address  # noqa: SLF001 - what autograd itself asks
+def _address(gradient: Tensor) -> int:
+    """Return where a gradient lies, if it has memory of its own."""
+    return gradient.data_ptr() if gradient.layout is torch.strided else 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping import flags
+from gradclip.clipping.apply.coefficients import OneCoefficient
 from gradclip.clipping.flags import Flag
 from gradclip.clipping.kernels.device import HostCopy, copy_to_host, is_capturing
 from gradclip.clipping.step.loop import LoopWatch
@@ -30,6 +31,7 @@ class StepRow(NamedTuple):
         step: Which call it was.
         expected: A loss scaler answers for an overflow.
         norms_S: Norm of each scope before clipping.
+        norm: The norm of the one scope, where the host knows it.
         order: p of the norm of all.
         threshold: The norm that all gradients may have; NaN where there is not one for all.
         kept: What scopes were multiplied by, (S,), or one number for all.
@@ -40,6 +42,7 @@ class StepRow(NamedTuple):
     step: int
     expected: bool
     norms_S: Tensor
+    norm: float | None
     order: float
     threshold: float | Tensor
     kept: float | Tensor
@@ -57,6 +60,7 @@ class StepRow(NamedTuple):
             step,
             expected,
             result.measured_S,
+            found.norm if isinstance(found, OneCoefficient) else None,
             result.norm_type,
             result.thresholds if one_norm else nan,
             kept,
@@ -88,9 +92,10 @@ class CopiedRows:
         device = rows[0].norms_S.device
         self.waits = flags.host_waits_for(device) and not waiting
         self._calls = [(row.step, row.expected) for row in rows]
+        norms = [row.norms_S if row.norm is None else row.norm for row in rows]
         kept = [row.kept if isinstance(row.kept, Tensor) else row.kept < 1 for row in rows]
         columns: list[tuple[list[Any], Callable[[Tensor], Tensor]]] = [
-            ([row.norms_S for row in rows], partial(_norms_of_all, order=rows[0].order)),
+            (norms, partial(_norms_of_all, order=rows[0].order)),
             ([row.threshold for row in rows], torch.flatten),
             (kept, _any_below_one),
             ([row.clamped for row in rows], torch.flatten),

@@ -1,0 +1,161 @@
+"""The common step of a small model on a CPU: one sum over all gradients, one limit, one factor.
+
+There the checks and results of the ordinary way take longer than the arithmetic. This way reads
+all gradients as one, and answers only where nothing is unusual. Otherwise nothing was done, and the
+ordinary way begins from the start: it alone knows what to do about a NaN.
+"""
+
+from collections.abc import Sequence
+from math import hypot, inf
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradclip.clipping import flags
+from gradclip.clipping.apply.coefficients import quotient
+from gradclip.clipping.collect.gradients import COARSE_GUARD
+from gradclip.clipping.collect.overlap import Bytes
+from gradclip.clipping.kernels import SpecsCache, TensorSpecs
+from gradclip.clipping.policies import FixedLimit, Policy
+from gradclip.clipping.step.ownership import Role
+
+_SMALL = 1 << 16
+"""Elements of all gradients together up to which a model is small."""
+
+_FEW = 64
+"""Tensors up to which a copy of each costs less than to concatenate those of one shape."""
+
+_UNCUT = 1 << 15
+"""Elements of a tensor that torch copies and multiplies without starting threads."""
+
+_PIECE = 1 << 14
+"""Elements that are summed at a time, for the same reason; its dot product starts some earlier."""
+
+_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+"""Squares of their elements neither vanish nor overflow in float64."""
+
+_CPU = torch.device("cpu")
+_EUCLIDEAN = 2.0
+_LARGEST = torch.finfo(torch.float32).max
+_COARSE = 2.0**-100
+"""Smaller coefficients are applied in steps."""
+
+
+class LeanStep(NamedTuple):
+    """What a small model's gradients came to; nothing is written yet.
+
+    Args:
+        gradients: Those that exist.
+        policy: What bounds them.
+        threshold: Above this their norm is brought down.
+        norm: Their norm, which float32 has room for.
+        number: What they are multiplied by.
+        factor: The same in float32, which multiplies any of their dtypes; None for 1.
+    """
+
+    gradients: list[Tensor]
+    policy: Policy
+    threshold: float
+    norm: float
+    number: float
+    factor: Tensor | None
+
+    def write(self, role: Role) -> None:
+        """Multiply the gradients, and let a role mark them."""
+        if self.factor is not None:
+            torch._foreach_mul_(self.gradients, self.factor)
+        role.mark([(self.gradients, self.policy)] if self.policy.writes else [])
+
+
+class Lean:
+    """Reads the gradients of a small model under one limit that numbers say completely.
+
+    Args:
+        policy: What bounds them.
+        limit: The policy as numbers.
+    """
+
+    def __init__(self, policy: Policy, limit: FixedLimit) -> None:
+        self._policy = policy
+        self._threshold, self._target = limit.threshold, limit.target
+
+    @classmethod
+    def of(cls, policy: Policy | None) -> "Lean | None":
+        """Return what reads for a policy; None for one that needs more than one norm."""
+        limit = None if policy is None else policy.fixed()
+        if policy is None or limit is None:
+            return None
+        is_one_norm = policy.scope == "group" and policy.order == _EUCLIDEAN
+        plain = limit.target > 0 and limit.skip_above == inf and policy.element_limit is None
+        return cls(policy, limit) if is_one_norm and plain else None
+
+    def read(self, found: Sequence[Tensor | None], known: SpecsCache) -> LeanStep | None:
+        """Read gradients, and prepare to scale them; None where that takes the ordinary way.
+
+        Args:
+            found: The gradient of each parameter, if it has one.
+            known: Recognises gradients that the ordinary way has checked before.
+        """
+        gradients: Any = found
+        specs = known.find(gradients)  # what holds a None fits none
+        if specs is None:
+            gradients = [each for each in found if each is not None]
+            specs = known.find(gradients)
+        if specs is None or not (plan := specs.plan(_Gathering)).fit or flags.host_waits_for(_CPU):
+            return None
+        if not plan.bytes.lie_apart(list(map(Tensor.data_ptr, gradients))):
+            return None
+        norm = plan.norm(gradients)
+        if not norm <= _LARGEST:  # NaN, too
+            return None
+        number = quotient(norm, self._threshold, self._target, COARSE_GUARD)
+        if number < _COARSE:
+            return None
+        factor = None
+        if number != 1:
+            factor = torch.scalar_tensor(number, dtype=torch.float32, device="cpu")
+        return LeanStep(gradients, self._policy, self._threshold, norm, number, factor)
+
+
+class _Gathering:
+    """Whether tensors are few and plain enough to be summed as one, and where that is done."""
+
+    def __init__(self, specs: TensorSpecs) -> None:
+        self.bytes = specs.plan(Bytes)
+        self._shapes, self._sizes = specs.shapes, specs.row_sizes
+        self.fit = (
+            len(set(specs.dtypes)) == 1
+            and specs.dtypes[0] in _DTYPES
+            and set(specs.devices) == {_CPU}
+            and all(specs.plain)
+            and all(specs.dense)
+            and self.bytes.packed
+            and specs.one_row_each
+            and all(0 < size <= _UNCUT for size in self._sizes)
+            and sum(self._sizes) <= _SMALL
+            and len(specs) <= _FEW
+        )
+        self._free: list[tuple[list[Tensor], Sequence[Tensor]]] = []
+
+    def norm(self, tensors: list[Tensor]) -> float:
+        """Return the 2-norm of all: finite just where all elements are."""
+        try:
+            buffer = self._free.pop()
+        except IndexError:  # the first call, or another thread has it
+            buffer = self._buffer()
+        places, pieces = buffer
+        torch._foreach_copy_(places, tensors)
+        norms = [torch.linalg.vector_norm(piece).item() for piece in pieces]
+        self._free.append(buffer)
+        return hypot(*norms)
+
+    def _buffer(self) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """Return the place of each tensor in memory of float64, and that memory in pieces.
+
+        It is kept: to get the pages of new memory takes longer than to fill them.
+        """
+        with torch.inference_mode(mode=False):  # it is for calls of any mode
+            values = torch.empty(sum(self._sizes), dtype=torch.float64, device="cpu")
+            each = zip(values.split(self._sizes), self._shapes, strict=True)
+            return [place.view(shape) for place, shape in each], values.split(_PIECE)

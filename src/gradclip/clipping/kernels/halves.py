@@ -1,0 +1,74 @@
+"""Sums of squares of bfloat16 and float16 on the CPU: read once, and added up in float32.
+
+torch has no sum of squares that reads such numbers at the speed of memory and adds them up in
+float32: its norm rounds to their precision, and a conversion costs more than the sum. The gradient
+of the weights of a group norm is such a sum: with mean 0 and deviation 1 it is the dot product of
+two rows, in float32. Given the same tensor twice it is the sum of squares of each row. An infinity
+comes back as NaN.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["HALVES", "can_sum", "square_sum", "square_sums"]
+
+HALVES = frozenset({torch.bfloat16, torch.float16})
+
+_WIDTH = 512
+"""Elements that are added up in float32 before float64 takes over."""
+
+_SUMMED = 1 << 27
+"""Elements summed at a time: one sum of each row is kept."""
+
+
+def square_sums(flat: Tensor, width: int) -> Tensor:
+    """Sum the squares of every ``width`` elements: float32 (len / width,).
+
+    Args:
+        flat: Contiguous, 1-d, of a multiple of ``width`` elements.
+        width: Elements of a row.
+    """
+    rows = flat.numel() // width
+    matrix = flat.view(1, rows, width)
+    mean, deviation, weight = _constants(rows)
+    _, sums, _ = torch.ops.aten.native_group_norm_backward.default(
+        matrix, matrix, mean, deviation, weight, 1, rows, width, 1, [False, True, False]
+    )
+    return sums  # type: ignore[no-any-return]
+
+
+def square_sum(flat: Tensor) -> float:
+    """Sum the squares of all elements of a contiguous 1-d tensor; NaN where one is infinite."""
+    rest = flat.numel() % _WIDTH
+    whole = flat[: flat.numel() - rest]
+    total = sum(
+        float(square_sums(piece, _WIDTH).sum(dtype=torch.float64))
+        for piece in whole.split(_SUMMED)
+        if piece.numel()
+    )
+    return total + float(flat[-rest:].double().square_().sum()) if rest else total
+
+
+@cache
+def can_sum() -> bool:
+    """Return whether this torch adds up as expected: to the last bit, for both kinds."""
+    try:
+        for dtype in HALVES:
+            value = 1.0 + 2.0**-7
+            row = torch.full((2 * _WIDTH,), value, dtype=dtype, device="cpu")
+            row[_WIDTH:] = 3.0
+            sums = square_sums(row, _WIDTH)
+            expected = [_WIDTH * value**2, _WIDTH * 9.0]
+            if sums.dtype is not torch.float32 or sums.tolist() != expected:
+                return False
+    except Exception:  # noqa: BLE001 - an operation that nobody promised
+        return False
+    return True
+
+
+def _constants(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and deviation, and weights of which only the gradient is asked for."""
+    mean = torch.zeros(1, 1, device="cpu")
+    return mean, torch.ones(1, 1, device="cpu"), torch.empty(rows, device="cpu")
