@@ -43,7 +43,7 @@ def through_a_file(state):
         *(dt.datetime(2020, 2, 3, tzinfo=dt.UTC), OrderedDict(x=1), (1, (2, np.int8(3)))),
         *(None, 1 + 2j, b"\x00\xff", 10**40, torch.Size([2]), {(1, "k"): {2.5: [True]}}),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,  # how a set is written differs by process
 )
 def test_each_comes_back_as_it_was(value):
     again = through_a_file({"a": [value]})["a"][0]
