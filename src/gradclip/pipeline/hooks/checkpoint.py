@@ -24,7 +24,12 @@ from gradclip.pipeline.checkpoint.training_state import (
     keepable,
     save_training_state,
 )
-from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
+from gradclip.pipeline.hooks.mixin import (
+    PipelineHookArgs,
+    PipelineHooks,
+    PipelineHooksConfig,
+    falls_on,
+)
 from gradclip.pipeline.modes import evaluating_optimizer
 from gradclip.pipeline.processes import together
 
@@ -73,7 +78,7 @@ class SaveCheckpoint(PipelineHooks):
 
     def is_due(self, global_step_id: int) -> bool:
         """Whether a checkpoint is wanted after this batch."""
-        return self._due or _falls_on(self.save_step_freq, global_step_id)
+        return self._due or falls_on(self.save_step_freq, global_step_id)
 
     def save(self, arg: PipelineHookArgs, progress: TrainerProgressState) -> None:
         """Write a checkpoint now.
@@ -125,7 +130,7 @@ class SaveCheckpoint(PipelineHooks):
 
     def _on_epoch_end(self, arg: PipelineHookArgs) -> None:
         cut = arg.data_position is not None and arg.data_position.batches > 0
-        if arg.exception is not None or cut or not _falls_on(self.save_epoch_freq, arg.epoch_id):
+        if arg.exception is not None or cut or not falls_on(self.save_epoch_freq, arg.epoch_id):
             return
         if not arg.is_optimizer_step_boundary:
             self._due = True
@@ -267,7 +272,3 @@ def _say_how_to_go_on(place: Path | None, root: Path, resume_from: str | None) -
         command = "the command that started all processes"
     how = "" if resume_from == AUTO else f'with resume_from="{root}" (or "auto"), '
     sys.stderr.write(f"saved {place or root}\nto go on, {how}run again: {command}\n")
-
-
-def _falls_on(frequency: int | None, number: int) -> bool:
-    return frequency is not None and (number + 1) % frequency == 0

@@ -133,7 +133,7 @@ class LossTracker(PipelineHooks):
             for key, mean in process.items():
                 means.setdefault(key, []).append(mean)
         losses = {key: sum(each) / len(each) for key, each in means.items()}
-        if arg.accelerator is not None and not arg.accelerator.is_main_process:
+        if not arg.is_main_process:
             return
         scalars = {f"Loss/{key}": loss for key, loss in losses.items()}
         words = "".join(f"{key}[{loss:.4f}]\t" for key, loss in losses.items())

@@ -15,6 +15,7 @@ from gradclip.pipeline.hooks.mixin import (
     PipelineHookArgs,
     PipelineHooks,
     PipelineHooksConfig,
+    falls_on,
 )
 
 __all__ = ["MetricEntry", "MetricProtocol", "MetricTracker", "MetricTrackerConfig"]
@@ -130,18 +131,18 @@ class MetricTracker(PipelineHooks):
     def _on_step_end(self, arg: PipelineHookArgs) -> None:
         if arg.exception is not None:
             return
-        if _falls_on(self.step_log_freq, arg.step_id):
+        if falls_on(self.step_log_freq, arg.step_id):
             where = f"Epoch[{arg.epoch_id}] Step[{arg.step_id}] GlobalStep[{arg.global_step_id}]: "
-            self._log(where, is_main_process=_is_main(arg))
-        if self.reset_by == "step" and _falls_on(self.reset_freq, arg.global_step_id):
+            self._log(where, is_main_process=arg.is_main_process)
+        if self.reset_by == "step" and falls_on(self.reset_freq, arg.global_step_id):
             self._reset()
 
     def _on_epoch_end(self, arg: PipelineHookArgs) -> None:
         if arg.exception is not None or arg.stop.agreed:
             return
-        if _falls_on(self.epoch_log_freq, arg.epoch_id):
-            self._log(f"Epoch[{arg.epoch_id}]: ", is_main_process=_is_main(arg))
-        if self.reset_by == "epoch" and _falls_on(self.reset_freq, arg.epoch_id):
+        if falls_on(self.epoch_log_freq, arg.epoch_id):
+            self._log(f"Epoch[{arg.epoch_id}]: ", is_main_process=arg.is_main_process)
+        if self.reset_by == "epoch" and falls_on(self.reset_freq, arg.epoch_id):
             self._reset()
 
     def _log(self, prefix: str = "", is_main_process: bool = True) -> None:
@@ -172,13 +173,5 @@ def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else [value]
 
 
-def _is_main(arg: PipelineHookArgs) -> bool:
-    return arg.accelerator is None or bool(arg.accelerator.is_main_process)
-
-
 def _in_words(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, int | float) else str(value)
-
-
-def _falls_on(frequency: int, number: int) -> bool:
-    return frequency > 0 and (number + 1) % frequency == 0

@@ -126,6 +126,11 @@ class PipelineHookArgs:
         self.stop.request()
 
     @property
+    def is_main_process(self) -> bool:
+        """Whether this process is the one that logs and shows."""
+        return self.accelerator is None or bool(self.accelerator.is_main_process)
+
+    @property
     def is_optimizer_step_boundary(self) -> bool:
         """Whether the gradients of the accumulation window are complete."""
         return self.accelerator is None or bool(self.accelerator.sync_gradients)
@@ -303,6 +308,11 @@ def _channel(
         raise ArgumentValueError(
             f"there is no channel {name!r}; the channels are {', '.join(_CHANNELS)}"
         ) from None
+
+
+def falls_on(frequency: int | None, number: int) -> bool:
+    """Whether something is due after a step or epoch of this number; None and 0 are for never."""
+    return bool(frequency and frequency > 0 and (number + 1) % frequency == 0)
 
 
 class _Begin:

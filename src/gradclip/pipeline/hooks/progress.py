@@ -69,8 +69,7 @@ class ProgressHook(PipelineHooks):
         )
 
     def _before_loop(self, arg: PipelineHookArgs) -> None:
-        main = arg.accelerator is None or arg.accelerator.is_main_process
-        if not main or self._cfg.enabled is False:
+        if not arg.is_main_process or self._cfg.enabled is False:
             return
         self._results, self._last, self._loss = [], None, None
         self._counted = self._clipped = 0

@@ -12,7 +12,12 @@ from pydantic import Field
 from gradclip.config import ClassType
 from gradclip.errors import ArgumentValueError
 from gradclip.hook import HookContext
-from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
+from gradclip.pipeline.hooks.mixin import (
+    PipelineHookArgs,
+    PipelineHooks,
+    PipelineHooksConfig,
+    falls_on,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -70,12 +75,12 @@ class StatsMonitor(PipelineHooks):
             self.steps_per_epoch = len(dataloader)
 
     def _on_step_end(self, arg: PipelineHookArgs) -> None:
-        if arg.exception is not None or not _is_main(arg):
+        if arg.exception is not None or not arg.is_main_process:
             return
         now = monotonic()
         self._step_times.append(now - self._step_began)
         self._step_began = now
-        if not _falls_on(self.step_log_freq, arg.global_step_id):
+        if not falls_on(self.step_log_freq, arg.global_step_id):
             return
         self._estimate_data_stats(arg.accelerator, arg.dataloader)
         assert self.total_batch_size is not None
@@ -98,11 +103,11 @@ class StatsMonitor(PipelineHooks):
         )
 
     def _on_epoch_end(self, arg: PipelineHookArgs) -> None:
-        if arg.exception is not None or arg.stop.agreed or not _is_main(arg):
+        if arg.exception is not None or arg.stop.agreed or not arg.is_main_process:
             return
         if self.steps_per_epoch is None:
             self.steps_per_epoch = arg.step_id
-        if not _falls_on(self.epoch_log_freq, arg.epoch_id):
+        if not falls_on(self.epoch_log_freq, arg.epoch_id):
             return
         self._estimate_data_stats(arg.accelerator, arg.dataloader)
         assert self.total_batch_size is not None
@@ -177,10 +182,6 @@ def _batch_size(dataloader: object, processes: int) -> int:
     )
 
 
-def _is_main(arg: PipelineHookArgs) -> bool:
-    return arg.accelerator is None or bool(arg.accelerator.is_main_process)
-
-
 def _learning_rates(arg: PipelineHookArgs) -> list[float]:
     groups = [] if arg.optimizer is None else arg.optimizer.param_groups
     return [float(group["lr"]) for group in groups]
@@ -188,7 +189,3 @@ def _learning_rates(arg: PipelineHookArgs) -> list[float]:
 
 def _in_words(rates: list[float]) -> str:
     return "".join(f"Learning Rate Group {n}: {rate:.5e}.\t" for n, rate in enumerate(rates))
-
-
-def _falls_on(frequency: int, number: int) -> bool:
-    return frequency > 0 and (number + 1) % frequency == 0
