@@ -1,24 +1,23 @@
-"""Small models on a CPU: the function, the object and the attachment against torch's function.
+"""Small models on a CPU: the function, the object, the attachment and other packages against torch.
 
     python benchmarks/small.py [--threads 1] [--rounds 400] [--training]
 
-Writes ``benchmarks/results/small_cpu.csv``. Each way takes turns with torch's, call by call, on
-gradients that were just written. Two ratios are quoted, since a busy machine disturbs both: of the
-wall's time, the median over pairs of calls; and of the time that this thread computed, over blocks
-of calls. An attachment is compared with the same step of the optimizer behind torch's function,
-and once more without what the step itself takes.
+Writes ``benchmarks/results/small_cpu.csv``. Each way takes turns with torch's function, call by
+call, on gradients that were just written. An attachment is compared with the same step of the
+optimizer behind torch's function, and once more without what the step itself takes
+(``faster_without_step``).
 
 With ``--training`` a forward and a backward pass come before each call, untimed, as in a loop: then
-the caches of the processor hold something else than the code of the last clip. What they compute
-hides what a clip does, so there is no ratio of that.
+the caches of the processor hold something else than the code of the last clip.
 """
 
 import argparse
-import statistics
-import time
+from collections.abc import Iterator
+from functools import partial
 
 import torch
-from timing import RESULTS, Function, machine, read, write
+from peers import peers
+from timing import RESULTS, Function, machine, paired, read, rounded, write
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -30,8 +29,8 @@ CASES = {
     30: [(32, 32), (32,)] * 15,
 }
 LIMIT = 1.0
-BLOCK = 20
-WARMUP = 20
+WARM_UP = 20
+WAYS = ("function", "object", "attach", "autoclip", "smartclip")
 
 
 def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
@@ -48,112 +47,84 @@ def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor
 
 
 def contenders(
-    way: str, shapes: list[tuple[int, ...]], dtype: torch.dtype
-) -> tuple[dict[str, Function], dict[str, list[Tensor]]]:
-    """Return what takes turns, and the parameters of each."""
-    sets = {who: parameters(shapes, dtype) for who in ("torch", "gradclip", "step")}
-    theirs, ours = sets["torch"], sets["gradclip"]
+    way: str, sets: dict[str, list[Tensor]], *, clips: bool
+) -> dict[str, Function] | None:
+    """Return what takes turns, each with parameters of its own; None for a package not here."""
+    theirs, ours = sets["torch"], sets["other"]
+    if way == "attach":
+        stepped, attached, alone = (torch.optim.SGD(each, lr=1e-9) for each in sets.values())
+        gradclip.attach(attached, LIMIT)
+
+        def both() -> None:
+            clip_grad_norm_(theirs, LIMIT)
+            stepped.step()
+
+        return {"torch": both, "other": attached.step, "step": alone.step}
     if way == "function":
-        return {
-            "torch": lambda: clip_grad_norm_(theirs, LIMIT),
-            "gradclip": lambda: gradclip.clip_grad_norm_(ours, LIMIT),
-        }, sets
-    if way == "object":
-        return {
-            "torch": lambda: clip_grad_norm_(theirs, LIMIT),
-            "gradclip": gradclip.GradientClipper(ours, LIMIT).clip,
-        }, sets
-    stepped, attached, alone = (torch.optim.SGD(each, lr=1e-9) for each in sets.values())
-    gradclip.attach(attached, LIMIT)
-
-    def both() -> None:
-        clip_grad_norm_(theirs, LIMIT)
-        stepped.step()
-
-    return {"torch": both, "gradclip": attached.step, "step": alone.step}, sets
+        other: Function = partial(gradclip.clip_grad_norm_, ours, LIMIT)
+    elif way == "object":
+        other = gradclip.GradientClipper(ours, LIMIT).clip
+    else:
+        installed = peers(ours, clips=clips)
+        if way not in installed:
+            return None
+        other = installed[way].clip
+    return {"torch": partial(clip_grad_norm_, theirs, LIMIT), "other": other}
 
 
-class Turns:
-    """Calls whose gradients are written anew before each.
+def renewal(sets: dict[str, list[Tensor]], *, clips: bool, training: bool) -> Function:
+    """Return what writes the gradients anew before each call.
 
     Args:
-        functions: What takes turns, by name.
-        sets: The parameters of each.
+        sets: The parameters of each that takes turns.
         clips: Whether every call clips.
-        training: Whether a forward and a backward pass come before each call.
+        training: Whether a forward and a backward pass come first.
     """
+    layers = [torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64)]
+    model, data = torch.nn.Sequential(*layers), torch.zeros(32, 64)
+    written = [[p.grad for p in each] for each in sets.values()]
+    fresh = [gradient.clone() for gradient in written[0]]
+    if clips:
+        fresh[0].view(-1)[0] = 1.1 * LIMIT
 
-    def __init__(
-        self,
-        functions: dict[str, Function],
-        sets: dict[str, list[Tensor]],
-        *,
-        clips: bool,
-        training: bool,
-    ) -> None:
-        self._functions = functions
-        layers = [torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64)]
-        self._between = torch.nn.Sequential(*layers) if training else None
-        self._data = torch.zeros(32, 64)
-        self._written = {who: [p.grad for p in each] for who, each in sets.items()}
-        self._fresh = [p.grad.clone() for p in sets["torch"] if p.grad is not None]
-        if clips:
-            self._fresh[0].view(-1)[0] = 1.1 * LIMIT
+    def renew() -> None:
+        if training:
+            model(data).square().mean().backward()
+        for gradients in written:
+            torch._foreach_copy_(gradients, fresh)
 
-    def _renew(self, who: str) -> None:
-        if self._between is not None:
-            self._between(self._data).square().mean().backward()
-        torch._foreach_copy_(self._written[who], self._fresh)
-
-    def one(self, who: str) -> float:
-        """Return what a call takes."""
-        self._renew(who)
-        start = time.perf_counter_ns()
-        self._functions[who]()
-        return time.perf_counter_ns() - start
-
-    def block(self, who: str) -> float:
-        """Return what a call computes, without what writing the gradients does."""
-        start = time.thread_time_ns()
-        for _ in range(BLOCK):
-            self._renew(who)
-        middle = time.thread_time_ns()
-        for _ in range(BLOCK):
-            self._renew(who)
-            self._functions[who]()
-        return (time.thread_time_ns() - middle - (middle - start)) / BLOCK
+    return renew
 
 
 def measure(
     way: str, tensors: int, what: str, dtype: torch.dtype, rounds: int, *, training: bool
-) -> dict[str, object]:
-    """Return one line."""
-    functions, sets = contenders(way, CASES[tensors], dtype)
-    turns = Turns(functions, sets, clips=what == "clips", training=training)
-    rows = [{who: turns.one(who) for who in functions} for _ in range(rounds + WARMUP)]
-    wall = {who: [row[who] for row in rows[WARMUP:]] for who in functions}
-    rows = [{who: turns.block(who) for who in functions} for _ in range(max(5, rounds // BLOCK))]
-    cpu = {who: [row[who] for row in rows] for who in functions}
-    medians = {who: statistics.median(times) / 1e3 for who, times in wall.items()}
-    step = medians.get("step", 0.0)
-    return {
+) -> Iterator[dict[str, object]]:
+    """Yield the line of one way, or none."""
+    sets = {who: parameters(CASES[tensors], dtype) for who in ("torch", "other", "step")}
+    clips = what == "clips"
+    functions = contenders(way, sets, clips=clips)
+    if functions is None:
+        return
+    prepare = renewal(sets, clips=clips, training=training)
+    times = paired(functions, rounds, prepare=prepare, warm_up=WARM_UP)
+    theirs, ours = times["torch"], times["other"]
+    line: dict[str, object] = {
         "way": way,
         "tensors": tensors,
         "dtype": str(dtype).removeprefix("torch."),
         "what": what,
-        "between": "a backward pass" if training else "nothing",
-        "torch_us": medians["torch"],
-        "gradclip_us": medians["gradclip"],
-        "faster": ratio(wall),
-        "faster_cpu": "" if training else ratio(cpu),
-        "faster_without_step": (medians["torch"] - step) / (medians["gradclip"] - step),
+        "between": between(training=training),
+        "torch_ms": theirs.ms,
+        **ours.columns(theirs),
     }
+    if way == "attach":
+        step = times["step"].ms
+        line["faster_without_step"] = (theirs.ms - step) / (ours.ms - step)
+    yield line
 
 
-def ratio(times: dict[str, list[float]]) -> float:
-    """Return the median of torch's time over ours, pair by pair."""
-    pairs = zip(times["torch"], times["gradclip"], strict=True)
-    return statistics.median(theirs / ours for theirs, ours in pairs)
+def between(*, training: bool) -> str:
+    return "a backward pass" if training else "nothing"
 
 
 def main() -> None:
@@ -164,20 +135,23 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     path = RESULTS / "small_cpu.csv"
-    where = machine("cpu")
-    training = arguments.training
-    between = "a backward pass" if training else "nothing"
-    # The lines of other conditions stay.
-    kept = [row for row in read(path) if (row["machine"], row["between"]) != (where, between)]
-    rows: list[dict[str, object]] = [{**row} for row in kept]
+    # The lines of other numbers of threads stay, and those with something else between the calls.
+    threads, training = f" {arguments.threads} threads", arguments.training
+    kept = [
+        row
+        for row in read(path)
+        if threads not in row["machine"] or row["between"] != between(training=training)
+    ]
+    rows: list[dict[str, object]] = []
     for dtype in (torch.float32, torch.bfloat16):
-        for way in ("function", "object", "attach"):
+        for way in WAYS:
             for tensors in CASES:
                 for what in ("within", "clips"):
-                    line = measure(way, tensors, what, dtype, arguments.rounds, training=training)
-                    rows.append({**line, "machine": where})
-                    print({k: f"{v:.3g}" if isinstance(v, float) else v for k, v in line.items()})
-    write(path, rows)
+                    rounds = arguments.rounds
+                    for line in measure(way, tensors, what, dtype, rounds, training=training):
+                        rows.append({**line, "machine": machine("cpu")})
+                        print(rounded(line))
+    write(path, rows, kept)
 
 
 if __name__ == "__main__":
