@@ -143,7 +143,8 @@ def main() -> None:
         for row in measure(case, arguments.rounds, compiles=arguments.compile):
             rows.append({**row, "machine": machine("cpu")})
             print(rounded(row))
-        torch.compiler.reset()
+        if arguments.compile:
+            torch.compiler.reset()
         gc.collect()
         write(path, rows, kept)
 

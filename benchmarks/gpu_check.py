@@ -261,7 +261,10 @@ def bandwidth(check: Check) -> None:
     ways = {"read": memory.sum, "copy": lambda: target.copy_(memory)}
     ms = check.device.graph_ms(ways, check.sizes.rounds)
     check.bytes_per_ms = memory.nbytes / ms["read"].ms
-    speed = {"read": memory.nbytes / ms["read"].ms / 1e6, "copy": 2 * memory.nbytes / ms["copy"].ms / 1e6}
+    speed = {
+        "read": memory.nbytes / ms["read"].ms / 1e6,
+        "copy": 2 * memory.nbytes / ms["copy"].ms / 1e6,
+    }
     check.tell("one piece of memory", "graph", speed, "GB/s")
 
 

@@ -40,9 +40,7 @@ def peers(parameters: list[Tensor], *, clips: bool) -> dict[str, Peer]:
     found = {}
     if autoclip := optional("autoclip.torch"):
         quantile = autoclip.QuantileClip(parameters, quantile=1.0, global_threshold=True)
-        found["autoclip"] = Peer(
-            quantile.step, lambda: float(quantile.state["global_history"][-1])
-        )
+        found["autoclip"] = Peer(quantile.step, lambda: float(quantile.state["global_history"][-1]))
     if smartclip := optional("smartclip"):
         module = nn.ParameterList(parameters)
         # Of equal norms it finds a limit that is a little lower, so each call clips.

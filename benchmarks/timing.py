@@ -181,6 +181,7 @@ def finish(device: str) -> None:
         torch.cuda.synchronize()
 
 
+@cache
 def optional(name: str) -> Any:
     """Return a module; where it is missing None, and say what is left out."""
     try:
