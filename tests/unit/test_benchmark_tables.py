@@ -50,13 +50,10 @@ def tiny_model(device):
 
 def test_every_benchmark_runs_and_writes_what_the_report_reads(script, monkeypatch, tmp_path):
     make_case = script("clip").Case
-    cases = [
-        make_case(name, [(9, 20), (70,)], dtype)
-        for name in ("GPT-2 124M", "3168 tensors of 64")
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
+    names = ("GPT-2 124M", "3168 tensors of 64")
+    cases = [make_case(name, [(9, 20), (70,)], torch.float32) for name in names]
     scripts = {
-        "clip": script("clip", cases=lambda: cases),
+        "clip": script("clip", cases=lambda: cases, TINY=0),
         "small": script("small", CASES={4: [(3, 2), (2,)] * 2}, WARM_UP=1),
         "hook_overhead": script("hook_overhead"),
         "pipeline_overhead": script("pipeline_overhead", SHORT=1, LONG=2, TENSORS=(4,)),
