@@ -63,7 +63,7 @@ def contenders(
         "object": gradclip.GradientClipper(parameters, policy).clip,
     }
     if what != "inf-norm" and case.elements <= SMALL:
-        others = peers(parameters, clips=what == "clips")
+        others = peers(parameters, limit)
         found |= {name: peer.clip for name, peer in others.items()}
     if what == "within":
         accelerator = Accelerator(cpu=True)
@@ -98,7 +98,13 @@ def measure(case: Case, rounds: int, *, compiles: bool) -> Iterator[Row]:
     errors = norm_errors(case, gradients)
     for what in ("within", "clips", "inf-norm", "value"):
         functions = contenders(case, what, gradients.parameters, compiles=compiles)
-        prepare: Function = gradients.spike if what == "clips" else nothing
+        prepare: Function = nothing
+        if what == "clips":
+            gradients.spike()
+            prepare = gradients.spike
+            if case.elements <= SMALL:  # clipped again and again, they would vanish
+                gradients.keep()
+                prepare = gradients.restore
         times = paired(functions, rounds, prepare=prepare)
         for who, each in times.items():
             line = {**about, "what": "read" if who == "floor" else what, "who": who}
@@ -116,7 +122,7 @@ def norm_errors(case: Case, gradients: Gradients) -> dict[str, float]:
         "function": float(gradclip.clip_grad_norm_(parameters, FAR)),
         "object": float(gradclip.GradientClipper(parameters, FAR).clip().norm_pre),
     }
-    others = peers(parameters, clips=False) if case.elements <= SMALL else {}
+    others = peers(parameters, FAR) if case.elements <= SMALL else {}
     for name, peer in others.items():
         peer.clip()
         norms[name] = peer.norm()

@@ -46,9 +46,7 @@ def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor
     return made
 
 
-def contenders(
-    way: str, sets: dict[str, list[Tensor]], *, clips: bool
-) -> dict[str, Function] | None:
+def contenders(way: str, sets: dict[str, list[Tensor]]) -> dict[str, Function] | None:
     """Return what takes turns, each with parameters of its own; None for a package not here."""
     theirs, ours = sets["torch"], sets["other"]
     if way == "attach":
@@ -65,7 +63,7 @@ def contenders(
     elif way == "object":
         other = gradclip.GradientClipper(ours, LIMIT).clip
     else:
-        installed = peers(ours, clips=clips)
+        installed = peers(ours, LIMIT)
         if way not in installed:
             return None
         other = installed[way].clip
@@ -101,11 +99,10 @@ def measure(
 ) -> Iterator[dict[str, object]]:
     """Yield the line of one way, or none."""
     sets = {who: parameters(CASES[tensors], dtype) for who in ("torch", "other", "step")}
-    clips = what == "clips"
-    functions = contenders(way, sets, clips=clips)
+    functions = contenders(way, sets)
     if functions is None:
         return
-    prepare = renewal(sets, clips=clips, training=training)
+    prepare = renewal(sets, clips=what == "clips", training=training)
     times = paired(functions, rounds, prepare=prepare, warm_up=WARM_UP)
     theirs, ours = times["torch"], times["other"]
     line: dict[str, object] = {
