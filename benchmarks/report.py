@@ -48,12 +48,12 @@ def models(rows: list[Row]) -> dict[tuple[str, str], dict[tuple[str, str], Row]]
 def ms(text: str) -> str:
     """Return milliseconds as people read them."""
     value = float(text)
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def us(text: str) -> str:
     """Return milliseconds in microseconds."""
-    return f"{float(text) * 1e3:.3g}"
+    return ms(str(float(text) * 1e3))
 
 
 def ratio(one: Row, other: Row) -> str:
@@ -204,12 +204,13 @@ def loops() -> dict[str, dict[str, dict[str, Row]]]:
 
 def pipeline() -> str:
     """What loops add to a training step."""
-    lines = [
-        [tensors, who, us(by["step"][who]["ms"]) if who in by["step"] else "", us(row["ms"])]
-        for tensors, by in loops().items()
-        for who, row in {"plain": {"ms": "0"}, **by["added"]}.items()
-    ]
-    return table(["tensors", "loop", "step, us", "adds, us"], lines)
+    lines = []
+    for tensors, by in loops().items():
+        for who in {**by["step"], **by["added"]}:
+            step, added = (by[what].get(who, {}) for what in ("step", "added"))
+            cells = (step.get("ms"), added.get("ms"), added.get("cpu_ms"))
+            lines.append([tensors, who, *(us(cell) if cell else "" for cell in cells)])
+    return table(["tensors", "loop", "step, us", "adds, us", "of computing"], lines)
 
 
 def trainer() -> str:
@@ -277,7 +278,8 @@ def goals() -> str:
     many = found["3168 tensors of 64", "float32"]
     ours = gpt2["within", "object"]
     worst = max(float(by["within", "object"]["error"]) for by in found.values())
-    added = {who: float(row["ms"]) for who, row in loops()["4"]["added"].items()}
+    found_loops = loops()["4"]["added"].items()
+    added = {who: float(row.get("cpu_ms") or row["ms"]) for who, row in found_loops}
     shares = [added["gradclip alone"] / added[who] for who in TRAINERS if who in added]
     against = " and ".join(name for who, name in TRAINERS.items() if who in added)
     reached = ratio(gpt2["within", "torch"], ours)
