@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from gradclip.clipping.kernels.fused import FusedStep, Report
 from gradclip.clipping.kernels.tensor_specs import Batch, SpecsCache, TensorSpecs
 from gradclip.clipping.kernels.writes import Write, carry_out, run_each
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, GradClipError
@@ -102,6 +103,13 @@ class Kernels(Protocol):
     ``target / norm * (1 - guard)`` for a norm above its threshold and its target, else 1;
     ``skipped_coefficient`` everywhere if ``committed``, 0-d bool, is false. Thresholds and targets
     are float64 (S,) or numbers. Nothing is read on the host.
+    """
+
+    fused: Callable[[FusedStep], Report | None] | None
+    """``(step)``: measure, decide and scale in as few launches as can be; None without such a way.
+
+    The answer is None where that cannot be done, or the step does not allow it: nothing was
+    written then.
     """
 
 
@@ -227,7 +235,9 @@ class _WithFallback:
         return prepared
 
     def _guarded(self, name: str, second: Kernels) -> Callable[..., Any]:
-        @wraps(getattr(second, name))
+        other: Callable[..., Any] | None = getattr(second, name)
+
+        @wraps(getattr(self._active, name))
         def run(*arguments: Any) -> Any:
             if self._active is not second:
                 try:
@@ -237,7 +247,7 @@ class _WithFallback:
                 except Exception as error:  # noqa: BLE001 - compilers fail in many ways
                     self._active = second
                     _warn(error)
-            return getattr(second, name)(*arguments)
+            return None if other is None else other(*arguments)
 
         return run
 

@@ -54,6 +54,7 @@ _COARSE_COEFFICIENT = 2.0**-120
 _EUCLIDEAN = 2.0
 
 coefficients = blocks.coefficients
+fused = None
 
 
 def power_sums(batch: Batch, p: float) -> Tensor:

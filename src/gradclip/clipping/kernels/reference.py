@@ -9,6 +9,7 @@ from gradclip.clipping.kernels.rows import in_blocks
 from gradclip.clipping.kernels.writes import clamp_each
 
 coefficients = blocks.coefficients
+fused = None
 
 
 def _rows(batch: Batch) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """A list of tensors as the kernels get it, and what of it stays from step to step."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from itertools import accumulate, chain, repeat
 from typing import Any, TypeVar
@@ -69,6 +69,12 @@ class TensorSpecs:
             plain=[type(t) is Tensor and not t.requires_grad for t in tensors],
             rows=counts,
         )
+
+    @classmethod
+    def joined(cls, parts: Sequence["TensorSpecs"]) -> "TensorSpecs":
+        """Describe the tensors of several specs, one after the other."""
+        names = [each.name for each in fields(cls) if each.name != "_plans"]
+        return cls(**{name: [v for p in parts for v in getattr(p, name)] for name in names})
 
     def __len__(self) -> int:
         return len(self.shapes)

@@ -22,6 +22,7 @@ from torch.autograd.graph import increment_version
 from gradclip.clipping.kernels import Batch, Clamped, TensorSpecs, Write, foreach
 from gradclip.clipping.kernels import triton_programs as programs
 from gradclip.clipping.kernels.blocks import representable
+from gradclip.clipping.kernels.fused import FusedStep, Report
 from gradclip.clipping.kernels.tables import Addresses, Table
 from gradclip.clipping.kernels.triton_launch import Launcher, current
 from gradclip.clipping.kernels.writes import run_each
@@ -226,6 +227,13 @@ def coefficients(
             BLOCK=_FOLD,
         )
     return found_S
+
+
+def fused(step: FusedStep) -> Report | None:
+    """Measure, decide and scale in three launches; see ``Kernels.fused``."""
+    from gradclip.clipping.kernels import triton_fused  # noqa: PLC0415 - it builds on this module
+
+    return triton_fused.fused(step)
 
 
 def _is_served(batch: Batch) -> bool:
