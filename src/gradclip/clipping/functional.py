@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.apply.coefficients import Coefficients
+from gradclip.clipping.apply.fused import Fused
 from gradclip.clipping.apply.lean import Lean
 from gradclip.clipping.apply.scaling import scaling
 from gradclip.clipping.arguments import Nonfinite, Options
@@ -24,12 +25,12 @@ from gradclip.clipping.collect.sources import (
 )
 from gradclip.clipping.engine import Engine
 from gradclip.clipping.flags import as_known
-from gradclip.clipping.kernels import SpecsCache, carry_out, choose
+from gradclip.clipping.kernels import Backends, SpecsCache, carry_out, choose
 from gradclip.clipping.kernels.device import result_device_of, untraced
 from gradclip.clipping.measure.norm import reduced as reduced_norms
 from gradclip.clipping.policies import Decision, NormClip, ObserveClip, Policy, ValueClip
 from gradclip.clipping.ranks import may_be_shared
-from gradclip.clipping.result import ClipResult
+from gradclip.clipping.result import ClipResult, FusedResult
 from gradclip.clipping.step.ownership import Guest
 from gradclip.config import as_ceiling, as_norm_order
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
@@ -68,23 +69,33 @@ def _clip_once(source: ParameterSource, policy: Policy, nonfinite: Nonfinite) ->
 
 
 @lru_cache(maxsize=64)
-def _norm_clip(max_norm: float, norm_type: float) -> tuple[NormClip, Lean | None]:
+def _norm_clip(
+    max_norm: float, norm_type: float, nonfinite: Nonfinite, backend: str
+) -> tuple[NormClip, Lean | None, Fused | None]:
+    """Return a policy, and the short ways that it has."""
     ceiling, order = as_ceiling(max_norm, "max_norm"), as_norm_order(norm_type)
-    policy = NormClip(max_norm=ceiling, norm_type=order)
-    return policy, Lean.of(policy)
+    policy, backends = NormClip(max_norm=ceiling, norm_type=order), Backends(backend)
+    fused = Fused.of({"*": policy}, Options(nonfinite), backends, _GUEST, by_pattern=False)
+    return policy, Lean.of(policy) if backends.are_portable else None, fused
 
 
-def _clip_lean(source: ParameterSource, lean: Lean) -> Tensor | None:
-    """Clip a small model where nothing is unusual, and return its norm; None elsewhere."""
+def _clip_short(
+    source: ParameterSource, lean: Lean | None, fused: Fused | None, *, raises: bool
+) -> Tensor | None:
+    """Clip where nothing is unusual, and return the norm; None elsewhere: nothing was done."""
     parameters = source.tensors()
     has_twins = len(set(map(id, parameters))) < len(parameters)
-    if has_twins or may_be_shared(parameters) or not choose("auto").are_portable:
+    if has_twins or may_be_shared(parameters):
         return None
-    small = lean.read(source.gradients(parameters), _KNOWN)
-    if small is None:
+    found = source.gradients(parameters)
+    small = None if lean is None else lean.read(found, _KNOWN)
+    if small is not None:
+        small.write(_GUEST)
+        return torch.scalar_tensor(small.norm, dtype=torch.float32, device="cpu")
+    if fused is None or not fused.serves(found):
         return None
-    small.write(_GUEST)
-    return torch.scalar_tensor(small.norm, dtype=torch.float32, device="cpu")
+    clip = fused.clip([found], [_KNOWN], lambda clip: not raises or clip.report.is_bounded)
+    return None if clip is None else FusedResult(clip, 0, ()).norm_pre
 
 
 def _remembered(rendezvous: "Rendezvous", groups: Mapping[str, ParameterGroup]) -> "Ranks":
@@ -150,12 +161,12 @@ def clip_grad_norm_(
         max_norm = as_ceiling(max_norm, "max_norm")
     if type(norm_type) is not float:
         norm_type = as_norm_order(norm_type)
-    policy, lean = _norm_clip(max_norm, norm_type)
     raises = _check_flag(error_if_nonfinite)
     nonfinite: Nonfinite = "raise" if raises else "propagate"
+    policy, lean, fused = _norm_clip(max_norm, norm_type, nonfinite, choose("auto").name)
     source = as_source(parameters)
-    small = None if lean is None else _clip_lean(source, lean)
-    return _clip_once(source, policy, nonfinite).norm_pre if small is None else small
+    norm = _clip_short(source, lean, fused, raises=raises)
+    return _clip_once(source, policy, nonfinite).norm_pre if norm is None else norm
 
 
 @untraced

@@ -26,6 +26,7 @@ from gradclip.clipping.kernels.fused import (
     SMALLEST,
     THRESHOLD,
     HostReport,
+    Report,
 )
 from gradclip.clipping.measure.norm import combine
 
@@ -260,6 +261,11 @@ class FusedResult(ClipResult):
         groups: The result of each name pattern, where policies were given by pattern.
     """
 
+    _clip: FusedClip
+    _numbers: Report
+    _at: int
+    _span: tuple[int, int]
+
     def __init__(
         self,
         clip: FusedClip,
@@ -271,7 +277,7 @@ class FusedResult(ClipResult):
         span = (0, at) if at == layout.patterns else (at, at + 1)
         limits = layout.limits[slice(*span)]
         vars(self).update(
-            _report=clip.report,
+            _numbers=clip.report,
             _at=at,
             _span=span,
             _clip=clip,
@@ -290,37 +296,37 @@ class FusedResult(ClipResult):
     @cached_property
     def measured_S(self) -> Tensor:
         """Norm of each scope before clipping, float64 (S,)."""
-        return self._report.wide(NORM, *self._span)
+        return self._numbers.wide(NORM, *self._span)
 
     @cached_property
     def coefficients(self) -> Tensor:
         """What each scope was multiplied by, float64 (S,)."""
-        return self._report.wide(COEFFICIENT, *self._span)
+        return self._numbers.wide(COEFFICIENT, *self._span)
 
     @cached_property
     def remaining_S(self) -> Tensor:
         """Norm of each scope after clipping, float64 (S,)."""
-        return self._report.wide(REMAINING, *self._span)
+        return self._numbers.wide(REMAINING, *self._span)
 
     @cached_property
     def withheld(self) -> Tensor:
         """Whether the update should not happen: 0-d bool."""
-        return self._report.flag(SKIPPED, self._at)
+        return self._numbers.flag(SKIPPED, self._at)
 
     @cached_property
     def by_policy(self) -> Tensor:
         """Whether the step was skipped because a policy asked for it: 0-d bool."""
-        return self._report.flag(BY_POLICY, self._at)
+        return self._numbers.flag(BY_POLICY, self._at)
 
     @cached_property
     def clipped(self) -> Tensor:
         """Whether any gradient was made smaller, and the update may happen: 0-d bool."""
-        return self._report.flag(CLIPPED, self._at)
+        return self._numbers.flag(CLIPPED, self._at)
 
     @cached_property
     def nonfinite(self) -> Tensor:
         """How many tensors held a NaN or an infinity: 0-d int."""
-        return self._report.count(NONFINITE, self._at)
+        return self._numbers.count(NONFINITE, self._at)
 
     @cached_property
     def norm_pre(self) -> Tensor:
@@ -345,7 +351,7 @@ class FusedResult(ClipResult):
     @cached_property
     def norms_S(self) -> Tensor:
         """Norm of each scope before clipping: (S,)."""
-        return self._report.single(NORM_PRE, *self._span)
+        return self._numbers.single(NORM_PRE, *self._span)
 
     @property
     def clamped(self) -> Flag | None:
@@ -357,10 +363,10 @@ class FusedResult(ClipResult):
     def tensor_sums_T(self) -> Tensor:
         """A number for each tensor, not finite just where the tensor was not: (T,)."""
         starts = self._clip.layout.starts
-        return self._report.sums_T[starts[self._span[0]] : starts[self._span[1]]]
+        return self._numbers.sums_T[starts[self._span[0]] : starts[self._span[1]]]
 
     def _single(self, column: int) -> Tensor:
-        return self._report.single(column, self._at, self._at + 1)[0]
+        return self._numbers.single(column, self._at, self._at + 1)[0]
 
 
 _SCALARS = (

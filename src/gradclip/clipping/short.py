@@ -104,15 +104,18 @@ class ShortWays:
         patterns = self._binding.here
         if not patterns:
             return None
+        found = [pattern.found() for pattern in patterns]
         judge = partial(
             self._judge.judge_report,
+            found=found,
             patterns=patterns,
             overflow_expected=expected,
             may_skip=self._binding.may_skip,
             peers=self._binding.peers,
             step=step,
         )
-        clip = fused.clip(patterns, grad_scale, judge, defer=defer)
+        caches = [pattern.known for pattern in patterns]
+        clip = fused.clip(found, caches, judge, grad_scale, defer=defer)
         if clip is None:
             return None
         names, scopes = zip(*((each.name, each.scope_names) for each in patterns), strict=True)

@@ -16,9 +16,8 @@ from torch import Size, Tensor
 from gradclip.clipping.arguments import Options, check_grad_scale
 from gradclip.clipping.collect.gradients import COARSE_GUARD
 from gradclip.clipping.collect.overlap import Bytes
-from gradclip.clipping.kernels import Backends, TensorSpecs
+from gradclip.clipping.kernels import Backends, SpecsCache, TensorSpecs
 from gradclip.clipping.kernels.fused import FusedStep, HostReport, Layout, Limit, Report
-from gradclip.clipping.measure.pattern import Pattern
 from gradclip.clipping.measure.step import is_small
 from gradclip.clipping.policies import Policy
 from gradclip.clipping.step.ownership import Role
@@ -113,35 +112,35 @@ class Fused:
 
     def clip(
         self,
-        patterns: Sequence[Pattern],
-        grad_scale: float | Tensor | None,
-        judge: Callable[[FusedClip, Sequence[Found]], bool],
+        found: Sequence[Found],
+        caches: Sequence[SpecsCache],
+        judge: Callable[[FusedClip], bool],
+        grad_scale: float | Tensor | None = None,
         *,
-        defer: bool,
+        defer: bool = False,
     ) -> FusedClip | None:
         """Clip; None where that takes the ordinary way, and nothing was done.
 
         Args:
-            patterns: All of them.
+            found: Of each pattern the gradient of each parameter, if it has one.
+            caches: Of each pattern, what recognises gradients that the ordinary way has checked.
+            judge: Asked before anything is multiplied: whether to go on. It raises where an error
+                is due.
             grad_scale: What the gradients are still multiplied by.
-            judge: Asked before anything is multiplied, with the gradient of each parameter, if it
-                has one: whether to go on. It raises where an error is due.
             defer: Leave it to the caller to multiply, if there is one coefficient.
         """
         device_scale = isinstance(grad_scale, Tensor) and grad_scale.device.type != "cpu"
         scale = grad_scale if device_scale else check_grad_scale(grad_scale)
         if is_small(scale):
             return None
-        found: list[Sequence[Tensor | None]] = []
         given: list[Any] = []
         specs: list[TensorSpecs] = []
-        for pattern in patterns:
-            there: Any = pattern.found()
-            found.append(there)
-            known = pattern.known.find(there)  # what holds a None fits none
+        for each, cache in zip(found, caches, strict=True):
+            there: Any = each
+            known = cache.find(there)  # what holds a None fits none
             if known is None:
-                there = [each for each in there if each is not None]
-                known = pattern.known.find(there)
+                there = [one for one in each if one is not None]
+                known = cache.find(there)
             if known is None:
                 return None
             given.append(there)
@@ -162,14 +161,20 @@ class Fused:
 
         def accepts(report: Report) -> bool:
             clips.append(FusedClip(report, report.to_host(), layout, deferred))
-            return judge(clips[0], found)
+            return judge(clips[0])
 
         scales = layout.scales and not deferred
         step = FusedStep(layout, tensors, addresses, scale, scales, allows, accepts)
-        if self._backends.on(layout.device).fused(step) is None:
+        run = self._backends.on(layout.device).fused
+        if run is None or run(step) is None:
             return None
         self._role.mark(self._written(given))
         return clips[0]
+
+    def serves(self, found: Found) -> bool:
+        """Return whether gradients are where this can be done."""
+        first = next((each for each in found if each is not None), None)
+        return first is not None and self._backends.on(first.device).fused is not None
 
     def _written(self, given: Sequence[list[Tensor]]) -> list[tuple[list[Tensor], Policy]]:
         """Return the gradients that may be changed, and the policy of each pattern."""
@@ -182,9 +187,11 @@ class Fused:
         if key not in self._known:
             if len(self._known) >= _KEPT:
                 self._known.clear()
-            layout = Layout(
-                specs, self._limits, self._order, skips=self._skips
-            ) if self._is_usual(specs) else None
+            layout = (
+                Layout(specs, self._limits, self._order, skips=self._skips)
+                if self._is_usual(specs)
+                else None
+            )
             self._known[key] = specs, layout  # an identity means the same as long as it is kept
         return self._known[key][1]
 
@@ -196,4 +203,3 @@ class Fused:
             and all(each.plan(Bytes).packed and all(map(Size.numel, each.shapes)) for each in specs)
             and len({device for each in specs for device in each.devices}) == 1
         )
-

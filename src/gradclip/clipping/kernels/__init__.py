@@ -124,12 +124,12 @@ class Backends:
     """
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.name = name
 
     @property
     def are_portable(self) -> bool:
         """Whether torch's own operations serve the CPU."""
-        return self._name in {"auto", "foreach"}
+        return self.name in {"auto", "foreach"}
 
     def on(self, device: torch.device) -> Kernels:
         """Return the backend for tensors of that device.
@@ -137,15 +137,15 @@ class Backends:
         Raises:
             ArgumentValueError: GC010, where Triton was asked for and cannot run.
         """
-        if self._name == "auto":
+        if self.name == "auto":
             return _automatic() if device.type == "cuda" else _load("foreach")
-        if self._name == "triton" and device.type != "cuda" and not _interprets():
+        if self.name == "triton" and device.type != "cuda" and not _interprets():
             raise ArgumentValueError(
                 f"backend='triton' runs on CUDA devices, and a gradient is on {device}: use "
                 "backend='auto', which takes the fastest that each device has. No gradient was "
                 "changed."
             )
-        return _load(self._name)
+        return _load(self.name)
 
 
 def choose(backend: str) -> Backends:
@@ -237,7 +237,6 @@ class _WithFallback:
     def _guarded(self, name: str, second: Kernels) -> Callable[..., Any]:
         other: Callable[..., Any] | None = getattr(second, name)
 
-        @wraps(getattr(self._active, name))
         def run(*arguments: Any) -> Any:
             if self._active is not second:
                 try:

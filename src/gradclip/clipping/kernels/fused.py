@@ -210,6 +210,11 @@ class Report:
         """The norm of all patterns together: 0-d float64."""
         return self.wide(NORM, self._width - 1, self._width)[0]
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether there is no norm that a policy cannot bound; waits for the device."""
+        return bool(self.flag(BOUNDED, self.patterns))
+
     def to_host(self) -> "HostReport | None":
         """Begin to copy the report to the host; None inside a CUDA graph."""
         if not flags.host_waits_for(self.device):

@@ -74,7 +74,10 @@ class TensorSpecs:
     def joined(cls, parts: Sequence["TensorSpecs"]) -> "TensorSpecs":
         """Describe the tensors of several specs, one after the other."""
         names = [each.name for each in fields(cls) if each.name != "_plans"]
-        return cls(**{name: [v for p in parts for v in getattr(p, name)] for name in names})
+        lists: dict[str, Any] = {
+            name: [value for part in parts for value in getattr(part, name)] for name in names
+        }
+        return cls(**lists)
 
     def __len__(self) -> int:
         return len(self.shapes)

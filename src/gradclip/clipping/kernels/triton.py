@@ -331,6 +331,7 @@ class _Plan:
 
     def addresses_of(self, batch: Batch) -> Tensor:
         """Return where the tensors of a batch are: int64 (T,), on their device."""
+        self.table.on(batch.device)  # refuses a capture that comes before the first steps
         if self._addresses is None:
             self._addresses = Addresses(batch.device, len(batch.tensors))
         return self._addresses.of(batch.addresses)

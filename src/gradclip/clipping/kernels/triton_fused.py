@@ -19,7 +19,7 @@ from gradclip.clipping.kernels import triton_decide, triton_programs
 from gradclip.clipping.kernels.device import is_capturing, stream_of
 from gradclip.clipping.kernels.fused import COLUMNS, FusedStep, Layout, Report
 from gradclip.clipping.kernels.tables import Addresses, Table
-from gradclip.clipping.kernels.tensor_specs import Batch, TensorSpecs
+from gradclip.clipping.kernels.tensor_specs import TensorSpecs
 from gradclip.clipping.kernels.triton_launch import Launcher, current
 
 _CALLS = 64
@@ -74,8 +74,9 @@ class _Part:
         if layout.patterns > 1:  # chunks have the coefficient of their pattern
             table = plan.table.on(_CPU).clone()
             starts = layout.starts_table.on(_CPU)
-            numbers = torch.arange(len(layout.specs)) if indices is None else torch.tensor(indices)
-            pattern_T = torch.bucketize(numbers, starts[1:-1].contiguous(), right=True)
+            numbers = range(len(layout.specs)) if indices is None else indices
+            tensor_T = torch.tensor(numbers, device="cpu")
+            pattern_T = torch.bucketize(tensor_T, starts[1:-1].contiguous(), right=True)
             table[:, 3] = pattern_T[table[:, 3]]
             self.table = Table(table)
         self._addresses: Addresses | None = None
@@ -139,9 +140,7 @@ class _FusedPlan:
 
     def _sum(self, scratch: _Scratch, there: list[tuple[Tensor, Tensor]]) -> None:
         """Sum the powers of each chunk."""
-        for part, (addresses, table), sums_C in zip(
-            self._parts, there, scratch.parts, strict=True
-        ):
+        for part, (addresses, table), sums_C in zip(self._parts, there, scratch.parts, strict=True):
             self._launch(
                 triton_programs.power_sums,
                 (part.chunks,),

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradclip.clipping.apply.fused import FusedClip
 from gradclip.clipping.arguments import Options
 from gradclip.clipping.flags import Flag, any_of, negated
-from gradclip.clipping.kernels.fused import BOUNDED, Report
+from gradclip.clipping.kernels.fused import Report
 from gradclip.clipping.measure.group import Found, Group
 from gradclip.clipping.measure.norm import combine
 from gradclip.clipping.measure.pattern import Pattern
@@ -145,7 +145,7 @@ class Judge:
             TooManySkipsError: GC202.
         """
         report, on_host = clip.report, clip.on_host
-        if self._nonfinite == "raise" and not bool(report.flag(BOUNDED, report.patterns)):
+        if self._nonfinite == "raise" and not report.is_bounded:
             return False
         if on_host is not None and (self._nonfinite == "skip" or may_skip):
             describe = None

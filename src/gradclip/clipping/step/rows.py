@@ -248,13 +248,15 @@ class StepLog:
             expected: A loss scaler answers for an overflow.
             unscaled: Whether gradients are known to be unscaled.
         """
-        if is_capturing(result.measured_S.device):
+        if result.on_host is None and is_capturing(result.measured_S.device):
             return
         if result.on_host is None:
             row = StepRow.of(result, step, expected=expected)
             self._ring.push(row, 2 * row.norms_S.numel())
         else:
-            self._ring.push(ReportRow(step, expected, result.on_host, result.one_threshold), 0)
+            self._ring.push(
+                ReportRow(step, expected, result.on_host, float(result.one_threshold)), 0
+            )
         self._loop.speak(unscaled=unscaled)
 
     def follow(self, reader: Reader) -> None:
