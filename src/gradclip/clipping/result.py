@@ -309,14 +309,21 @@ class FusedResult(ClipResult):
         return self._numbers.wide(REMAINING, *self._span)
 
     @cached_property
-    def withheld(self) -> Tensor:
-        """Whether the update should not happen: 0-d bool."""
+    def withheld(self) -> Flag:
+        """Whether the update should not happen: 0-d bool, or False where that cannot be."""
+        layout = self._clip.layout
+        writes = any(limit.writes for limit in layout.limits[slice(*self._span)])
+        return self.skipped if writes and (layout.skips or layout.may_skip) else False
+
+    @cached_property
+    def skipped(self) -> Tensor:
+        """Whether the update should not happen, and the gradients were zeroed: 0-d bool."""
         return self._numbers.flag(SKIPPED, self._at)
 
     @cached_property
-    def by_policy(self) -> Tensor:
-        """Whether the step was skipped because a policy asked for it: 0-d bool."""
-        return self._numbers.flag(BY_POLICY, self._at)
+    def by_policy(self) -> Flag:
+        """Whether the step was skipped because a policy asked for it."""
+        return self._numbers.flag(BY_POLICY, self._at) if self._clip.layout.may_skip else False
 
     @cached_property
     def clipped(self) -> Tensor:
