@@ -220,8 +220,8 @@ def clamp(
 def look_up(addresses, table, chunk, DTYPE: tl.constexpr):
     """Return where a chunk begins, how many elements it has, and which row it is of."""
     entry = table + 4 * chunk
-    base = tl.load(addresses + tl.load(entry))
-    address = base + tl.load(entry + 1) * (DTYPE.primitive_bitwidth // 8)
+    base = tl.load(addresses + tl.load(entry)).to(tl.pointer_type(DTYPE))
+    address = (base + tl.load(entry + 1)).to(tl.int64)  # Triton 3.2 tells no item size
     return address, tl.load(entry + 2).to(tl.int32), tl.load(entry + 3)
 
 
