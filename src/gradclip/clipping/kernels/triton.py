@@ -33,14 +33,11 @@ CHUNK = 1 << 14
 BLOCK = 1 << 12
 """Elements that a program holds at a time."""
 
-_CLAMPED = 1 << 11
-"""Elements at a time where each has float64 sums, which take more registers."""
-
 _RECOUNT = 1 << 10
 """Elements at a time where a chunk is counted in float64."""
 
-_PROGRAMS = 1 << 13
-"""Programs of a pass that may have nothing to do, which each of them sees for itself."""
+_PROGRAMS = 8
+"""Programs for each multiprocessor of a pass that may have nothing to do, and then is over at once."""
 
 _FOLD = 1 << 10
 """Sums of chunks that are added at a time."""
@@ -71,9 +68,11 @@ def abs_max(batch: Batch) -> Tensor:
 
 
 def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
-    """Sum ``|x / scale|**p`` over each row, in float64: (R, 1)."""
+    """Sum ``|x / scale|**p`` over each row: float64 (R, 1)."""
     if not _is_served(batch):
         return foreach.scaled_power_sums(batch, p, scale_R)
+    # Below p = 1, quotients that float32 cannot hold would count.
+    kind = _wide(batch.dtype) if p >= 1 else tl.float64
     plan = batch.specs.plan(_Plan)
     sums_C = _empty(batch, plan.chunks)
     with current(batch.device):
@@ -86,7 +85,9 @@ def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
             _bits(p),
             sums_C,
             DTYPE=_TYPES[batch.dtype],
-            BLOCK=_RECOUNT,
+            KIND=kind,
+            BLOCK=_RECOUNT if kind is tl.float64 else BLOCK,
+            RECOUNT=_RECOUNT,
         )
         return _folded(batch, plan, sums_C, columns=1, largest=False)
 
@@ -106,7 +107,7 @@ def scaling(batch: Batch, coefficients: float | Tensor) -> list[Write]:
         with current(device):
             plan.launch(
                 programs.scale,
-                (min(plan.chunks, _PROGRAMS),),
+                (min(plan.chunks, _PROGRAMS * _multiprocessors(device)),),
                 addresses,
                 table,
                 factors,
@@ -177,7 +178,8 @@ class _Clamp:
                 DTYPE=_TYPES[batch.dtype],
                 KIND=_wide(batch.dtype),
                 WRITE=self._write,
-                BLOCK=min(BLOCK, _CLAMPED),
+                BLOCK=BLOCK,
+                RECOUNT=_RECOUNT,
             )
 
     def folded(self, found_CA: Tensor) -> Tensor:
@@ -283,6 +285,12 @@ def _folded(
 
 def _empty(batch: Batch, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float64, device=batch.device)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":  # in the interpreter
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _columns(batch: Batch) -> int:

@@ -1,73 +1,95 @@
-"""Compiles the Triton kernels for an H100 without one, and prints what became of them as JSON."""
+"""Compiles the Triton kernels for an H100 without one, and prints what became of them as JSON.
+
+They are compiled as a launch would: that works alike in all versions of Triton.
+"""
 
 import json
 import re
+import subprocess
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import torch
+import triton
 import triton.language as tl
-from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from gradclip.clipping.kernels import triton as backend
 from gradclip.clipping.kernels import triton_launch
 from gradclip.clipping.kernels import triton_programs as programs
 
-TABLES = {"addresses": "*i64", "table": "*i64"}
-CASES = {
-    "power_sums float32": (
-        programs.power_sums,
-        {**TABLES, "found": "*fp64"},
-        {"POWER": 2, "DTYPE": tl.float32, "KIND": tl.float32, "RECOUNT": 1024},
-    ),
-    "power_sums bfloat16": (
-        programs.power_sums,
-        {**TABLES, "found": "*fp64"},
-        {"POWER": 2, "DTYPE": tl.bfloat16, "KIND": tl.float32, "RECOUNT": 1024},
-    ),
-    "scale bfloat16": (
-        programs.scale,
-        {**TABLES, "coefficients": "*fp64", "chunks": "i32"},
-        {"PER_ROW": False, "DTYPE": tl.bfloat16},
-    ),
-    "clamp float32": (
-        programs.clamp,
-        {**TABLES, "limit": "*fp64", "before": "*fp64", "after": "*fp64", "changed": "*i64"},
-        {"DTYPE": tl.float32, "KIND": tl.float32, "WRITE": True},
-    ),
-}
+I64, F64 = torch.int64, torch.float64
+BLOCK, RECOUNT, FOLD = backend.BLOCK, backend._RECOUNT, backend._FOLD
+BITS = backend._bits(0.3)
 
 
-def compiled(kernel, pointers, constants):
-    names = kernel.arg_names
-    constants = {**constants, "BLOCK": backend.BLOCK}
-    types = {name: pointers.get(name, "constexpr") for name in names}
-    source = ASTSource(
-        fn=kernel,
-        signature=types,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={
-            (names.index(name),): [["tt.divisibility", 16]]
-            for name, kind in types.items()
-            if kind.startswith("*")
-        },
-    )
-    return compile_kernel(
-        source, target=GPUTarget("cuda", 90, 32), options=triton_launch._OPTIONS
-    ).asm
+def cases():
+    """Yield each program that is launched: a name, what it gets, its constants."""
+    for dtype in (tl.float32, tl.bfloat16, tl.float64):
+        kinds = {"DTYPE": dtype, "KIND": tl.float64 if dtype is tl.float64 else tl.float32}
+        sizes = {"BLOCK": BLOCK, "RECOUNT": RECOUNT}
+        for power in (2, programs.MAXIMUM.value):
+            constants = {"POWER": power, **kinds, **sizes}
+            yield f"power_sums {power}", programs.power_sums, (I64, I64, F64), constants
+        got = (I64, I64, F64, 1000)
+        yield "scale", programs.scale, got, {"PER_ROW": False, "DTYPE": dtype, "BLOCK": BLOCK}
+        got = (I64, I64, F64, F64, F64, I64)
+        yield "clamp", programs.clamp, got, {**kinds, "WRITE": True, **sizes}
+        got = (I64, I64, F64, BITS, F64)
+        sizes["BLOCK"] = RECOUNT if dtype is tl.float64 else BLOCK
+        yield "scaled_power_sums", programs.scaled_power_sums, got, {**kinds, **sizes}
+    constants = {"COLUMNS": 1, "LARGEST": False, "BLOCK": FOLD}
+    yield "fold", programs.fold, (F64, I64, F64), constants
+    got = (F64, F64, F64, BITS, BITS, torch.bool, BITS, BITS, F64, 5)
+    yield "coefficients", programs.coefficients, got, {"NUMBERS": True, "BLOCK": FOLD}
+
+
+class H100:
+    """What Triton asks of a driver before it compiles."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+def machine_code(asm):
+    """Return the instructions that the GPU runs."""
+    binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(asm["cubin"])
+        command = [binaries / "cuobjdump", "-sass", file]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def loads_in_a_row(code):
+    """Return how many loads of 16 bytes are issued at most before arithmetic or a store."""
+    found = re.findall(r"\b(LDG\S*\.128|[FD](?:FMA|MUL|ADD)|STG|BRA)\b", code)
+    runs = "".join("L" if one.startswith("LDG") else " " for one in found).split()
+    return max(map(len, runs), default=0)
 
 
 def main():
+    triton.runtime.driver.set_active(H100())
     facts = {}
-    for name, case in CASES.items():
-        asm = compiled(*case)
-        facts[name] = {
+    for name, program, got, constants in cases():
+        compiled = program.warmup(*got, **constants, **triton_launch._OPTIONS, grid=(1,))
+        asm = compiled.asm
+        code = machine_code(asm)
+        facts[f"{name} {constants.get('DTYPE', '')}".strip()] = {
             "narrow_loads": len(re.findall(r"ld\.global\S*\.b(?:16|32) ", asm["ptx"])),
             "narrow_stores": len(re.findall(r"st\.global\S*\.b(?:16|32) ", asm["ptx"])),
-            "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", asm["ptx"])),
-            "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32", asm["ptx"])),
-            "conversions": asm["ttgir"].count("ttg.convert_layout"),
-            "spills": len(re.findall(r"(?:ld|st)\.local", asm["ptx"])),
+            "wide_loads": len(re.findall(r"LDG\S*\.128\b", code)),
+            "wide_stores": len(re.findall(r"STG\S*\.128\b", code)),
+            "in_a_row": loads_in_a_row(code),
+            "conversions": asm["ttgir"].count(".convert_layout"),
+            "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         }
     json.dump(facts, sys.stdout)
 
