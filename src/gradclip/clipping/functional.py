@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from numbers import Real
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -68,34 +68,52 @@ def _clip_once(source: ParameterSource, policy: Policy, nonfinite: Nonfinite) ->
     return engine.clip()
 
 
+class _Short(NamedTuple):
+    """A policy, and the short ways that it has.
+
+    Args:
+        policy: What bounds the gradients.
+        lean: The way of small models on a CPU.
+        fused: The way of a device that does it in a few launches.
+    """
+
+    policy: Policy
+    lean: Lean | None
+    fused: Fused | None
+
+    @classmethod
+    def of(cls, policy: Policy, nonfinite: Nonfinite, backend: str) -> "_Short":
+        """Find the ways of a policy, where a backend is used."""
+        backends = Backends(backend)
+        fused = Fused.of({"*": policy}, Options(nonfinite), backends, _GUEST, by_pattern=False)
+        return cls(policy, Lean.of(policy) if backends.are_portable else None, fused)
+
+    def clip(self, source: ParameterSource, *, raises: bool) -> Tensor | None:
+        """Clip where nothing is unusual, and return the norm; None elsewhere: nothing was done."""
+        parameters = source.tensors()
+        has_twins = len(set(map(id, parameters))) < len(parameters)
+        if has_twins or may_be_shared(parameters):
+            return None
+        found = source.gradients(parameters)
+        small = None if self.lean is None else self.lean.read(found, _KNOWN)
+        if small is not None:
+            small.write(_GUEST)
+            return torch.scalar_tensor(small.norm, dtype=torch.float32, device="cpu")
+        if self.fused is None or not self.fused.serves(found):
+            return None
+        clip = self.fused.clip([found], [_KNOWN], lambda c: not raises or c.report.is_bounded)
+        return None if clip is None else FusedResult(clip, 0, ()).norm_pre
+
+
 @lru_cache(maxsize=64)
-def _norm_clip(
-    max_norm: float, norm_type: float, nonfinite: Nonfinite, backend: str
-) -> tuple[NormClip, Lean | None, Fused | None]:
-    """Return a policy, and the short ways that it has."""
+def _norm_clip(max_norm: float, norm_type: float, nonfinite: Nonfinite, backend: str) -> _Short:
     ceiling, order = as_ceiling(max_norm, "max_norm"), as_norm_order(norm_type)
-    policy, backends = NormClip(max_norm=ceiling, norm_type=order), Backends(backend)
-    fused = Fused.of({"*": policy}, Options(nonfinite), backends, _GUEST, by_pattern=False)
-    return policy, Lean.of(policy) if backends.are_portable else None, fused
+    return _Short.of(NormClip(max_norm=ceiling, norm_type=order), nonfinite, backend)
 
 
-def _clip_short(
-    source: ParameterSource, lean: Lean | None, fused: Fused | None, *, raises: bool
-) -> Tensor | None:
-    """Clip where nothing is unusual, and return the norm; None elsewhere: nothing was done."""
-    parameters = source.tensors()
-    has_twins = len(set(map(id, parameters))) < len(parameters)
-    if has_twins or may_be_shared(parameters):
-        return None
-    found = source.gradients(parameters)
-    small = None if lean is None else lean.read(found, _KNOWN)
-    if small is not None:
-        small.write(_GUEST)
-        return torch.scalar_tensor(small.norm, dtype=torch.float32, device="cpu")
-    if fused is None or not fused.serves(found):
-        return None
-    clip = fused.clip([found], [_KNOWN], lambda clip: not raises or clip.report.is_bounded)
-    return None if clip is None else FusedResult(clip, 0, ()).norm_pre
+@lru_cache(maxsize=64)
+def _value_clip(clip_value: float, backend: str) -> _Short:
+    return _Short.of(ValueClip(clip_value=clip_value), "propagate", backend)
 
 
 def _remembered(rendezvous: "Rendezvous", groups: Mapping[str, ParameterGroup]) -> "Ranks":
@@ -163,10 +181,10 @@ def clip_grad_norm_(
         norm_type = as_norm_order(norm_type)
     raises = _check_flag(error_if_nonfinite)
     nonfinite: Nonfinite = "raise" if raises else "propagate"
-    policy, lean, fused = _norm_clip(max_norm, norm_type, nonfinite, choose("auto").name)
+    short = _norm_clip(max_norm, norm_type, nonfinite, choose("auto").name)
     source = as_source(parameters)
-    norm = _clip_short(source, lean, fused, raises=raises)
-    return _clip_once(source, policy, nonfinite).norm_pre if norm is None else norm
+    norm = short.clip(source, raises=raises)
+    return _clip_once(source, short.policy, nonfinite).norm_pre if norm is None else norm
 
 
 @untraced
@@ -186,8 +204,10 @@ def clip_grad_value_(
         UnsupportedGradientError: GC020, for complex gradients.
     """
     _check_foreach(foreach)
-    policy = ValueClip(clip_value=as_ceiling(clip_value, "clip_value"))
-    _clip_once(as_source(parameters), policy, "propagate")
+    short = _value_clip(as_ceiling(clip_value, "clip_value"), choose("auto").name)
+    source = as_source(parameters)
+    if short.clip(source, raises=False) is None:
+        _clip_once(source, short.policy, "propagate")
 
 
 @untraced

@@ -107,6 +107,10 @@ class Fused:
                     element_limit=policy.element_limit,
                 )
             )
+        # Clamping writes before the verdict, which may have to come first.
+        first = options.nonfinite == "raise" or (by_pattern and options.nonfinite == "propagate")
+        if first and any(limit.clamps for limit in limits):
+            return None
         few = len(bounding) == len(policies) and len(orders) == 1 and orders <= _ORDERS
         return cls(bounding, limits, options, backends, role) if few and one_norm_each else None
 

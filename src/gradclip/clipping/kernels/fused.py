@@ -127,6 +127,11 @@ class Layout:
         return self.limits_table.on(self.device)[:, LIMITS - 1]
 
     @cached_property
+    def clamps(self) -> bool:
+        """Whether elements of any pattern may be clamped."""
+        return any(limit.clamps for limit in self.limits)
+
+    @cached_property
     def may_skip(self) -> bool:
         """Whether a policy may ask to skip the step."""
         return any(limit.writes and limit.skip_above < inf for limit in self.limits)

@@ -30,6 +30,8 @@ _NONFINITE = tl.constexpr(reports.NONFINITE)
 @triton.jit(do_not_specialize=["grad_scale", "scale_bits", "rows", "patterns"])
 def decide(
     found,
+    left,
+    moved,
     spans,
     starts,
     limits,
@@ -37,11 +39,14 @@ def decide(
     scale_bits: tl.int64,
     counter,
     folded,
+    folded_left,
+    folded_moved,
     coefficients,
     report,
     rows,
     patterns,
     POWER: tl.constexpr,
+    CLAMPS: tl.constexpr,
     SKIPS: tl.constexpr,
     SCALED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -49,17 +54,24 @@ def decide(
 ):
     """Fold each row; the last program judges all of them.
 
+    ``found`` has the sums of chunks; where patterns clamp, ``left`` those of what is left, and
+    ``moved`` how many elements change.
     ``spans`` has the chunks of each row, (R, 2); ``starts`` the rows of each pattern, (P + 1,);
     ``limits`` what bounds it, (P, LIMITS). ``counter`` is 0 before and after.
     """
     row = tl.program_id(0).to(tl.int64)
     tl.store(folded + row, fold_row(found, spans, row, POWER == MAXIMUM, BLOCK))
+    if CLAMPS:
+        tl.store(folded_left + row, fold_row(left, spans, row, False, BLOCK))
+        tl.store(folded_moved + row, fold_row(moved, spans, row, False, BLOCK))
     # Every program has written its rows before the last one reads them.
     tl.debug_barrier()
     if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == rows - 1:
         tl.store(counter, 0)
         lanes = tl.arange(0, WIDTH)
         norms = tl.zeros([WIDTH], tl.float64)
+        lefts = tl.zeros([WIDTH], tl.float64)
+        moves = tl.zeros([WIDTH], tl.float64)
         odd = tl.zeros([WIDTH], tl.int64)
         for pattern in range(patterns):
             first = tl.load(starts + pattern)
@@ -67,16 +79,23 @@ def decide(
             total, nonfinite = whole(folded, first, last, POWER == MAXIMUM, BLOCK)
             norms = tl.where(lanes == pattern, root(total, POWER), norms)
             odd = tl.where(lanes == pattern, nonfinite, odd)
+            if CLAMPS:
+                total, _ = whole(folded_left, first, last, False, BLOCK)
+                lefts = tl.where(lanes == pattern, root(total, POWER), lefts)
+                total, _ = whole(folded_moved, first, last, False, BLOCK)
+                moves = tl.where(lanes == pattern, total, moves)
         if SCALED == 1:
             norms = norms / as_float64(scale_bits)
         if SCALED >= 2:
             norms = norms / tl.load(grad_scale).to(tl.float64)
-        judge(norms, odd, limits, coefficients, report, patterns, POWER, SKIPS, WIDTH)
+        judge(norms, lefts, moves, odd, limits, coefficients, report, patterns, POWER, SKIPS, WIDTH)
 
 
 @triton.jit
 def judge(
     norms,
+    lefts,
+    moves,
     odd,
     limits,
     coefficients,
@@ -115,8 +134,10 @@ def judge(
         withheld = writes & (by_policy | (sound == 0))
     else:
         withheld = writes & unwanted
-    clipped = (coefficient < 1) & (withheld == 0)
-    remaining = tl.where(coefficient == 0, 0.0, norms * coefficient)
+    clamped = clamps & writes
+    clipped = tl.where(clamped, moves > 0, coefficient < 1) & (withheld == 0)
+    remaining = tl.where(clamped, lefts, norms * coefficient)
+    remaining = tl.where(coefficient == 0, 0.0, remaining)
 
     # Behind the patterns: all of them together.
     total = together(norms, there, POWER)

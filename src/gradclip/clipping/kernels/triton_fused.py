@@ -5,8 +5,9 @@ launches: nothing is asked of the host, or of torch, between two of them.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from math import inf
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
@@ -16,11 +17,14 @@ from torch.autograd.graph import increment_version
 
 from gradclip.clipping.kernels import triton as backend
 from gradclip.clipping.kernels import triton_decide, triton_programs
+from gradclip.clipping.kernels.blocks import representable
 from gradclip.clipping.kernels.device import is_capturing, stream_of
 from gradclip.clipping.kernels.fused import COLUMNS, FusedStep, Layout, Report
 from gradclip.clipping.kernels.tables import Addresses, Table
 from gradclip.clipping.kernels.tensor_specs import TensorSpecs
 from gradclip.clipping.kernels.triton_launch import Launcher, current
+
+_Value = TypeVar("_Value")
 
 _CALLS = 64
 """Calls whose results are allocated together."""
@@ -44,28 +48,40 @@ class _Scratch(NamedTuple):
     """Memory of one call, which the next call on the same stream takes over.
 
     Args:
-        sums_C: Of each chunk, float64.
+        chunks: What was found of each chunk, and of those of each part: sums, float64; and where
+            patterns clamp, the sums of what is left, float64, and how many elements change, int64.
+        rows: The last two of each row, float64.
         coefficients_P: What gradients are multiplied by, float64.
-        counter: 0 between two calls: int32 (1,).
-        parts: Of ``sums_C`` those of each part.
+        counter: 0 between two calls: int32.
     """
 
-    sums_C: Tensor
+    chunks: list[tuple[Tensor, list[Tensor]]]
+    rows: list[Tensor]
     coefficients_P: Tensor
     counter: Tensor
-    parts: list[Tensor]
 
 
 class _Part:
-    """Gradients of one dtype: their chunks.
+    """Gradients that are measured by one launch: their chunks.
 
     Args:
         specs: Of these gradients.
         indices: Which of all they are; None for all.
         layout: All gradients.
+        element_limit: What their elements are clamped to; None where they are not.
     """
 
-    def __init__(self, specs: TensorSpecs, indices: list[int] | None, layout: Layout) -> None:
+    def __init__(
+        self,
+        specs: TensorSpecs,
+        indices: list[int] | None,
+        layout: Layout,
+        element_limit: float | None,
+    ) -> None:
+        self.top: Table | None = None
+        if element_limit is not None:
+            top = representable(element_limit, specs.dtypes[0])
+            self.top = Table.of([float(top)], torch.float64)
         plan = specs.plan(backend._Plan)  # noqa: SLF001 - the other half of this backend
         self.specs, self.indices, self.chunks = specs, indices, plan.chunks
         self.dtype = backend._TYPES[specs.dtypes[0]]  # noqa: SLF001
@@ -85,9 +101,11 @@ class _Part:
         """Return where the gradients are: int64 (T',), on their device."""
         if self._addresses is None:
             self._addresses = Addresses(self.specs.devices[0], len(self.specs))
-        every = step.addresses
-        mine = every if self.indices is None else [every[index] for index in self.indices]
-        return self._addresses.of(mine)
+        return self._addresses.of(self.of(step.addresses))
+
+    def of(self, every: Sequence[_Value]) -> Sequence[_Value]:
+        """Return of something for each gradient what is of these."""
+        return every if self.indices is None else [every[index] for index in self.indices]
 
 
 class _FusedPlan:
@@ -101,58 +119,86 @@ class _FusedPlan:
             len(set(specs.devices)) == 1
             and all(specs.flat)
             and set(specs.dtypes) <= _SERVED
-            and not any(limit.clamps for limit in layout.limits)
             and layout.power in _POWERS
         )
         if not self.serves:
             return
-        self._parts = [_Part(part.specs, part.indices, layout) for part in specs.parts]
+        self._parts = _parts(layout)
         self._chunks = sum(part.chunks for part in self._parts)
         self.serves = self._chunks > 0
         self._spans = Table(_spans(self._parts, len(specs)))
         self._width = triton.next_power_of_2(max(layout.patterns, 2))
+        self._programs = backend._PROGRAMS * backend._multiprocessors(self._device)  # noqa: SLF001
         self._launch = Launcher()
         self._scratch: defaultdict[int, list[_Scratch]] = defaultdict(list)
         self._reports: defaultdict[int, list[Report]] = defaultdict(list)
         self._zeros: list[Tensor] = []
+        self._tried = False
 
     def run(self, step: FusedStep) -> Report | None:
         """Launch everything; None where a step is not allowed, and nothing was written."""
-        device = self._device
+        device, clamps = self._device, self._layout.clamps
+        if clamps and (step.grad_scale is not None or not step.allows()):
+            return None
         capturing, stream = is_capturing(device), stream_of(device)
         there = [(part.addresses_of(step), part.table.on(device)) for part in self._parts]
         scratch, report = self._memory(stream, capturing=capturing)
         try:
             with current(device):
-                self._sum(scratch, there)
+                if step.scales and not self._tried:
+                    # 1 changes nothing: what cannot be compiled fails before anything is written.
+                    scratch.coefficients_P.fill_(1.0)
+                    self._scale(scratch, there)
+                    self._tried = True
+                self._measure(step, scratch, there)
                 # The host looks at what only writing needs while the device sums.
-                if not step.allows():
+                if not (clamps or step.allows()):
                     return None
                 self._decide(step, scratch, report)
                 if not step.accepts(report):
                     return None
                 if step.scales:
-                    self._scale(step, scratch, there)
+                    increment_version(step.tensors)  # autograd sees no write of its own
+                    self._scale(scratch, there)
             return report
         finally:
             if not capturing:
                 self._scratch[stream].append(scratch)
 
-    def _sum(self, scratch: _Scratch, there: list[tuple[Tensor, Tensor]]) -> None:
-        """Sum the powers of each chunk."""
-        for part, (addresses, table), sums_C in zip(self._parts, there, scratch.parts, strict=True):
-            self._launch(
-                triton_programs.power_sums,
-                (part.chunks,),
-                addresses,
-                table,
-                sums_C,
-                POWER=_POWERS[self._layout.power],
-                DTYPE=part.dtype,
-                KIND=tl.float32,
-                BLOCK=backend.BLOCK,
-                RECOUNT=backend._RECOUNT,  # noqa: SLF001
-            )
+    def _measure(
+        self, step: FusedStep, scratch: _Scratch, there: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        """Sum the powers of each chunk; clamp on the way what is clamped."""
+        for number, (part, (addresses, table)) in enumerate(zip(self._parts, there, strict=True)):
+            found = [parts[number] for _, parts in scratch.chunks]
+            if part.top is None:
+                self._launch(
+                    triton_programs.power_sums,
+                    (part.chunks,),
+                    addresses,
+                    table,
+                    found[0],
+                    POWER=_POWERS[self._layout.power],
+                    DTYPE=part.dtype,
+                    KIND=tl.float32,
+                    BLOCK=backend.BLOCK,
+                    RECOUNT=backend._RECOUNT,  # noqa: SLF001
+                )
+            else:
+                increment_version(part.of(step.tensors))  # autograd sees no write of its own
+                self._launch(
+                    triton_programs.clamp,
+                    (part.chunks,),
+                    addresses,
+                    table,
+                    part.top.on(self._device),
+                    *found,
+                    DTYPE=part.dtype,
+                    KIND=tl.float32,
+                    WRITE=True,
+                    BLOCK=backend.BLOCK,
+                    RECOUNT=backend._RECOUNT,  # noqa: SLF001
+                )
 
     def _decide(self, step: FusedStep, scratch: _Scratch, report: Report) -> None:
         """Fold the sums, judge them, and fill the report."""
@@ -166,10 +212,13 @@ class _FusedPlan:
             scale_there = scale.to(torch.float64) if wide else scale
         elif scale is not None:
             scaled, scale_bits = _BY_NUMBER, backend._bits(scale)  # noqa: SLF001
+        chunks, rows = [whole for whole, _ in scratch.chunks], scratch.rows
+        unused = [] if layout.clamps else [limits, limits]
         self._launch(
             triton_decide.decide,
             (count,),
-            scratch.sums_C,
+            *chunks,
+            *unused,
             self._spans.on(device),
             layout.starts_table.on(device),
             limits,
@@ -177,26 +226,26 @@ class _FusedPlan:
             scale_bits,
             scratch.counter,
             report.sums_T,
+            *rows,
+            *unused,
             scratch.coefficients_P,
             report.values,
             count,
             layout.patterns,
             POWER=_POWERS[layout.power],
+            CLAMPS=layout.clamps,
             SKIPS=layout.skips,
             SCALED=scaled,
             WIDTH=self._width,
             BLOCK=backend._FOLD,  # noqa: SLF001
         )
 
-    def _scale(
-        self, step: FusedStep, scratch: _Scratch, there: list[tuple[Tensor, Tensor]]
-    ) -> None:
+    def _scale(self, scratch: _Scratch, there: list[tuple[Tensor, Tensor]]) -> None:
         """Multiply each chunk by the coefficient of its pattern."""
-        increment_version(step.tensors)  # autograd sees no write of its own
         for part, (addresses, table) in zip(self._parts, there, strict=True):
             self._launch(
                 triton_programs.scale,
-                (min(part.chunks, backend._PROGRAMS),),  # noqa: SLF001
+                (min(part.chunks, self._programs),),
                 addresses,
                 table,
                 scratch.coefficients_P,
@@ -236,9 +285,15 @@ class _FusedPlan:
             zeros = torch.zeros(_CAPTURES, 4, dtype=torch.int32, device=device)
             self._zeros = list(zeros.unbind())
         sizes = [part.chunks + part.chunks % 2 for part in self._parts]  # of 16 bytes each
-        sums_C = torch.empty(sum(sizes), dtype=torch.float64, device=device)
-        coefficients_P = torch.empty(self._width, dtype=torch.float64, device=device)
-        return _Scratch(sums_C, coefficients_P, counter, list(sums_C.split(sizes)))
+        kinds = (torch.float64, torch.float64, torch.int64)[: 3 if self._layout.clamps else 1]
+        chunks = [torch.empty(sum(sizes), dtype=kind, device=device) for kind in kinds]
+        count = len(self._layout.specs)
+        return _Scratch(
+            [(each, list(each.split(sizes))) for each in chunks],
+            [torch.empty(count, dtype=torch.float64, device=device) for _ in kinds[1:]],
+            torch.empty(self._width, dtype=torch.float64, device=device),
+            counter,
+        )
 
     def _make_reports(self, calls: int) -> list[Report]:
         """Allocate what some calls come to."""
@@ -254,6 +309,28 @@ class _FusedPlan:
 _CPU = torch.device("cpu")
 _SERVED = frozenset({torch.float16, torch.bfloat16, torch.float32})
 """Dtypes whose sums are in range in float64, and whose coefficients are too."""
+
+
+def _parts(layout: Layout) -> list[_Part]:
+    """Cut gradients by dtype, and those that are clamped by pattern too."""
+    specs, starts = layout.specs, layout.starts
+    alike: dict[tuple[torch.dtype, int | None], list[int]] = {}
+    for pattern, limit in enumerate(layout.limits):
+        for index in range(starts[pattern], starts[pattern + 1]):
+            clamped = pattern if limit.clamps else None
+            alike.setdefault((specs.dtypes[index], clamped), []).append(index)
+    if len(alike) == 1:
+        only = layout.limits[0]
+        return [_Part(specs, None, layout, only.element_limit if only.clamps else None)]
+    return [
+        _Part(
+            specs.chosen(indices),
+            indices,
+            layout,
+            None if clamped is None else layout.limits[clamped].element_limit,
+        )
+        for (_, clamped), indices in alike.items()
+    ]
 
 
 def _spans(parts: list[_Part], count: int) -> Tensor:

@@ -435,9 +435,7 @@ def limit_to(
     if address % 16 == 0:
         sums, moved = limited(aligned(address, DTYPE), count, top, KIND, WRITE, BLOCK)
     else:
-        sums, moved = limited(
-            address.to(tl.pointer_type(DTYPE)), count, top, KIND, WRITE, BLOCK
-        )
+        sums, moved = limited(address.to(tl.pointer_type(DTYPE)), count, top, KIND, WRITE, BLOCK)
     return sums, moved
 
 
