@@ -128,7 +128,10 @@ class TensorSpecs:
 
     def chosen(self, indices: list[int]) -> "TensorSpecs":
         """Describe some of the tensors."""
-        return TensorSpecs(**{name: [getattr(self, name)[i] for i in indices] for name in _lists()})
+        lists: dict[str, Any] = {
+            name: [getattr(self, name)[index] for index in indices] for name in _lists()
+        }
+        return TensorSpecs(**lists)
 
 
 def _lists() -> list[str]:

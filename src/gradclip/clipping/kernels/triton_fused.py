@@ -7,7 +7,7 @@ launches: nothing is asked of the host, or of torch, between two of them.
 from collections import defaultdict
 from collections.abc import Sequence
 from math import inf
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,8 +23,6 @@ from gradclip.clipping.kernels.fused import COLUMNS, FusedStep, Layout, Report
 from gradclip.clipping.kernels.tables import Addresses, Table
 from gradclip.clipping.kernels.tensor_specs import TensorSpecs
 from gradclip.clipping.kernels.triton_launch import Launcher, current
-
-_Value = TypeVar("_Value")
 
 _CALLS = 64
 """Calls whose results are allocated together."""
@@ -87,25 +85,18 @@ class _Part:
         self.dtype = backend._TYPES[specs.dtypes[0]]  # noqa: SLF001
         self.firsts = plan.firsts.on(_CPU)
         self.table = plan.table
-        if layout.patterns > 1:  # chunks have the coefficient of their pattern
+        """For each chunk: which of all tensors, first element, elements, pattern; int64 (C, 4)."""
+        if indices is not None or layout.patterns > 1:
             table = plan.table.on(_CPU).clone()
-            starts = layout.starts_table.on(_CPU)
             numbers = range(len(layout.specs)) if indices is None else indices
-            tensor_T = torch.tensor(numbers, device="cpu")
-            pattern_T = torch.bucketize(tensor_T, starts[1:-1].contiguous(), right=True)
-            table[:, 3] = pattern_T[table[:, 3]]
+            tensor_C = torch.tensor(numbers, device="cpu")[table[:, 0]]
+            inner = layout.starts_table.on(_CPU)[1:-1].contiguous()
+            table[:, 0], table[:, 3] = tensor_C, torch.bucketize(tensor_C, inner, right=True)
             self.table = Table(table)
-        self._addresses: Addresses | None = None
 
-    def addresses_of(self, step: FusedStep) -> Tensor:
-        """Return where the gradients are: int64 (T',), on their device."""
-        if self._addresses is None:
-            self._addresses = Addresses(self.specs.devices[0], len(self.specs))
-        return self._addresses.of(self.of(step.addresses))
-
-    def of(self, every: Sequence[_Value]) -> Sequence[_Value]:
-        """Return of something for each gradient what is of these."""
-        return every if self.indices is None else [every[index] for index in self.indices]
+    def of(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return those of all gradients that are these."""
+        return tensors if self.indices is None else [tensors[index] for index in self.indices]
 
 
 class _FusedPlan:
@@ -133,6 +124,7 @@ class _FusedPlan:
         self._scratch: defaultdict[int, list[_Scratch]] = defaultdict(list)
         self._reports: defaultdict[int, list[Report]] = defaultdict(list)
         self._zeros: list[Tensor] = []
+        self._addresses: Addresses | None = None
         self._tried = False
 
     def run(self, step: FusedStep) -> Report | None:
@@ -141,16 +133,17 @@ class _FusedPlan:
         if clamps and (step.grad_scale is not None or not step.allows()):
             return None
         capturing, stream = is_capturing(device), stream_of(device)
-        there = [(part.addresses_of(step), part.table.on(device)) for part in self._parts]
+        tables = [part.table.on(device) for part in self._parts]  # refuses a capture at first
+        addresses = self._addresses_of(step)
         scratch, report = self._memory(stream, capturing=capturing)
         try:
             with current(device):
                 if step.scales and not self._tried:
                     # 1 changes nothing: what cannot be compiled fails before anything is written.
                     scratch.coefficients_P.fill_(1.0)
-                    self._scale(scratch, there)
+                    self._scale(scratch, addresses, tables)
                     self._tried = True
-                self._measure(step, scratch, there)
+                self._measure(step, scratch, addresses, tables)
                 # The host looks at what only writing needs while the device sums.
                 if not (clamps or step.allows()):
                     return None
@@ -159,17 +152,23 @@ class _FusedPlan:
                     return None
                 if step.scales:
                     increment_version(step.tensors)  # autograd sees no write of its own
-                    self._scale(scratch, there)
+                    self._scale(scratch, addresses, tables)
             return report
         finally:
             if not capturing:
                 self._scratch[stream].append(scratch)
 
+    def _addresses_of(self, step: FusedStep) -> Tensor:
+        """Return where the gradients are: int64 (T,), on their device."""
+        if self._addresses is None:
+            self._addresses = Addresses(self._device, len(self._layout.specs))
+        return self._addresses.of(step.addresses)
+
     def _measure(
-        self, step: FusedStep, scratch: _Scratch, there: list[tuple[Tensor, Tensor]]
+        self, step: FusedStep, scratch: _Scratch, addresses: Tensor, tables: list[Tensor]
     ) -> None:
         """Sum the powers of each chunk; clamp on the way what is clamped."""
-        for number, (part, (addresses, table)) in enumerate(zip(self._parts, there, strict=True)):
+        for number, (part, table) in enumerate(zip(self._parts, tables, strict=True)):
             found = [parts[number] for _, parts in scratch.chunks]
             if part.top is None:
                 self._launch(
@@ -240,9 +239,9 @@ class _FusedPlan:
             BLOCK=backend._FOLD,  # noqa: SLF001
         )
 
-    def _scale(self, scratch: _Scratch, there: list[tuple[Tensor, Tensor]]) -> None:
+    def _scale(self, scratch: _Scratch, addresses: Tensor, tables: list[Tensor]) -> None:
         """Multiply each chunk by the coefficient of its pattern."""
-        for part, (addresses, table) in zip(self._parts, there, strict=True):
+        for part, table in zip(self._parts, tables, strict=True):
             self._launch(
                 triton_programs.scale,
                 (min(part.chunks, self._programs),),
