@@ -36,7 +36,7 @@ _RECOUNT = 1 << 10
 """Elements at a time where a chunk is counted in float64."""
 
 _PROGRAMS = 8
-"""Programs for each multiprocessor of a pass that may have nothing to do, and then is over at once."""
+"""Programs for each multiprocessor, of a pass that may have nothing to do and then ends at once."""
 
 _FOLD = 1 << 10
 """Sums of chunks that are added at a time."""

@@ -190,7 +190,7 @@ def clamp(
     total, down, up = add_up(sums, peaks, pointer, count, float("inf"), 2, KIND, RECOUNT)
     put(before, chunk, total, down, up, KIND)
     moved = 0
-    if tl.max(peaks) > top:
+    if tl.max((peaks > top).to(tl.int32)) > 0:
         sums, over = limit_to(address, count, top, DTYPE, KIND, WRITE, BLOCK)
         peaks = tl.minimum(peaks, top)
         total, down, up = add_up(sums, peaks, pointer, count, top, 2, KIND, RECOUNT)
@@ -435,9 +435,7 @@ def limit_to(
     if address % 16 == 0:
         sums, moved = limited(aligned(address, DTYPE), count, top, KIND, WRITE, BLOCK)
     else:
-        sums, moved = limited(
-            address.to(tl.pointer_type(DTYPE)), count, top, KIND, WRITE, BLOCK
-        )
+        sums, moved = limited(address.to(tl.pointer_type(DTYPE)), count, top, KIND, WRITE, BLOCK)
     return sums, moved
 
 
