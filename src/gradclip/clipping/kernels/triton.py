@@ -36,8 +36,11 @@ BLOCK = 1 << 12
 _RECOUNT = 1 << 10
 """Elements at a time where a chunk is counted in float64."""
 
+_LARGEST_POWER = 1e6
+"""Of quotients in float32."""
+
 _PROGRAMS = 8
-"""Programs for each multiprocessor of a pass that may have nothing to do, and then is over at once."""
+"""Programs for each multiprocessor, of a pass that may have nothing to do and then ends at once."""
 
 _FOLD = 1 << 10
 """Sums of chunks that are added at a time."""
@@ -71,8 +74,8 @@ def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
     """Sum ``|x / scale|**p`` over each row: float64 (R, 1)."""
     if not _is_served(batch):
         return foreach.scaled_power_sums(batch, p, scale_R)
-    # Below p = 1, quotients that float32 cannot hold would count.
-    kind = _wide(batch.dtype) if p >= 1 else tl.float64
+    # Below p = 1, quotients that float32 cannot hold would count; a large p it cannot hold itself.
+    kind = _wide(batch.dtype) if 1 <= p <= _LARGEST_POWER else tl.float64
     plan = batch.specs.plan(_Plan)
     sums_C = _empty(batch, plan.chunks)
     with current(batch.device):

@@ -190,7 +190,7 @@ def clamp(
     total, down, up = add_up(sums, peaks, pointer, count, float("inf"), 2, KIND, RECOUNT)
     put(before, chunk, total, down, up, KIND)
     moved = 0
-    if tl.max(peaks) > top:
+    if tl.max((peaks > top).to(tl.int32)) > 0:
         sums, over = limit_to(address, count, top, DTYPE, KIND, WRITE, BLOCK)
         peaks = tl.minimum(peaks, top)
         total, down, up = add_up(sums, peaks, pointer, count, top, 2, KIND, RECOUNT)
@@ -233,9 +233,10 @@ def accumulate(
 ):
     """Sum a chunk lane by lane, and keep each lane's largest modulus.
 
-    From here on one path, so that alignment does not show in the order of additions.
+    Both ways add in one order, so that alignment does not show in a sum.
     """
     if address % 16 == 0:
+        # So many blocks are eight loads of each thread.
         ROW: tl.constexpr = 1 if DTYPE == tl.float64 else 2 if DTYPE == tl.float32 else 4
         pointer = aligned(address, DTYPE)
         sums, peaks = summed(pointer, count, scale, power, POWER, KIND, ROW, BLOCK)
@@ -256,7 +257,7 @@ def summed(
     ROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Accumulate a chunk, of which ``ROW`` blocks are asked for at a time."""
+    """Accumulate a chunk, of which the first ``ROW`` blocks are asked for at once."""
     lanes = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], KIND)
     peaks = tl.zeros([BLOCK], KIND)
@@ -370,6 +371,7 @@ def multiply(address, count, coefficient, DTYPE: tl.constexpr, BLOCK: tl.constex
     if (coefficient > 0) & (coefficient < _COARSE):
         multiply_finely(pointer, count, coefficient, BLOCK // 4)
     elif address % 16 == 0:
+        # So many blocks are eight loads of each thread.
         ROW: tl.constexpr = 1 if DTYPE == tl.float64 else 2 if DTYPE == tl.float32 else 4
         multiply_plainly(aligned(address, DTYPE), count, coefficient, ROW, BLOCK)
     else:

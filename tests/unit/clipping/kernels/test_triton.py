@@ -149,6 +149,12 @@ def test_magnitudes_that_float32_sums_lose(kernels, dtype, magnitude, p):
         torch.testing.assert_close(measured(kernels, batch, p), truth(tensors, p), **CLOSE)
 
 
+def test_a_power_that_float32_cannot_hold(kernels):
+    scale_R = torch.full((1,), 4.0, dtype=torch.float64, device=DEVICE)
+    batch = Batch.of([torch.tensor([3.0, 4.0], device=DEVICE)])
+    assert kernels.scaled_power_sums(batch, 1e300, scale_R).tolist() == [[1.0]]
+
+
 @pytest.mark.parametrize("magnitude", [5e-324, 1e-300, 1e-170, 1e-20, 1.0, 1e150, 1e300])
 @pytest.mark.parametrize("p", [1.0, 2.0])
 def test_float64_from_end_to_end_of_its_range(magnitude, p):

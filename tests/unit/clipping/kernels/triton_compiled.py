@@ -20,29 +20,40 @@ from gradclip.clipping.kernels import triton_launch
 from gradclip.clipping.kernels import triton_programs as programs
 
 I64, F64 = torch.int64, torch.float64
-BLOCK, RECOUNT, FOLD = backend.BLOCK, backend._RECOUNT, backend._FOLD
 BITS = backend._bits(0.3)
-
-
-def cases():
-    """Yield each program that is launched: a name, what it gets, its constants."""
-    for dtype in (tl.float32, tl.bfloat16, tl.float64):
-        kinds = {"DTYPE": dtype, "KIND": tl.float64 if dtype is tl.float64 else tl.float32}
-        sizes = {"BLOCK": BLOCK, "RECOUNT": RECOUNT}
-        for power in (2, programs.MAXIMUM.value):
-            constants = {"POWER": power, **kinds, **sizes}
-            yield f"power_sums {power}", programs.power_sums, (I64, I64, F64), constants
-        got = (I64, I64, F64, 1000)
-        yield "scale", programs.scale, got, {"PER_ROW": False, "DTYPE": dtype, "BLOCK": BLOCK}
-        got = (I64, I64, F64, F64, F64, I64)
-        yield "clamp", programs.clamp, got, {**kinds, "WRITE": True, **sizes}
-        got = (I64, I64, F64, BITS, F64)
-        sizes["BLOCK"] = RECOUNT if dtype is tl.float64 else BLOCK
-        yield "scaled_power_sums", programs.scaled_power_sums, got, {**kinds, **sizes}
-    constants = {"COLUMNS": 1, "LARGEST": False, "BLOCK": FOLD}
-    yield "fold", programs.fold, (F64, I64, F64), constants
-    got = (F64, F64, F64, BITS, BITS, torch.bool, BITS, BITS, F64, 5)
-    yield "coefficients", programs.coefficients, got, {"NUMBERS": True, "BLOCK": FOLD}
+POINTERS = {
+    programs.power_sums: (I64, I64, F64),
+    programs.scaled_power_sums: (I64, I64, F64, BITS, F64),
+    programs.fold: (F64, I64, F64),
+    programs.coefficients: (F64, F64, F64, BITS, BITS, torch.bool, BITS, BITS, F64, 5),
+    programs.scale: (I64, I64, F64, 1000),
+    programs.clamp: (I64, I64, F64, F64, F64, I64),
+}
+SIZES = {"BLOCK": backend.BLOCK, "RECOUNT": backend._RECOUNT}
+FOLD = {"BLOCK": backend._FOLD}
+FEW = {"BLOCK": backend._RECOUNT}
+FLOAT32 = {"DTYPE": tl.float32, "KIND": tl.float32, **SIZES}
+BFLOAT16 = {"DTYPE": tl.bfloat16, "KIND": tl.float32, **SIZES}
+FLOAT64 = {"DTYPE": tl.float64, "KIND": tl.float64, **SIZES}
+ONE = {"PER_ROW": False, "DTYPE": tl.bfloat16, "BLOCK": backend.BLOCK}
+CASES = {
+    "power_sums float32": (programs.power_sums, {"POWER": 2, **FLOAT32}),
+    "power_sums bfloat16": (programs.power_sums, {"POWER": 2, **BFLOAT16}),
+    "scale bfloat16": (programs.scale, ONE),
+    "clamp float32": (programs.clamp, {"WRITE": True, **FLOAT32}),
+    "clamp bfloat16": (programs.clamp, {"WRITE": True, **BFLOAT16}),
+}
+"""Looked at closely."""
+OTHERS = {
+    "power_sums float64": (programs.power_sums, {"POWER": 2, **FLOAT64}),
+    "maximum bfloat16": (programs.power_sums, {"POWER": programs.MAXIMUM.value, **BFLOAT16}),
+    "scaled_power_sums float32": (programs.scaled_power_sums, {**FLOAT32, **FEW}),
+    "scale float32": (programs.scale, {**ONE, "PER_ROW": True, "DTYPE": tl.float32}),
+    "clamp float64": (programs.clamp, {"WRITE": False, **FLOAT64}),
+    "fold": (programs.fold, {"COLUMNS": 3, "LARGEST": False, **FOLD}),
+    "coefficients": (programs.coefficients, {"NUMBERS": True, **FOLD}),
+}
+"""Only compiled."""
 
 
 class H100:
@@ -75,14 +86,18 @@ def loads_in_a_row(code):
     return max(map(len, runs), default=0)
 
 
+def compiled(program, constants):
+    options = triton_launch._OPTIONS
+    return program.warmup(*POINTERS[program], **constants, **options, grid=(1,)).asm
+
+
 def main():
     triton.runtime.driver.set_active(H100())
     facts = {}
-    for name, program, got, constants in cases():
-        compiled = program.warmup(*got, **constants, **triton_launch._OPTIONS, grid=(1,))
-        asm = compiled.asm
+    for name, case in CASES.items():
+        asm = compiled(*case)
         code = machine_code(asm)
-        facts[f"{name} {constants.get('DTYPE', '')}".strip()] = {
+        facts[name] = {
             "narrow_loads": len(re.findall(r"ld\.global\S*\.b(?:16|32) ", asm["ptx"])),
             "narrow_stores": len(re.findall(r"st\.global\S*\.b(?:16|32) ", asm["ptx"])),
             "wide_loads": len(re.findall(r"LDG\S*\.128\b", code)),
@@ -91,6 +106,8 @@ def main():
             "conversions": asm["ttgir"].count(".convert_layout"),
             "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         }
+    for case in OTHERS.values():
+        compiled(*case)
     json.dump(facts, sys.stdout)
 
 
