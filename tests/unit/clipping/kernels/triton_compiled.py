@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 from gradclip.clipping.kernels import triton as backend
-from gradclip.clipping.kernels import triton_launch
+from gradclip.clipping.kernels import triton_decide, triton_launch
 from gradclip.clipping.kernels import triton_programs as programs
 
 I64, F64 = torch.int64, torch.float64
@@ -28,6 +28,10 @@ POINTERS = {
     programs.coefficients: (F64, F64, F64, BITS, BITS, torch.bool, BITS, BITS, F64, 5),
     programs.scale: (I64, I64, F64, 1000),
     programs.clamp: (I64, I64, F64, F64, F64, I64),
+    triton_decide.decide: (
+        *(F64, F64, I64, I64, I64, F64, F64, BITS, torch.int32, F64, F64, F64, F64, F64),
+        *(148, 2),
+    ),
 }
 SIZES = {"BLOCK": backend.BLOCK, "RECOUNT": backend._RECOUNT}
 FOLD = {"BLOCK": backend._FOLD}
@@ -35,6 +39,7 @@ FEW = {"BLOCK": backend._RECOUNT}
 FLOAT32 = {"DTYPE": tl.float32, "KIND": tl.float32, **SIZES}
 BFLOAT16 = {"DTYPE": tl.bfloat16, "KIND": tl.float32, **SIZES}
 FLOAT64 = {"DTYPE": tl.float64, "KIND": tl.float64, **SIZES}
+DECIDE = {"POWER": 2, "CLAMPS": False, "SKIPS": True, "SCALED": 0, "WIDTH": 2, **FOLD}
 ONE = {"PER_ROW": False, "DTYPE": tl.bfloat16, "BLOCK": backend.BLOCK}
 CASES = {
     "power_sums float32": (programs.power_sums, {"POWER": 2, **FLOAT32}),
@@ -52,8 +57,10 @@ OTHERS = {
     "clamp float64": (programs.clamp, {"WRITE": False, **FLOAT64}),
     "fold": (programs.fold, {"COLUMNS": 3, "LARGEST": False, **FOLD}),
     "coefficients": (programs.coefficients, {"NUMBERS": True, **FOLD}),
+    "decide": (triton_decide.decide, DECIDE),
+    "decide values": (triton_decide.decide, {**DECIDE, "CLAMPS": True, "SCALED": 2, "WIDTH": 64}),
 }
-"""Only compiled."""
+"""Only compiled, without spills."""
 
 
 class H100:
@@ -86,6 +93,11 @@ def loads_in_a_row(code):
     return max(map(len, runs), default=0)
 
 
+def spills(code):
+    """Return how often registers are put into memory, or taken from there."""
+    return len(re.findall(r"\b(?:LDL|STL)\b", code))
+
+
 def compiled(program, constants):
     options = triton_launch._OPTIONS
     return program.warmup(*POINTERS[program], **constants, **options, grid=(1,)).asm
@@ -104,10 +116,10 @@ def main():
             "wide_stores": len(re.findall(r"STG\S*\.128\b", code)),
             "in_a_row": loads_in_a_row(code),
             "conversions": asm["ttgir"].count(".convert_layout"),
-            "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+            "spills": spills(code),
         }
-    for case in OTHERS.values():
-        compiled(*case)
+    spilling = [name for name, case in OTHERS.items() if spills(machine_code(compiled(*case)))]
+    assert not spilling, spilling
     json.dump(facts, sys.stdout)
 
 
