@@ -78,11 +78,12 @@ class Kernels(Protocol):
     scaled_power_sums: Callable[[Batch, float, Tensor], Tensor]
     """``(batch, p, scale_R)`` for any p: the sums of ``|x / scale|**p``, float64 (R, 1)."""
 
-    scaling: Callable[[Batch, Scalar], list[Write]]
-    """``(batch, coefficients)``: prepare to multiply by float64 coefficients of shape (R,).
+    scaling: Callable[..., list[Write]]
+    """``(batch, coefficients, *, zeroes)``: prepare to multiply by coefficients, float64 (R,).
 
     A shape of (1,), or a number, is one coefficient for all. A coefficient of 1 leaves bits as
     they are, and nothing is written where it is seen in time; 0 sets zeros, whatever was there.
+    ``zeroes`` tells whether one may be 0.
     """
 
     clamping: Callable[[Batch, Scalar], list[Write]]
@@ -215,7 +216,7 @@ class _WithFallback:
     def _prepared(self, name: str, second: Kernels) -> Callable[..., list[Write]]:
         prepare: Callable[..., list[Write]] = getattr(self, name)
 
-        def run(writes: list[Write], *arguments: Any) -> None:
+        def run(writes: list[Write], *arguments: Any, **options: Any) -> None:
             try:
                 carry_out(writes)
             except _FATAL:
@@ -225,28 +226,29 @@ class _WithFallback:
                     raise
                 self._active = second
                 _warn(error)
-                carry_out(getattr(second, name)(*arguments))
+                carry_out(getattr(second, name)(*arguments, **options))
 
         @wraps(prepare)
-        def prepared(*arguments: Any) -> list[Write]:
-            writes = prepare(*arguments)
-            return [Write(run_each, ([partial(run, writes, *arguments)],))] if writes else []
+        def prepared(*arguments: Any, **options: Any) -> list[Write]:
+            writes = prepare(*arguments, **options)
+            again = partial(run, writes, *arguments, **options)
+            return [Write(run_each, ([again],))] if writes else []
 
         return prepared
 
     def _guarded(self, name: str, second: Kernels) -> Callable[..., Any]:
         other: Callable[..., Any] | None = getattr(second, name)
 
-        def run(*arguments: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
             if self._active is not second:
                 try:
-                    return getattr(self._active, name)(*arguments)
+                    return getattr(self._active, name)(*arguments, **options)
                 except _FATAL:
                     raise
                 except Exception as error:  # noqa: BLE001 - compilers fail in many ways
                     self._active = second
                     _warn(error)
-            return None if other is None else other(*arguments)
+            return None if other is None else other(*arguments, **options)
 
         return run
 

@@ -95,10 +95,15 @@ def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
         return _folded(batch, plan, sums_C, columns=1, largest=False)
 
 
-def scaling(batch: Batch, coefficients: float | Tensor) -> list[Write]:
+def scaling(
+    batch: Batch,
+    coefficients: float | Tensor,
+    *,
+    zeroes: bool = True,
+) -> list[Write]:
     """Prepare to multiply each row by its coefficient, or all by the one that there is."""
     if not _is_served(batch):
-        return foreach.scaling(batch, coefficients)
+        return foreach.scaling(batch, coefficients, zeroes=zeroes)
     plan, device = batch.specs.plan(_Plan), batch.device
     if not isinstance(coefficients, Tensor):
         coefficients = torch.full((1,), coefficients, dtype=torch.float64, device=device)
