@@ -7,8 +7,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 .DEFAULT_GOAL := help
 ROBO := .venv-robo
 ROBO_PYTEST := OMP_NUM_THREADS=1 $(ROBO)/bin/python -m pytest -o addopts=-q -o filterwarnings=default
-.PHONY: help demo smoke test test-all test-integrations test-optimizers test-robo-orchard test-gpu gpu-check check format ways-in \
-	bench bench-gpu clean
+.PHONY: help demo smoke test test-all test-integrations test-optimizers test-oldest-triton test-robo-orchard test-gpu \
+	gpu-check check format ways-in bench bench-gpu clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,10 @@ test-robo-orchard: $(ROBO)/.installed  ## run gradclip inside RoboOrchardLab 0.4
 	$(ROBO_PYTEST) tests/robo_orchard
 	PYTHONPATH=tests:tests/robo_orchard/scripts $(ROBO)/bin/python tests/robo_orchard/page.py
 	$(ROBO_PYTEST) tests/contract/test_ways_in.py -k RoboOrchardLab
+
+# That of torch 2.6. It compiles for a GPU without one; its interpreter asks for an older numpy.
+test-oldest-triton: $(VENV)/.oldest-triton  ## compile the kernels with the oldest Triton that is supported
+	PYTHONPATH=$(VENV)/oldest-triton $(PYTEST) -n 0 tests/unit/clipping/kernels/test_triton_compiles.py
 
 # What needs a GPU runs on the machine's own python, whose torch knows the GPU. It finds src first, and
 # then what PYTHONPATH names already: a machine without a network has its packages in a folder.
@@ -128,6 +132,11 @@ $(VENV)/.optimizers: $(VENV)/.dev
 	$(PIP) --no-deps --upgrade --target $(VENV)/optimizers dadaptation heavyball lion-pytorch muon-optimizer \
 		opacus opt_einsum prodigyopt pytorch_optimizer pytorch_ranger schedulefree scipy timm torch-optimi \
 		torch-optimizer torchao
+	@touch $@
+
+$(VENV)/.oldest-triton: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(VENV)/oldest-triton triton==3.2.0
 	@touch $@
 
 # It pins older releases of what the other tests use, so it has an environment of its own. It asks

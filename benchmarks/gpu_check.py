@@ -74,7 +74,7 @@ class Sizes:
         memory: Elements that are read and copied to find the bandwidth.
         smoke: Shapes of the gradients that are clipped by every policy.
         chunks: Elements of a program, to try.
-        programs: Programs of the pass that scales, to try.
+        programs: Programs of the pass that scales, for each multiprocessor, to try.
         layers: Linear layers of the model that is trained: two tensors each.
         width: Its width.
         batch: Its inputs.
@@ -86,7 +86,7 @@ class Sizes:
     memory: int = 1 << 29
     smoke: tuple[tuple[int, ...], ...] = ((300, 70), (5,), (64, 64), (1 << 20,))
     chunks: tuple[int, ...] = (1 << 13, 1 << 14, 1 << 15, 1 << 16)
-    programs: tuple[int, ...] = (132 * 4, 132 * 8, 1 << 13, 1 << 20)
+    programs: tuple[int, ...] = (4, 8, 64, 1 << 13)
     layers: int = 74
     width: int = 1024
     batch: int = 2048
@@ -402,7 +402,7 @@ def sweep(check: Check, case: Case) -> None:
                 for what, limit in limits.items()
             }
             ms = check.device.graph_ms(functions, rounds_of(check, case), gradients.restore)
-            check.tell_times(f"chunks of {chunk}, {programs} programs", "graph", ms)
+            check.tell_times(f"chunks of {chunk}, {programs} programs each", "graph", ms)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from torch import Tensor
 from gradclip.clipping import flags
 from gradclip.clipping.apply.clamping import Clamping
 from gradclip.clipping.apply.coefficients import Coefficients
-from gradclip.clipping.apply.lean import Lean
 from gradclip.clipping.apply.scaling import scaling
 from gradclip.clipping.arguments import Options, check_grad_scale
 from gradclip.clipping.collect.gradients import warn_of_none
@@ -30,7 +29,8 @@ from gradclip.clipping.policies import Decision, Measurement, Policy
 from gradclip.clipping.policies.checks import check_decision, decide_by_shared
 from gradclip.clipping.ranks import telling_others
 from gradclip.clipping.ranks.peers import Peers
-from gradclip.clipping.result import ClipResult, of_small, over_all
+from gradclip.clipping.result import ClipResult, over_all
+from gradclip.clipping.short import ShortWays
 from gradclip.clipping.state import STATE_VERSION, Histories, read_state
 from gradclip.clipping.step.judge import Decided, Judge
 from gradclip.clipping.step.ownership import Owner, Role
@@ -86,8 +86,17 @@ class Engine:
         self._judge = Judge(options, self._binding.total_order, called=called, owned=owned)
         self.step_log = StepLog(called or "gradclip", owned=owned)
         self._histories = Histories()
-        portable = self._backends.are_portable
-        self._lean = Lean.of(policies["*"]) if portable and not (by_pattern or once) else None
+        self._short = None
+        if not once:
+            self._short = ShortWays(
+                self._binding,
+                policies,
+                options,
+                self._backends,
+                role,
+                self._judge,
+                by_pattern=by_pattern,
+            )
         self._settled, self._warned = once, False
         self._asked: set[str] = set()
         self.step = 0
@@ -105,29 +114,16 @@ class Engine:
     ) -> ClipResult:
         """Clip the gradients that exist now; see ``GradientClipper.clip``."""
         last = None
-        if self._lean is not None and self._settled and grad_scale is None and not defer_scaling:
-            last = self._clip_lean(self._lean, expected=overflow_expected)
+        if self._settled and self._short is not None:
+            last = self._short.clip(
+                grad_scale, self.step, expected=overflow_expected, defer=defer_scaling
+            )
         if last is None:
             with torch.no_grad():
                 last = self._clip(grad_scale, expected=overflow_expected, defer=defer_scaling)
         self.step += 1
         self.last = last
         self.step_log.push(last, self.step - 1, overflow_expected, grad_scale is not None)
-        return last
-
-    def _clip_lean(self, lean: Lean, *, expected: bool) -> ClipResult | None:
-        """Clip a small model where nothing is unusual; None elsewhere, where nothing was done."""
-        pattern = self._binding.lone
-        small = None if pattern is None else lean.read(pattern.found(), pattern.known)
-        if pattern is None or small is None:
-            return None
-        if pattern.writes:
-            self._role.check(small.gradients)
-        last = of_small(small, pattern.scope_names)
-        if is_capturing(last.measured_S.device):
-            last.compute()
-        self._judge.pass_sound(last.measured_S, overflow_expected=expected)
-        small.write(self._role)
         return last
 
     def _clip(
@@ -197,6 +193,8 @@ class Engine:
         writing = [group for group in step.groups if group.of.writes]
         self._role.mark([(group.gradients.tensors, group.policy) for group in writing])
         self._settled = True
+        if self._short is not None:
+            self._short.follow(step.device)
         if decided.made is not False:
             self._judge.remember(last.measured_S)
         return last

@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from numbers import Real
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from gradclip.clipping.apply.coefficients import Coefficients
+from gradclip.clipping.apply.fused import Fused
 from gradclip.clipping.apply.lean import Lean
 from gradclip.clipping.apply.scaling import scaling
 from gradclip.clipping.arguments import Nonfinite, Options
@@ -24,12 +25,12 @@ from gradclip.clipping.collect.sources import (
 )
 from gradclip.clipping.engine import Engine
 from gradclip.clipping.flags import as_known
-from gradclip.clipping.kernels import SpecsCache, carry_out, choose
+from gradclip.clipping.kernels import Backends, SpecsCache, carry_out, choose
 from gradclip.clipping.kernels.device import result_device_of, untraced
 from gradclip.clipping.measure.norm import reduced as reduced_norms
 from gradclip.clipping.policies import Decision, NormClip, ObserveClip, Policy, ValueClip
 from gradclip.clipping.ranks import may_be_shared
-from gradclip.clipping.result import ClipResult
+from gradclip.clipping.result import ClipResult, FusedResult
 from gradclip.clipping.step.ownership import Guest
 from gradclip.config import as_ceiling, as_norm_order
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
@@ -67,24 +68,52 @@ def _clip_once(source: ParameterSource, policy: Policy, nonfinite: Nonfinite) ->
     return engine.clip()
 
 
+class _Short(NamedTuple):
+    """A policy, and the short ways that it has.
+
+    Args:
+        policy: What bounds the gradients.
+        lean: The way of small models on a CPU.
+        fused: The way of a device that does it in a few launches.
+    """
+
+    policy: Policy
+    lean: Lean | None
+    fused: Fused | None
+
+    @classmethod
+    def of(cls, policy: Policy, nonfinite: Nonfinite, backend: str) -> "_Short":
+        """Find the ways of a policy, where a backend is used."""
+        backends = Backends(backend)
+        fused = Fused.of({"*": policy}, Options(nonfinite), backends, _GUEST, by_pattern=False)
+        return cls(policy, Lean.of(policy) if backends.are_portable else None, fused)
+
+    def clip(self, source: ParameterSource, *, raises: bool) -> Tensor | None:
+        """Clip where nothing is unusual, and return the norm; None elsewhere: nothing was done."""
+        parameters = source.tensors()
+        has_twins = len(set(map(id, parameters))) < len(parameters)
+        if has_twins or may_be_shared(parameters):
+            return None
+        found = source.gradients(parameters)
+        small = None if self.lean is None else self.lean.read(found, _KNOWN)
+        if small is not None:
+            small.write(_GUEST)
+            return torch.scalar_tensor(small.norm, dtype=torch.float32, device="cpu")
+        if self.fused is None or not self.fused.serves(found):
+            return None
+        clip = self.fused.clip([found], [_KNOWN], lambda c: not raises or c.report.is_bounded)
+        return None if clip is None else FusedResult(clip, 0, ()).norm_pre
+
+
 @lru_cache(maxsize=64)
-def _norm_clip(max_norm: float, norm_type: float) -> tuple[NormClip, Lean | None]:
+def _norm_clip(max_norm: float, norm_type: float, nonfinite: Nonfinite, backend: str) -> _Short:
     ceiling, order = as_ceiling(max_norm, "max_norm"), as_norm_order(norm_type)
-    policy = NormClip(max_norm=ceiling, norm_type=order)
-    return policy, Lean.of(policy)
+    return _Short.of(NormClip(max_norm=ceiling, norm_type=order), nonfinite, backend)
 
 
-def _clip_lean(source: ParameterSource, lean: Lean) -> Tensor | None:
-    """Clip a small model where nothing is unusual, and return its norm; None elsewhere."""
-    parameters = source.tensors()
-    has_twins = len(set(map(id, parameters))) < len(parameters)
-    if has_twins or may_be_shared(parameters) or not choose("auto").are_portable:
-        return None
-    small = lean.read(source.gradients(parameters), _KNOWN)
-    if small is None:
-        return None
-    small.write(_GUEST)
-    return torch.scalar_tensor(small.norm, dtype=torch.float32, device="cpu")
+@lru_cache(maxsize=64)
+def _value_clip(clip_value: float, backend: str) -> _Short:
+    return _Short.of(ValueClip(clip_value=clip_value), "propagate", backend)
 
 
 def _remembered(rendezvous: "Rendezvous", groups: Mapping[str, ParameterGroup]) -> "Ranks":
@@ -150,12 +179,12 @@ def clip_grad_norm_(
         max_norm = as_ceiling(max_norm, "max_norm")
     if type(norm_type) is not float:
         norm_type = as_norm_order(norm_type)
-    policy, lean = _norm_clip(max_norm, norm_type)
     raises = _check_flag(error_if_nonfinite)
     nonfinite: Nonfinite = "raise" if raises else "propagate"
+    short = _norm_clip(max_norm, norm_type, nonfinite, choose("auto").name)
     source = as_source(parameters)
-    small = None if lean is None else _clip_lean(source, lean)
-    return _clip_once(source, policy, nonfinite).norm_pre if small is None else small
+    norm = short.clip(source, raises=raises)
+    return _clip_once(source, short.policy, nonfinite).norm_pre if norm is None else norm
 
 
 @untraced
@@ -175,8 +204,10 @@ def clip_grad_value_(
         UnsupportedGradientError: GC020, for complex gradients.
     """
     _check_foreach(foreach)
-    policy = ValueClip(clip_value=as_ceiling(clip_value, "clip_value"))
-    _clip_once(as_source(parameters), policy, "propagate")
+    short = _value_clip(as_ceiling(clip_value, "clip_value"), choose("auto").name)
+    source = as_source(parameters)
+    if short.clip(source, raises=False) is None:
+        _clip_once(source, short.policy, "propagate")
 
 
 @untraced

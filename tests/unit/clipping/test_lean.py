@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import gradclip
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
-from gradclip.clipping import engine, flags, functional
+from gradclip.clipping import flags, functional, short
 from gradclip.clipping.kernels import SpecsCache
 from gradclip.errors import DoubleClippingError
 
@@ -275,7 +275,7 @@ def test_a_sound_step_ends_a_row_of_skips():
 def test_a_captured_step_computes_what_it_reports(monkeypatch):
     clipper = GradientClipper(made(few()), 1.0)
     clipper.clip()
-    monkeypatch.setattr(engine, "is_capturing", lambda device: True)
+    monkeypatch.setattr(short, "is_capturing", lambda device: True)
     result = clipper.clip()
     assert was_lean(result)
     assert "norm_post" in vars(result)

@@ -207,6 +207,13 @@ class Coefficients:
             torch.where(special_S, second_S, 1.0),
         ]
 
+    @property
+    def may_be_zero(self) -> bool:
+        """Whether a coefficient may be 0, as far as the host knows."""
+        targets = self.decision.targets
+        scales_to_zero = isinstance(targets, Tensor) or targets == 0
+        return scales_to_zero or self.skipped_coefficient == 0 or self.unwanted is not False
+
     def factors(self) -> Iterator[float | Tensor]:
         """Yield what to multiply by, one after the other: nothing, or one factor, or several."""
         if self.number is None:

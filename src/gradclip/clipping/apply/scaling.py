@@ -25,17 +25,20 @@ def scaling(
     if not gradients.tensors:
         return []
     writes: list[Write] = []
+    zeroes = coefficients.may_be_zero
     for factor in coefficients.factors():
         if rows is not None and isinstance(factor, Tensor):
             factor = rows.spread(factor)  # noqa: PLW2901
         for part, numbers in gradients.written.parts:
             kernels = backends.on(part.device)
             if not isinstance(factor, Tensor):
-                writes += kernels.scaling(part, factor)
+                writes += kernels.scaling(part, factor, zeroes=zeroes)
             elif numbers is None or len(factor) == 1:
-                writes += kernels.scaling(part, factor.to(part.device))
+                writes += kernels.scaling(part, factor.to(part.device), zeroes=zeroes)
             else:
-                writes += kernels.scaling(part, factor[numbers.on(factor.device)].to(part.device))
+                writes += kernels.scaling(
+                    part, factor[numbers.on(factor.device)].to(part.device), zeroes=zeroes
+                )
     return adopted(gradients, writes)
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from gradclip.clipping.kernels.fused import FusedStep, Report
 from gradclip.clipping.kernels.tensor_specs import Batch, SpecsCache, TensorSpecs
 from gradclip.clipping.kernels.writes import Write, carry_out, run_each
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, GradClipError
@@ -77,11 +78,12 @@ class Kernels(Protocol):
     scaled_power_sums: Callable[[Batch, float, Tensor], Tensor]
     """``(batch, p, scale_R)`` for any p: the sums of ``|x / scale|**p``, float64 (R, 1)."""
 
-    scaling: Callable[[Batch, Scalar], list[Write]]
-    """``(batch, coefficients)``: prepare to multiply by float64 coefficients of shape (R,).
+    scaling: Callable[..., list[Write]]
+    """``(batch, coefficients, *, zeroes)``: prepare to multiply by coefficients, float64 (R,).
 
     A shape of (1,), or a number, is one coefficient for all. A coefficient of 1 leaves bits as
     they are, and nothing is written where it is seen in time; 0 sets zeros, whatever was there.
+    ``zeroes`` tells whether one may be 0.
     """
 
     clamping: Callable[[Batch, Scalar], list[Write]]
@@ -104,6 +106,13 @@ class Kernels(Protocol):
     are float64 (S,) or numbers. Nothing is read on the host.
     """
 
+    fused: Callable[[FusedStep], Report | None] | None
+    """``(step)``: measure, decide and scale in as few launches as can be; None without such a way.
+
+    The answer is None where that cannot be done, or the step does not allow it: nothing was
+    written then.
+    """
+
 
 _BACKENDS = ("foreach", "triton", "reference")
 
@@ -116,12 +125,12 @@ class Backends:
     """
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.name = name
 
     @property
     def are_portable(self) -> bool:
         """Whether torch's own operations serve the CPU."""
-        return self._name in {"auto", "foreach"}
+        return self.name in {"auto", "foreach"}
 
     def on(self, device: torch.device) -> Kernels:
         """Return the backend for tensors of that device.
@@ -129,15 +138,15 @@ class Backends:
         Raises:
             ArgumentValueError: GC010, where Triton was asked for and cannot run.
         """
-        if self._name == "auto":
+        if self.name == "auto":
             return _automatic() if device.type == "cuda" else _load("foreach")
-        if self._name == "triton" and device.type != "cuda" and not _interprets():
+        if self.name == "triton" and device.type != "cuda" and not _interprets():
             raise ArgumentValueError(
                 f"backend='triton' runs on CUDA devices, and a gradient is on {device}: use "
                 "backend='auto', which takes the fastest that each device has. No gradient was "
                 "changed."
             )
-        return _load(self._name)
+        return _load(self.name)
 
 
 def choose(backend: str) -> Backends:
@@ -207,7 +216,7 @@ class _WithFallback:
     def _prepared(self, name: str, second: Kernels) -> Callable[..., list[Write]]:
         prepare: Callable[..., list[Write]] = getattr(self, name)
 
-        def run(writes: list[Write], *arguments: Any) -> None:
+        def run(writes: list[Write], *arguments: Any, **options: Any) -> None:
             try:
                 carry_out(writes)
             except _FATAL:
@@ -217,27 +226,29 @@ class _WithFallback:
                     raise
                 self._active = second
                 _warn(error)
-                carry_out(getattr(second, name)(*arguments))
+                carry_out(getattr(second, name)(*arguments, **options))
 
         @wraps(prepare)
-        def prepared(*arguments: Any) -> list[Write]:
-            writes = prepare(*arguments)
-            return [Write(run_each, ([partial(run, writes, *arguments)],))] if writes else []
+        def prepared(*arguments: Any, **options: Any) -> list[Write]:
+            writes = prepare(*arguments, **options)
+            again = partial(run, writes, *arguments, **options)
+            return [Write(run_each, ([again],))] if writes else []
 
         return prepared
 
     def _guarded(self, name: str, second: Kernels) -> Callable[..., Any]:
-        @wraps(getattr(second, name))
-        def run(*arguments: Any) -> Any:
+        other: Callable[..., Any] | None = getattr(second, name)
+
+        def run(*arguments: Any, **options: Any) -> Any:
             if self._active is not second:
                 try:
-                    return getattr(self._active, name)(*arguments)
+                    return getattr(self._active, name)(*arguments, **options)
                 except _FATAL:
                     raise
                 except Exception as error:  # noqa: BLE001 - compilers fail in many ways
                     self._active = second
                     _warn(error)
-            return getattr(second, name)(*arguments)
+            return None if other is None else other(*arguments, **options)
 
         return run
 

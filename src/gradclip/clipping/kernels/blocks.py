@@ -138,11 +138,11 @@ def abs_max(row: Tensor) -> Tensor:
         return _total([], row)
     device = result_device_of((row.device,))
     # torch copies what it finds the extremes of, unless it has no gaps.
-    size = row.numel() if row.is_contiguous() and device == row.device else BLOCK
+    size = row.numel() if row.is_contiguous() else BLOCK
     found = []
     for piece in pieces(row, size):
-        low, high = torch.aminmax(piece.to(device))
-        found.append(torch.maximum(low.double().abs(), high.double().abs()))
+        low, high = torch.aminmax(piece)
+        found.append(torch.maximum(low.abs(), high.abs()).to(device).double())
     return found[0] if len(found) == 1 else torch.stack(found).amax()
 
 

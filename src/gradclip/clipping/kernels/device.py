@@ -1,15 +1,19 @@
 """What a device can do: float64, graph capture, streams, copies to the host; and torch.compile."""
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Collection
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
+
+_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # noqa: SLF001
+"""Tells a stream without making an object of it; builds for the CPU have none."""
 
 _WITHOUT_FLOAT64 = frozenset({"mps"})
 
@@ -30,7 +34,12 @@ def is_capturing(device: torch.device) -> bool:
 
 def stream_of(device: torch.device) -> int:
     """Return which stream work on a device goes to: work on another stream does not wait for it."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    if _raw_stream is not None and device.index is not None:
+        stream: int = _raw_stream(device.index)
+        return stream
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 class HostCopy:
@@ -41,16 +50,30 @@ class HostCopy:
     """
 
     def __init__(self, values: Tensor) -> None:
-        self._host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
-        self._host.copy_(values, non_blocking=True)
-        self._copied = torch.Event(values.device.type)
+        self._read: list[float] | None = None
+        self._kind = values.device, values.dtype, values.shape
+        try:
+            self._there = _FREE[self._kind].pop()
+        except IndexError:
+            host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+            self._there = host, torch.Event(values.device.type)
+        host, copied = self._there
+        host.copy_(values, non_blocking=True)
         # On the stream of the values' device: the current device may be another one.
-        self._copied.record(torch.accelerator.current_stream(values.device))
+        copied.record(torch.accelerator.current_stream(values.device))
 
     def read(self) -> list[float]:
         """Return the numbers; the host waits until they are there."""
-        self._copied.synchronize()
-        return self._host.reshape(-1).tolist()
+        if self._read is None:
+            host, copied = self._there
+            copied.synchronize()
+            self._read = host.reshape(-1).tolist()
+            _FREE[self._kind].append(self._there)
+        return self._read
+
+
+_FREE: defaultdict[tuple[Any, ...], list[tuple[Tensor, Any]]] = defaultdict(list)
+"""Pinned memory, and events, of copies that were read: the next copies take them."""
 
 
 def copy_to_host(values: Tensor) -> HostCopy | None:

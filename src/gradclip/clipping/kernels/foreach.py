@@ -3,8 +3,7 @@
 On the CPU a large tensor is summed as rows of 128 elements in its own precision and those in
 float64, which reads at the speed of memory and errs by about 1e-7; small tensors are converted
 to float64 together. Where float32 squares may have left their range, a tensor is counted anew in
-float64. On an accelerator torch's multi-tensor norm accumulates in float64, and nothing here
-reads the host.
+float64. On an accelerator ``off_cpu.py`` takes its place.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,16 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from gradclip.clipping.kernels import Batch, Clamped, TensorSpecs, Write, blocks, carry_out, halves
+from gradclip.clipping.kernels import (
+    Batch,
+    Clamped,
+    TensorSpecs,
+    Write,
+    blocks,
+    carry_out,
+    halves,
+    off_cpu,
+)
 from gradclip.clipping.kernels.device import result_device_of
 from gradclip.clipping.kernels.rows import in_blocks, shaped
 from gradclip.clipping.kernels.writes import clamp_each
@@ -54,13 +62,17 @@ _COARSE_COEFFICIENT = 2.0**-120
 _EUCLIDEAN = 2.0
 
 coefficients = blocks.coefficients
+fused = None
 
 
 def power_sums(batch: Batch, p: float) -> Tensor:
     """Sum ``|x|**p`` over each row for p = 1, 2: (R, A); see ``Kernels.power_sums``."""
     top = batch.top
     if batch.dtype.is_complex or not _on_cpu(batch):
-        sums_R = _on_device(batch, p, lambda row: blocks.power_sum(row, p, 0, top))
+        found = None if _on_cpu(batch) else off_cpu.reduced(batch, p)
+        if found is None:
+            found = _by_blocks(batch, lambda row: blocks.power_sum(row, p, 0, top))
+        sums_R = found
     else:
         sums_R = _by_rows(batch, p, lambda row: _large_sum(row, p, top))
     if batch.dtype in {torch.float64, torch.complex128}:
@@ -76,22 +88,26 @@ def abs_max(batch: Batch) -> Tensor:
     if _on_cpu(batch):
         maxima_R = _by_rows(batch, inf, lambda row: float(blocks.abs_max(row)))
     else:
-        maxima_R = _on_device(batch, inf, blocks.abs_max)
+        found = off_cpu.reduced(batch, inf)
+        maxima_R = _by_blocks(batch, blocks.abs_max) if found is None else found
     return (maxima_R if batch.top is None else maxima_R.clamp(max=batch.top)).unsqueeze(1)
 
 
 def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
     """Sum ``|x / scale|**p`` over each row: (R, 1)."""
+    found = None if _on_cpu(batch) else off_cpu.scaled_power_sums(batch, p, scale_R)
+    if found is not None:
+        return found.unsqueeze(1)
     scales, top = iter(scale_R), batch.top
     return _by_blocks(
         batch, lambda row: blocks.scaled_power_sum(row, p, next(scales), top)
     ).unsqueeze(1)
 
 
-def scaling(batch: Batch, coefficients: float | Tensor) -> list[Write]:
+def scaling(batch: Batch, coefficients: float | Tensor, *, zeroes: bool = True) -> list[Write]:
     """Prepare to multiply each row by its coefficient, or all by the one that there is."""
     if not _on_cpu(batch):
-        return _scaling_on_device(batch, coefficients)
+        return off_cpu.scaling(batch, coefficients, zeroes=zeroes)
     if not isinstance(coefficients, Tensor) or coefficients.numel() == 1:
         return _scaling_together(list(batch.tensors), float(coefficients))
     if batch.specs.one_row_each:
@@ -414,46 +430,3 @@ def _scaling_rows(tensor: Tensor, factors: Tensor) -> list[Write]:
 def _fill_zeros(tensors: list[Tensor], zeros: list[Tensor]) -> None:
     for tensor, is_zero in zip(tensors, zeros, strict=True):
         tensor.masked_fill_(is_zero, 0.0)
-
-
-# --- accelerators, where the host is never read ------------------------------------------------
-
-
-def _on_device(batch: Batch, p: float, of_row: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return each row's sum of powers for p = 1, 2, or its maximum for p = inf: float64 (R,)."""
-    in_one_pass = batch.specs.one_row_each and batch.limit is None and not batch.dtype.is_complex
-    if not in_one_pass or result_device_of((batch.device,)) != batch.device:
-        return _by_blocks(batch, of_row)
-    filled = [index for index, size in enumerate(batch.specs.row_sizes) if size]
-    norms = [torch.zeros((), dtype=torch.float64, device=batch.device)] * len(batch.tensors)
-    if filled:
-        tensors = [batch.tensors[index] for index in filled]
-        found = torch._foreach_norm(tensors, p, dtype=torch.float64)  # noqa: SLF001
-        for index, norm in zip(filled, found, strict=True):
-            norms[index] = norm
-    norms_R = torch.stack(norms)
-    return norms_R.square() if p == _EUCLIDEAN else norms_R
-
-
-def _scaling_on_device(batch: Batch, coefficients: float | Tensor) -> list[Write]:
-    """Multiply in the precision of float32 at least: a bfloat16 coefficient would be coarse."""
-    precise, device = torch.promote_types(batch.dtype, torch.float32), batch.device
-    if isinstance(coefficients, Tensor):
-        factors = coefficients.reshape(-1).to(device=device, dtype=precise)
-    else:
-        factors = torch.full((1,), coefficients, dtype=precise, device=device)
-    zeros = factors == 0
-    if len(factors) == 1:
-        columns = [[each[0]] * len(batch.tensors) for each in (factors, zeros)]
-    else:
-        rows = batch.specs.rows
-        columns = [
-            [shaped(of_one, t) for t, of_one in zip(batch.tensors, each.split(rows), strict=True)]
-            for each in (factors, zeros)
-        ]
-    return [Write(_multiply_or_zero, (list(batch.tensors), *columns))]
-
-
-def _multiply_or_zero(tensors: list[Tensor], factors: list[Tensor], zeros: list[Tensor]) -> None:
-    for tensor, factor, is_zero in zip(tensors, factors, zeros, strict=True):
-        tensor.mul_(factor).masked_fill_(is_zero, 0.0)

@@ -9,6 +9,7 @@ from gradclip.clipping.kernels.rows import in_blocks
 from gradclip.clipping.kernels.writes import clamp_each
 
 coefficients = blocks.coefficients
+fused = None
 
 
 def _rows(batch: Batch) -> list[Tensor]:
@@ -53,7 +54,12 @@ def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
     return torch.stack(sums)[:, None]
 
 
-def scaling(batch: Batch, coefficients: float | Tensor) -> list[Write]:
+def scaling(
+    batch: Batch,
+    coefficients: float | Tensor,
+    *,
+    zeroes: bool = True,  # noqa: ARG001
+) -> list[Write]:
     """Multiply each row in float64 and round once to its dtype."""
     rows = batch.specs.rows
     given = torch.as_tensor(coefficients, dtype=torch.float64, device=batch.device)

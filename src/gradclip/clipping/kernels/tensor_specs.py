@@ -1,7 +1,7 @@
 """A list of tensors as the kernels get it, and what of it stays from step to step."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from itertools import accumulate, chain, repeat
 from typing import Any, TypeVar
@@ -70,6 +70,14 @@ class TensorSpecs:
             rows=counts,
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence["TensorSpecs"]) -> "TensorSpecs":
+        """Describe the tensors of several specs, one after the other."""
+        lists: dict[str, Any] = {
+            name: [value for part in parts for value in getattr(part, name)] for name in _lists()
+        }
+        return cls(**lists)
+
     def __len__(self) -> int:
         return len(self.shapes)
 
@@ -101,7 +109,7 @@ class TensorSpecs:
             return [Part(self, None, None) for _ in kinds]
         return [
             Part(
-                self._part(chosen),
+                self.chosen(chosen),
                 chosen,
                 Table.of(self._rows_of(chosen)),
             )
@@ -118,17 +126,17 @@ class TensorSpecs:
         ends = list(accumulate(self.rows))
         return [row for i in indices for row in range(ends[i] - self.rows[i], ends[i])]
 
-    def _part(self, chosen: list[int]) -> "TensorSpecs":
-        return TensorSpecs(
-            shapes=[self.shapes[i] for i in chosen],
-            dtypes=[self.dtypes[i] for i in chosen],
-            devices=[self.devices[i] for i in chosen],
-            dense=[self.dense[i] for i in chosen],
-            packed=[self.packed[i] for i in chosen],
-            flat=[self.flat[i] for i in chosen],
-            plain=[self.plain[i] for i in chosen],
-            rows=[self.rows[i] for i in chosen],
-        )
+    def chosen(self, indices: list[int]) -> "TensorSpecs":
+        """Describe some of the tensors."""
+        lists: dict[str, Any] = {
+            name: [getattr(self, name)[index] for index in indices] for name in _lists()
+        }
+        return TensorSpecs(**lists)
+
+
+def _lists() -> list[str]:
+    """Return the names of what a specs has for each tensor."""
+    return [each.name for each in fields(TensorSpecs) if each.name != "_plans"]
 
 
 @dataclass(frozen=True, eq=False)

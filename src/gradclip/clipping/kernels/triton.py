@@ -22,6 +22,7 @@ from torch.autograd.graph import increment_version
 from gradclip.clipping.kernels import Batch, Clamped, TensorSpecs, Write, foreach
 from gradclip.clipping.kernels import triton_programs as programs
 from gradclip.clipping.kernels.blocks import representable
+from gradclip.clipping.kernels.fused import FusedStep, Report
 from gradclip.clipping.kernels.tables import Addresses, Table
 from gradclip.clipping.kernels.triton_launch import Launcher, current
 from gradclip.clipping.kernels.writes import run_each
@@ -32,14 +33,14 @@ CHUNK = 1 << 14
 BLOCK = 1 << 12
 """Elements that a program holds at a time."""
 
-_CLAMPED = 1 << 11
-"""Elements at a time where each has float64 sums, which take more registers."""
-
 _RECOUNT = 1 << 10
 """Elements at a time where a chunk is counted in float64."""
 
-_PROGRAMS = 1 << 13
-"""Programs of a pass that may have nothing to do, which each of them sees for itself."""
+_LARGEST_POWER = 1e6
+"""Of quotients in float32."""
+
+_PROGRAMS = 8
+"""Programs for each multiprocessor, of a pass that may have nothing to do and then ends at once."""
 
 _FOLD = 1 << 10
 """Sums of chunks that are added at a time."""
@@ -70,9 +71,11 @@ def abs_max(batch: Batch) -> Tensor:
 
 
 def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
-    """Sum ``|x / scale|**p`` over each row, in float64: (R, 1)."""
+    """Sum ``|x / scale|**p`` over each row: float64 (R, 1)."""
     if not _is_served(batch):
         return foreach.scaled_power_sums(batch, p, scale_R)
+    # Below p = 1, quotients that float32 cannot hold would count; a large p it cannot hold itself.
+    kind = _wide(batch.dtype) if 1 <= p <= _LARGEST_POWER else tl.float64
     plan = batch.specs.plan(_Plan)
     sums_C = _empty(batch, plan.chunks)
     with current(batch.device):
@@ -85,15 +88,22 @@ def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
             _bits(p),
             sums_C,
             DTYPE=_TYPES[batch.dtype],
-            BLOCK=_RECOUNT,
+            KIND=kind,
+            BLOCK=_RECOUNT if kind is tl.float64 else BLOCK,
+            RECOUNT=_RECOUNT,
         )
         return _folded(batch, plan, sums_C, columns=1, largest=False)
 
 
-def scaling(batch: Batch, coefficients: float | Tensor) -> list[Write]:
+def scaling(
+    batch: Batch,
+    coefficients: float | Tensor,
+    *,
+    zeroes: bool = True,
+) -> list[Write]:
     """Prepare to multiply each row by its coefficient, or all by the one that there is."""
     if not _is_served(batch):
-        return foreach.scaling(batch, coefficients)
+        return foreach.scaling(batch, coefficients, zeroes=zeroes)
     plan, device = batch.specs.plan(_Plan), batch.device
     if not isinstance(coefficients, Tensor):
         coefficients = torch.full((1,), coefficients, dtype=torch.float64, device=device)
@@ -105,7 +115,7 @@ def scaling(batch: Batch, coefficients: float | Tensor) -> list[Write]:
         with current(device):
             plan.launch(
                 programs.scale,
-                (min(plan.chunks, _PROGRAMS),),
+                (min(plan.chunks, _PROGRAMS * _multiprocessors(device)),),
                 addresses,
                 table,
                 factors,
@@ -176,7 +186,8 @@ class _Clamp:
                 DTYPE=_TYPES[batch.dtype],
                 KIND=_wide(batch.dtype),
                 WRITE=self._write,
-                BLOCK=min(BLOCK, _CLAMPED),
+                BLOCK=BLOCK,
+                RECOUNT=_RECOUNT,
             )
 
     def folded(self, found_CA: Tensor) -> Tensor:
@@ -228,6 +239,13 @@ def coefficients(
     return found_S
 
 
+def fused(step: FusedStep) -> Report | None:
+    """Measure, decide and scale in three launches; see ``Kernels.fused``."""
+    from gradclip.clipping.kernels import triton_fused  # noqa: PLC0415 - it builds on this module
+
+    return triton_fused.fused(step)
+
+
 def _is_served(batch: Batch) -> bool:
     """Return whether the programs can read a batch: real rows without gaps, as they are."""
     return batch.specs.flat[0] and batch.limit is None and not batch.dtype.is_complex
@@ -277,6 +295,12 @@ def _empty(batch: Batch, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float64, device=batch.device)
 
 
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":  # in the interpreter
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _columns(batch: Batch) -> int:
     return 3 if batch.dtype is torch.float64 else 1
 
@@ -323,6 +347,7 @@ class _Plan:
 
     def addresses_of(self, batch: Batch) -> Tensor:
         """Return where the tensors of a batch are: int64 (T,), on their device."""
+        self.table.on(batch.device)  # refuses a capture that comes before the first steps
         if self._addresses is None:
             self._addresses = Addresses(batch.device, len(batch.tensors))
         return self._addresses.of(batch.addresses)

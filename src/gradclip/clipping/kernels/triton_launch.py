@@ -2,7 +2,7 @@
 
 Triton looks at every argument of every launch to find the kernel that was compiled for its kind,
 which takes longer than the launch. A plan's arguments never change their kind: its kernels are
-kept and launched directly.
+kept and launched directly. Where a Triton does not take that, each launch is an ordinary one.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
-# What a compiled kernel is called with changed before that.
+# What a compiled kernel is called with changed before that, and may change again.
 _DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+
+_OTHERWISE = (TypeError, AttributeError)
+"""What a Triton raises, before it launches, whose compiled kernels are called in another way."""
 
 _HERE = nullcontext()
 
@@ -27,6 +30,7 @@ class Launcher:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[Any, ...], Callable[..., None]] = {}
+        self._is_direct = _DIRECT
 
     def __call__(
         self, program: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
@@ -42,11 +46,19 @@ class Launcher:
         key = (id(program), grid, *constants.values())
         kept = self._kept.get(key)
         if kept is not None:
-            kept(*arguments, *constants.values())
-            return
+            try:
+                kept(*arguments, *constants.values())
+            except _OTHERWISE:
+                self._is_direct = False
+                self._kept.clear()
+            else:
+                return
         compiled = program[grid](*arguments, **constants, **_OPTIONS)
-        if compiled is not None and _DIRECT:  # the interpreter compiles nothing
-            self._kept[key] = compiled[(*grid, 1, 1)[:3]]
+        if compiled is not None and self._is_direct:  # the interpreter compiles nothing
+            try:
+                self._kept[key] = compiled[(*grid, 1, 1)[:3]]
+            except _OTHERWISE:
+                self._is_direct = False
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:

@@ -105,12 +105,10 @@ class Binding:
         return self.peers
 
     @property
-    def lone(self) -> Pattern | None:
-        """The one pattern, if its parameters are those that were bound, and here alone."""
-        groups = self._parameters.groups()
-        if not self.peers.is_single or groups is not self._groups or len(self.patterns) != 1:
-            return None
-        return self.patterns[0]
+    def here(self) -> list[Pattern]:
+        """The patterns, if their parameters are those that were bound, and here alone."""
+        same = self._parameters.groups() is self._groups
+        return self.patterns if same and self.peers.is_single else []
 
     def bounded(self) -> list[Tensor]:
         """Return the parameters that have a policy, in the order that all ranks have."""

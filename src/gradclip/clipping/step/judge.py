@@ -1,16 +1,20 @@
 """Whether a step may be made: errors where they are due, and the count of skipped steps."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 
 from torch import Tensor
 
+from gradclip.clipping.apply.fused import FusedClip
 from gradclip.clipping.arguments import Options
 from gradclip.clipping.flags import Flag, any_of, negated
+from gradclip.clipping.kernels.fused import Report
 from gradclip.clipping.measure.group import Found, Group
 from gradclip.clipping.measure.norm import combine
+from gradclip.clipping.measure.pattern import Pattern
 from gradclip.clipping.policies import Decision
 from gradclip.clipping.ranks.peers import Peers
 from gradclip.clipping.step.nonfinite import (
@@ -64,7 +68,7 @@ class Judge:
         self._nonfinite = options.nonfinite
         self._total_order = total_order
         self._called, self._owned = called, owned
-        self._recent: deque[Tensor] = deque(maxlen=32)
+        self._recent: deque[Tensor | Report] = deque(maxlen=32)
 
     def judge(
         self,
@@ -112,6 +116,50 @@ class Judge:
             )
             raise too_many_skips(report, self.skips.limit)
 
+    def judge_report(
+        self,
+        clip: FusedClip,
+        found: Sequence[Sequence[Tensor | None]],
+        patterns: Sequence[Pattern],
+        *,
+        overflow_expected: bool,
+        may_skip: bool,
+        peers: Peers,
+        step: int,
+    ) -> bool:
+        """Judge what a device reports, before gradients are multiplied.
+
+        Args:
+            clip: What it came to.
+            found: The gradient of each parameter of each pattern, if it has one.
+            patterns: All of them.
+            overflow_expected: A loss scaler answers for an overflow.
+            may_skip: Whether a policy may ask to skip a step at all.
+            peers: This process.
+            step: Which call it is.
+
+        Returns:
+            Whether to go on; not where a NaN is an error, which says more than a report knows.
+
+        Raises:
+            TooManySkipsError: GC202.
+        """
+        report, on_host = clip.report, clip.on_host
+        if self._nonfinite == "raise" and not report.is_bounded:
+            return False
+        if on_host is not None and (self._nonfinite == "skip" or may_skip):
+            describe = None
+            if not self.skips.warned:
+                suspects = _suspects_in(clip, found, patterns)
+                describe = partial(self._first_skip, step, peers.rank, suspects)
+            if self.skips.record_late(on_host, overflow_expected, describe, waits=on_host.waits):
+                groups = [Group.collect(pattern, self._total_order) for pattern in patterns]
+                limits = [each.of.decision for each in groups if each.of.decision is not None]
+                said = self._report(groups, limits, peers, step)
+                raise too_many_skips(said, self.skips.limit)
+        self._recent.append(report)
+        return True
+
     def pass_sound(self, norms_S: Tensor, *, overflow_expected: bool) -> None:
         """Note a step in which nothing was found: what ``judge`` and ``remember`` note of one."""
         if self._nonfinite == "skip":
@@ -147,7 +195,10 @@ class Judge:
     def _report(
         self, groups: list[Group], decisions: list[Decision], peers: Peers, step: int
     ) -> str:
-        recent = [float(combine(norms_S, self._total_order)) for norms_S in self._recent]
+        recent = [
+            float(each.norm if isinstance(each, Report) else combine(each, self._total_order))
+            for each in self._recent
+        ]
         policy = groups[0].policy
         limit = decisions[0].thresholds if policy.element_limit is None else policy.element_limit
         return nonfinite_report(
@@ -157,3 +208,20 @@ class Judge:
             last_norms=[norm for norm in recent if isfinite(norm)][-4:],
             limit=limit,
         )
+
+
+def _suspects_in(
+    clip: FusedClip, found: Sequence[Sequence[Tensor | None]], patterns: Sequence[Pattern]
+) -> list[Suspects]:
+    """Return the gradients of each pattern that may be at fault; none of them is kept alive."""
+    starts = clip.layout.starts
+    return [
+        Suspects(
+            pattern.parameters,
+            None if end - start == len(each) else [one is not None for one in each],
+            clip.report.sums_T[start:end],
+            pattern.element_limit is not None,
+        )
+        for pattern, each, start, end in zip(patterns, found, starts, starts[1:], strict=False)
+        if pattern.writes
+    ]

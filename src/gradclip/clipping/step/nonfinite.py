@@ -14,7 +14,7 @@ from gradclip.clipping.flags import Flag, as_flag
 from gradclip.clipping.kernels.blocks import BLOCK, flat, pieces
 from gradclip.clipping.kernels.device import copy_to_host
 from gradclip.errors import NonFiniteGradientError, TooManySkipsError, warn
-from gradclip.record.ring import Ring
+from gradclip.record.ring import Pending, Ring
 
 _NAMED = 3
 """How many parameters at fault an error names."""
@@ -65,7 +65,30 @@ class SkipCounter:
             return self._count(skipped, unwanted is not False, expected, describe)
         if unwanted is not False:
             skipped = torch.stack([skipped, as_flag(unwanted, skipped.device)])
-        late = self._late.push(copy_to_host(skipped), (expected, describe))
+        return self.record_late(copy_to_host(skipped), expected, describe)
+
+    def record_late(
+        self,
+        flags: Pending | None,
+        expected: bool,
+        describe: Describe | None,
+        *,
+        waits: bool = True,
+    ) -> bool:
+        """Record a step whose flags are on their way to the host.
+
+        Args:
+            flags: Whether it was skipped, and whether a policy asked for it; None counts nothing.
+            expected: As in ``record``.
+            describe: Likewise.
+            waits: Whether to read them now would make the host wait.
+
+        Returns:
+            Whether more steps in a row than the limit were skipped.
+        """
+        if flags is not None and not waits:
+            return self._count_late(flags.read(), (expected, describe))
+        late = self._late.push(flags, (expected, describe))
         return late is not None and self._count_late(*late)
 
     @property

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
-from math import nan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,8 +12,9 @@ from gradclip.clipping import flags
 from gradclip.clipping.apply.coefficients import OneCoefficient
 from gradclip.clipping.flags import Flag
 from gradclip.clipping.kernels.device import HostCopy, copy_to_host, is_capturing
+from gradclip.clipping.kernels.fused import CLIPPED, NORM, SKIPPED, HostReport
 from gradclip.clipping.step.loop import LoopWatch
-from gradclip.record.ring import Reader, StepNumbers, StepRing
+from gradclip.record.ring import Copied, Reader, StepNumbers, StepRing
 from gradclip.record.stats import Stats, StepStats, together
 
 if TYPE_CHECKING:
@@ -49,35 +49,91 @@ class StepRow(NamedTuple):
     clamped: Flag | None
     skipped: Flag
 
+    @property
+    def place(self) -> torch.device:
+        """Where it is."""
+        return self.norms_S.device
+
     @classmethod
     def of(cls, result: "ClipResult", step: int, *, expected: bool) -> "StepRow":
         """Take from a result what counts, without computing anything."""
         found = result.coefficients
         number = None if isinstance(found, Tensor) else found.number
         kept = result.coefficients_S if number is None else number
-        one_norm = result.clamped is None and result.measured_S.numel() == 1
         return cls(
             step,
             expected,
             result.measured_S,
             found.norm if isinstance(found, OneCoefficient) else None,
             result.norm_type,
-            result.thresholds if one_norm else nan,
+            result.one_threshold,
             kept,
             result.clamped,
             result.withheld,
         )
 
 
-def copy_rows(rows: Sequence[StepRow], waiting: bool) -> list["CopiedRows"]:
+class ReportRow(NamedTuple):
+    """What one step left behind whose numbers are on their way to the host already.
+
+    Attributes:
+        step: Which call it was.
+        expected: A loss scaler answers for an overflow.
+        report: Its numbers.
+        threshold: The norm that all gradients may have; NaN where there is not one for all.
+    """
+
+    step: int
+    expected: bool
+    report: HostReport
+    threshold: float
+
+    @property
+    def place(self) -> None:
+        """Stands for all reports, wherever they come from."""
+
+    def read(self) -> StepNumbers:
+        """Return the numbers; waits until they are there."""
+        norm, clipped, skipped = map(self.report.of_all, (NORM, CLIPPED, SKIPPED))
+        return StepNumbers(
+            self.step, norm, self.threshold, clipped != 0, skipped != 0, self.expected
+        )
+
+
+def copy_rows(rows: Sequence[StepRow | ReportRow], waiting: bool) -> list["Copied"]:
     """Begin to bring rows to the host: together, as far as they are on one device.
 
     Args:
         rows: What each step left behind.
         waiting: Whether the host waits for them now.
     """
-    by_device = groupby(rows, lambda row: row.norms_S.device)
-    return [CopiedRows(list(part), waiting) for _, part in by_device]
+    copied: list[Copied] = []
+    for _, part in groupby(rows, lambda row: row.place):
+        some = list(part)
+        reports = [row for row in some if isinstance(row, ReportRow)]
+        copied.append(
+            CopiedReports(reports, waiting)
+            if reports
+            else CopiedRows([row for row in some if isinstance(row, StepRow)], waiting)
+        )
+    return copied
+
+
+class CopiedReports:
+    """The numbers of some steps that are on their way to the host already.
+
+    Args:
+        rows: Those of each step.
+        waiting: Whether the host waits for them now.
+    """
+
+    def __init__(self, rows: Sequence[ReportRow], waiting: bool) -> None:
+        self._rows = rows
+        self.waits = not waiting and any(row.report.waits for row in rows)
+
+    def read(self) -> list[StepNumbers]:
+        """Return the numbers; waits until they are there."""
+        return [row.read() for row in self._rows]
 
 
 class CopiedRows:
@@ -192,10 +248,15 @@ class StepLog:
             expected: A loss scaler answers for an overflow.
             unscaled: Whether gradients are known to be unscaled.
         """
-        if is_capturing(result.measured_S.device):
+        if result.on_host is None and is_capturing(result.measured_S.device):
             return
-        row = StepRow.of(result, step, expected=expected)
-        self._ring.push(row, 2 * row.norms_S.numel())
+        if result.on_host is None:
+            row = StepRow.of(result, step, expected=expected)
+            self._ring.push(row, 2 * row.norms_S.numel())
+        else:
+            self._ring.push(
+                ReportRow(step, expected, result.on_host, float(result.one_threshold)), 0
+            )
         self._loop.speak(unscaled=unscaled)
 
     def follow(self, reader: Reader) -> None:

@@ -4,6 +4,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from gradclip.clipping import withhold
+from gradclip.clipping.flags import as_known
 from gradclip.config import ClassType
 from gradclip.errors import ArgumentValueError, warn
 from gradclip.hook import HookContext
@@ -143,19 +144,22 @@ def _step(arg: PipelineHookArgs, optimizer: "torch.optim.Optimizer") -> bool:
     result = arg.clip_result
     scaler = None if arg.accelerator is None else arg.accelerator.scaler
     if scaler is None:
-        skipped = result is not None and bool(result.withheld)
-        if not skipped:
-            stepping(arg.accelerator, optimizer).step()
-        return not skipped
+        withheld = False if result is None else as_known(result.withheld)
+        if withheld is not True:
+            inner = stepping(arg.accelerator, optimizer)
+            with withhold(inner, withheld):
+                inner.step()
+        return not bool(withheld)  # read behind the step: a device need not be idle before it
     # The scaler skips whatever overflowed, so its answer is read with ours: one number.
-    skipped = result is not None and bool(result.skipped | (result.nonfinite > 0))
+    found = False if result is None else result.skipped | (result.nonfinite > 0)
+    withheld = as_known(found)
     # Accelerate does not notice that a fused optimizer skipped; the scale does.
     unnoticed = result is None and all(group.get("fused") for group in optimizer.param_groups)
     scale = scaler.get_scale() if unnoticed else 0.0
-    with withhold(optimizer, skipped):
+    with withhold(optimizer, withheld):
         # Also when skipped: the scaler must learn of the overflow.
         optimizer.step()
     skipped_by_scaler = getattr(optimizer, "step_was_skipped", False) or (
         unnoticed and scaler.get_scale() < scale
     )
-    return not (skipped or skipped_by_scaler)
+    return not (bool(withheld) or skipped_by_scaler)

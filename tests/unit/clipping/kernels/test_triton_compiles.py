@@ -1,4 +1,7 @@
-"""The Triton kernels compile for an H100, on any machine, into what makes them fast and right."""
+"""The Triton kernels compile for an H100, on any machine, into what makes them fast and right.
+
+``make test-oldest-triton`` runs this with the oldest Triton that is supported.
+"""
 
 import json
 import os
@@ -38,16 +41,26 @@ def test_unaligned_memory_is_read_and_written_one_element_at_a_time(facts):
     Whole blocks and the rest of a chunk; the rest of aligned chunks comes on top.
     """
     for name, kernel in facts.items():
-        held = 8 if name.startswith("clamp") else 16
-        assert kernel["narrow_loads"] >= 2 * held, name
+        assert kernel["narrow_loads"] >= 32, name
     assert facts["scale bfloat16"]["narrow_stores"] >= 32
-    assert facts["clamp float32"]["narrow_stores"] >= 16
+    assert facts["clamp float32"]["narrow_stores"] >= 32
+
+
+def test_eight_loads_of_a_full_chunk_are_on_their_way_at_once(facts):
+    for name, kernel in facts.items():
+        assert kernel["in_a_row"] >= 8 or name.startswith("scale"), name
 
 
 def test_aligned_and_unaligned_sums_lie_alike_in_registers(facts):
-    """Sums of one layout are added in one order: no conversion between two."""
-    sums = [kernel for name, kernel in facts.items() if name.startswith("power_sums")]
-    assert not any(kernel["conversions"] for kernel in sums)
+    """Sums of one layout are added in one order: no conversion between two.
+
+    What the clamp writes to unaligned memory is converted, at two places.
+    """
+    for name, kernel in facts.items():
+        if name.startswith("power_sums"):
+            assert kernel["conversions"] == 0, name
+        elif name.startswith("clamp"):
+            assert kernel["conversions"] == 2, name
 
 
 def test_nothing_spills(facts):

@@ -1,0 +1,209 @@
+"""The common step on a GPU: a few launches, a verdict on the device, and nothing else.
+
+There the operations between the passes over the gradients, and the calls of Python that start
+them, take longer than the arithmetic. This way answers only where a backend can do all of it at
+once. Otherwise nothing was done, and the ordinary way begins from the start.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from math import inf
+from typing import Any, TypeAlias
+
+from torch import Size, Tensor
+
+from gradclip.clipping.arguments import Options, check_grad_scale
+from gradclip.clipping.collect.gradients import COARSE_GUARD
+from gradclip.clipping.collect.overlap import Bytes
+from gradclip.clipping.kernels import Backends, SpecsCache, TensorSpecs
+from gradclip.clipping.kernels.fused import FusedStep, HostReport, Layout, Limit, Report
+from gradclip.clipping.measure.step import is_small
+from gradclip.clipping.policies import Policy
+from gradclip.clipping.step.ownership import Role
+
+Found: TypeAlias = Sequence[Tensor | None]
+"""The gradient of each parameter of a pattern, if it has one."""
+
+_ORDERS = {1.0, 2.0, inf}
+"""p of norms that one read of the gradients gives."""
+
+_KEPT = 4
+"""Layouts that are kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class FusedClip:
+    """What a clip in few launches came to.
+
+    Args:
+        report: Its numbers on the device.
+        on_host: The same on their way to the host; None inside a CUDA graph.
+        layout: What the gradients were like.
+        deferred: Whether the gradients were left as they are, for the optimizer to scale.
+    """
+
+    report: Report
+    on_host: HostReport | None
+    layout: Layout
+    deferred: bool
+
+
+class Fused:
+    """Clips in few launches, where numbers say completely what bounds every pattern.
+
+    Args:
+        policies: By pattern.
+        limits: The same as numbers.
+        options: The checked keywords.
+        backends: The choice of backend.
+        role: What notes who clipped what.
+    """
+
+    def __init__(
+        self,
+        policies: Mapping[str, Policy],
+        limits: list[Limit],
+        options: Options,
+        backends: Backends,
+        role: Role,
+    ) -> None:
+        self._policies, self._limits = list(policies.values()), limits
+        self._order = self._policies[0].order
+        self._skips = options.nonfinite == "skip"
+        self._backends, self._role = backends, role
+        self._may_defer = len(limits) == 1 and limits[0].element_limit is None
+        self._known: dict[tuple[int, ...], tuple[list[TensorSpecs], Layout | None]] = {}
+
+    @classmethod
+    def of(
+        cls,
+        policies: Mapping[str, Policy | None],
+        options: Options,
+        backends: Backends,
+        role: Role,
+        *,
+        by_pattern: bool,
+    ) -> "Fused | None":
+        """Return what clips by some policies; None for those that need another way."""
+        bounding = {name: policy for name, policy in policies.items() if policy is not None}
+        orders = {policy.order for policy in bounding.values()}
+        one_norm_each = all(policy.scope == "group" for policy in bounding.values())
+        limits = []
+        for policy in bounding.values():
+            fixed = policy.fixed()
+            if fixed is None:
+                return None
+            zero = 0 in (fixed.target, policy.element_limit)
+            zeroes = policy.writes and (options.nonfinite == "skip" or (zero and not by_pattern))
+            limits.append(
+                Limit(
+                    fixed.threshold,
+                    fixed.target,
+                    fixed.skip_above,
+                    COARSE_GUARD,
+                    otherwise=0.0 if zeroes else 1.0,
+                    writes=policy.writes,
+                    element_limit=policy.element_limit,
+                )
+            )
+        # Clamping writes before the verdict, which may have to come first.
+        first = options.nonfinite == "raise" or (by_pattern and options.nonfinite == "propagate")
+        if first and any(limit.clamps for limit in limits):
+            return None
+        few = len(bounding) == len(policies) and len(orders) == 1 and orders <= _ORDERS
+        return cls(bounding, limits, options, backends, role) if few and one_norm_each else None
+
+    def clip(
+        self,
+        found: Sequence[Found],
+        caches: Sequence[SpecsCache],
+        judge: Callable[[FusedClip], bool],
+        grad_scale: float | Tensor | None = None,
+        *,
+        defer: bool = False,
+    ) -> FusedClip | None:
+        """Clip; None where that takes the ordinary way, and nothing was done.
+
+        Args:
+            found: Of each pattern the gradient of each parameter, if it has one.
+            caches: Of each pattern, what recognises gradients that the ordinary way has checked.
+            judge: Asked before anything is multiplied: whether to go on. It raises where an error
+                is due.
+            grad_scale: What the gradients are still multiplied by.
+            defer: Leave it to the caller to multiply, if there is one coefficient.
+        """
+        device_scale = isinstance(grad_scale, Tensor) and grad_scale.device.type != "cpu"
+        scale = grad_scale if device_scale else check_grad_scale(grad_scale)
+        if is_small(scale):
+            return None
+        given: list[Any] = []
+        specs: list[TensorSpecs] = []
+        for each, cache in zip(found, caches, strict=True):
+            there: Any = each
+            known = cache.find(there)  # what holds a None fits none
+            if known is None:
+                there = [one for one in each if one is not None]
+                known = cache.find(there)
+            if known is None:
+                return None
+            given.append(there)
+            specs.append(known)
+        layout = self._layout(specs)
+        if layout is None:
+            return None
+        deferred = defer and self._may_defer
+        tensors = given[0] if len(given) == 1 else list(chain.from_iterable(given))
+        addresses = list(map(Tensor.data_ptr, tensors))
+        clips: list[FusedClip] = []
+
+        def allows() -> bool:
+            apart = layout.specs.plan(Bytes).lie_apart(addresses)
+            for each in self._written(given) if apart else ():
+                self._role.check(each[0])
+            return apart
+
+        def accepts(report: Report) -> bool:
+            clips.append(FusedClip(report, report.to_host(), layout, deferred))
+            return judge(clips[0])
+
+        scales = layout.scales and not deferred
+        step = FusedStep(layout, tensors, addresses, scale, scales, allows, accepts)
+        run = self._backends.on(layout.device).fused
+        if run is None or run(step) is None:
+            return None
+        self._role.mark(self._written(given))
+        return clips[0]
+
+    def serves(self, found: Found) -> bool:
+        """Return whether gradients are where this can be done."""
+        first = next((each for each in found if each is not None), None)
+        return first is not None and self._backends.on(first.device).fused is not None
+
+    def _written(self, given: Sequence[list[Tensor]]) -> list[tuple[list[Tensor], Policy]]:
+        """Return the gradients that may be changed, and the policy of each pattern."""
+        each = zip(given, self._policies, self._limits, strict=True)
+        return [(tensors, policy) for tensors, policy, limit in each if limit.writes]
+
+    def _layout(self, specs: list[TensorSpecs]) -> Layout | None:
+        """Return what all gradients together are like; None where they are nothing usual."""
+        key = tuple(map(id, specs))
+        if key not in self._known:
+            if len(self._known) >= _KEPT:
+                self._known.clear()
+            layout = (
+                Layout(specs, self._limits, self._order, skips=self._skips)
+                if self._is_usual(specs)
+                else None
+            )
+            self._known[key] = specs, layout  # an identity means the same as long as it is kept
+        return self._known[key][1]
+
+    @staticmethod
+    def _is_usual(specs: list[TensorSpecs]) -> bool:
+        """Return whether gradients are plain tensors of one device, without gaps."""
+        return (
+            all(all(each.plain) and all(each.dense) for each in specs)
+            and all(each.plan(Bytes).packed and all(map(Size.numel, each.shapes)) for each in specs)
+            and len({device for each in specs for device in each.devices}) == 1
+        )
