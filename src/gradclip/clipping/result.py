@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 import torch
@@ -242,6 +243,20 @@ def reported(value: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(value.isinf(), value, limited).to(dtype)
 
 
+class _SmallResult(ClipResult):
+    """The result of a small model, of which the host knows all: a tensor is made when asked for."""
+
+    coefficients: OneCoefficient
+    withheld, tensor_sums_T = False, None
+    norm_type, dtype = 2.0, torch.float32
+    groups: Mapping[str, ClipResult] = MappingProxyType({})
+
+    @cached_property
+    def measured_S(self) -> Tensor:
+        """Norm of the one scope before clipping, float64 (1,)."""
+        return torch.full((1,), self.coefficients.norm, dtype=torch.float64, device="cpu")
+
+
 def of_small(small: LeanStep, scopes: Sequence[str]) -> ClipResult:
     """Return the result of a small model that was read as one; no gradient holds a NaN.
 
@@ -249,16 +264,10 @@ def of_small(small: LeanStep, scopes: Sequence[str]) -> ClipResult:
         small: What its gradients came to.
         scopes: What the norm is called.
     """
-    return ClipResult(
-        measured_S=torch.full((1,), small.norm, dtype=torch.float64, device="cpu"),
-        thresholds=small.threshold,
-        coefficients=OneCoefficient(small.norm, small.number),
-        withheld=False,
-        tensor_sums_T=None,
-        norm_type=2.0,
-        dtype=torch.float32,
-        scopes=scopes,
-    )
+    one = OneCoefficient(small.norm, small.number)
+    result = _SmallResult.__new__(_SmallResult)
+    vars(result).update(thresholds=small.threshold, coefficients=one, scopes=scopes)
+    return result
 
 
 def over_all(

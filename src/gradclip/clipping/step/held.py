@@ -104,7 +104,7 @@ class HeldStep:
             return self._call(args, kwargs)
         optimizer: Any = self._optimizer()
         loss = None
-        if any(map(_lasts, gates)) and (args or kwargs):  # it clips what the closure computes
+        if (args or kwargs) and any(map(_lasts, gates)):  # it clips what the closure computes
             loss, args, kwargs = self._evaluated(optimizer, args, kwargs)
         entered: list[Gate] = []
         error: BaseException | None = None

@@ -64,7 +64,7 @@ class Judge:
         self._nonfinite = options.nonfinite
         self._total_order = total_order
         self._called, self._owned = called, owned
-        self._recent: deque[Tensor] = deque(maxlen=32)
+        self._recent: deque[Tensor | float] = deque(maxlen=32)
 
     def judge(
         self,
@@ -112,11 +112,11 @@ class Judge:
             )
             raise too_many_skips(report, self.skips.limit)
 
-    def pass_sound(self, norms_S: Tensor, *, overflow_expected: bool) -> None:
+    def pass_sound(self, norm: float) -> None:
         """Note a step in which nothing was found: what ``judge`` and ``remember`` note of one."""
         if self._nonfinite == "skip":
-            self.skips.record(False, expected=overflow_expected)
-        self._recent.append(norms_S)
+            self.skips.end_row()
+        self._recent.append(norm)
 
     def remember(self, norms_S: Tensor) -> None:
         """Keep the norms of a step that was made, for what an error says later."""
@@ -147,7 +147,10 @@ class Judge:
     def _report(
         self, groups: list[Group], decisions: list[Decision], peers: Peers, step: int
     ) -> str:
-        recent = [float(combine(norms_S, self._total_order)) for norms_S in self._recent]
+        recent = [
+            each if isinstance(each, float) else float(combine(each, self._total_order))
+            for each in self._recent
+        ]
         policy = groups[0].policy
         limit = decisions[0].thresholds if policy.element_limit is None else policy.element_limit
         return nonfinite_report(

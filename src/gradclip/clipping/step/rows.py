@@ -14,7 +14,7 @@ from gradclip.clipping.apply.coefficients import OneCoefficient
 from gradclip.clipping.flags import Flag
 from gradclip.clipping.kernels.device import HostCopy, copy_to_host, is_capturing
 from gradclip.clipping.step.loop import LoopWatch
-from gradclip.record.ring import Reader, StepNumbers, StepRing
+from gradclip.record.ring import Copied, Reader, StepNumbers, StepRing
 from gradclip.record.stats import Stats, StepStats, together
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ class StepRow(NamedTuple):
         step: Which call it was.
         expected: A loss scaler answers for an overflow.
         norms_S: Norm of each scope before clipping.
-        norm: The norm of the one scope, where the host knows it.
         order: p of the norm of all.
         threshold: The norm that all gradients may have; NaN where there is not one for all.
         kept: What scopes were multiplied by, (S,), or one number for all.
@@ -42,7 +41,6 @@ class StepRow(NamedTuple):
     step: int
     expected: bool
     norms_S: Tensor
-    norm: float | None
     order: float
     threshold: float | Tensor
     kept: float | Tensor
@@ -60,7 +58,6 @@ class StepRow(NamedTuple):
             step,
             expected,
             result.measured_S,
-            found.norm if isinstance(found, OneCoefficient) else None,
             result.norm_type,
             result.thresholds if one_norm else nan,
             kept,
@@ -69,15 +66,35 @@ class StepRow(NamedTuple):
         )
 
 
-def copy_rows(rows: Sequence[StepRow], waiting: bool) -> list["CopiedRows"]:
+def copy_rows(rows: Sequence[StepRow | StepNumbers], waiting: bool) -> list[Copied]:
     """Begin to bring rows to the host: together, as far as they are on one device.
 
     Args:
-        rows: What each step left behind.
+        rows: What each step left behind, or its numbers where the host knows them.
         waiting: Whether the host waits for them now.
     """
-    by_device = groupby(rows, lambda row: row.norms_S.device)
-    return [CopiedRows(list(part), waiting) for _, part in by_device]
+    by_device = groupby(rows, lambda row: row.norms_S.device if isinstance(row, StepRow) else None)
+    parts: list[tuple[object, list[Any]]] = [(device, list(part)) for device, part in by_device]
+    return [
+        KnownRows(part) if device is None else CopiedRows(part, waiting) for device, part in parts
+    ]
+
+
+class KnownRows:
+    """The numbers of some steps that were on the host from the start.
+
+    Args:
+        numbers: Of each step.
+    """
+
+    waits = False
+
+    def __init__(self, numbers: list[StepNumbers]) -> None:
+        self._numbers = numbers
+
+    def read(self) -> list[StepNumbers]:
+        """Return the numbers."""
+        return self._numbers
 
 
 class CopiedRows:
@@ -92,7 +109,7 @@ class CopiedRows:
         device = rows[0].norms_S.device
         self.waits = flags.host_waits_for(device) and not waiting
         self._calls = [(row.step, row.expected) for row in rows]
-        norms = [row.norms_S if row.norm is None else row.norm for row in rows]
+        norms = [row.norms_S for row in rows]
         kept = [row.kept if isinstance(row.kept, Tensor) else row.kept < 1 for row in rows]
         columns: list[tuple[list[Any], Callable[[Tensor], Tensor]]] = [
             (norms, partial(_norms_of_all, order=rows[0].order)),
@@ -192,10 +209,16 @@ class StepLog:
             expected: A loss scaler answers for an overflow.
             unscaled: Whether gradients are known to be unscaled.
         """
-        if is_capturing(result.measured_S.device):
+        known = result.coefficients
+        if isinstance(known, OneCoefficient):  # as the threshold; the step is made
+            limit: Any = result.thresholds
+            numbers = StepNumbers(step, known.norm, limit, known.number < 1, False, expected)
+            self._ring.push(numbers, 0)
+        elif is_capturing(result.measured_S.device):
             return
-        row = StepRow.of(result, step, expected=expected)
-        self._ring.push(row, 2 * row.norms_S.numel())
+        else:
+            row = StepRow.of(result, step, expected=expected)
+            self._ring.push(row, 2 * row.norms_S.numel())
         self._loop.speak(unscaled=unscaled)
 
     def follow(self, reader: Reader) -> None:
