@@ -1,7 +1,10 @@
 """Small models on the CPU: the lean way agrees with the ordinary one, and leaves it what is odd."""
 
+import copy
+import pickle
 import sys
 import warnings
+from dataclasses import replace
 from math import inf, nan
 
 import pytest
@@ -281,6 +284,22 @@ def test_a_captured_step_computes_what_it_reports(monkeypatch):
     assert "norm_post" in vars(result)
 
 
+def test_the_tensor_of_a_norm_is_made_when_it_is_asked_for():
+    clipper = GradientClipper(made(few()), 1.0)
+    clipper.clip()
+    result = clipper.clip()
+    clipper.stats  # noqa: B018 - reads the numbers of all steps
+    assert "measured_S" not in vars(result)
+    for each in (
+        result,
+        copy.deepcopy(result),
+        pickle.loads(pickle.dumps(result)),
+        replace(result),
+    ):
+        assert each.measured_S.tolist() == pytest.approx([1.0], rel=1e-6)
+        assert each.to_host() == result.to_host()
+
+
 def calls(function):
     """Return how many functions of Python a call makes."""
     count = 0
@@ -305,14 +324,15 @@ def test_calls_of_python_do_not_grow(tensors):
     plain = torch.optim.SGD(made([torch.ones(4) for _ in range(tensors)]), lr=0.0)
     gradclip.attach(optimizer, 1.0)
     for _ in range(3):
-        gradclip.clip_grad_norm_(parameters, 1.0)
-        clipper.clip()
         optimizer.step()
         plain.step()
+    assert calls(optimizer.step) - calls(plain.step) <= 50  # before there are marks of others
+    for _ in range(3):
+        gradclip.clip_grad_norm_(parameters, 1.0)
+        clipper.clip()
     for parameter in parameters:
         parameter.grad = torch.ones(4)
     assert calls(lambda: gradclip.clip_grad_norm_(parameters, 1.0)) <= 80
     for parameter in parameters:
         parameter.grad = torch.ones(4)
-    assert calls(clipper.clip) <= 60
-    assert calls(optimizer.step) - calls(plain.step) <= 75
+    assert calls(clipper.clip) <= 40
