@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 import torch
@@ -249,7 +248,6 @@ class _SmallResult(ClipResult):
     coefficients: OneCoefficient
     withheld, tensor_sums_T = False, None
     norm_type, dtype = 2.0, torch.float32
-    groups: Mapping[str, ClipResult] = MappingProxyType({})
 
     @cached_property
     def measured_S(self) -> Tensor:
@@ -266,7 +264,7 @@ def of_small(small: LeanStep, scopes: Sequence[str]) -> ClipResult:
     """
     one = OneCoefficient(small.norm, small.number)
     result = _SmallResult.__new__(_SmallResult)
-    vars(result).update(thresholds=small.threshold, coefficients=one, scopes=scopes)
+    vars(result).update(thresholds=small.threshold, coefficients=one, scopes=scopes, groups={})
     return result
 
 

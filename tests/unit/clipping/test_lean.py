@@ -4,7 +4,7 @@ import copy
 import pickle
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import inf, nan
 
 import pytest
@@ -291,6 +291,7 @@ def test_the_tensor_of_a_norm_is_made_when_it_is_asked_for():
     result = clipper.clip()
     clipper.stats  # noqa: B018 - reads the numbers of all steps
     assert "measured_S" not in vars(result)
+    assert asdict(result)["groups"] == {}
     for each in (
         result,
         copy.deepcopy(result),
