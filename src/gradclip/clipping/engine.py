@@ -39,6 +39,7 @@ from gradclip.clipping.step.rows import StepLog
 if TYPE_CHECKING:
     from gradclip.clipping.ranks import Meet
 
+_CPU = torch.device("cpu")
 _COARSE = 2.0**-80
 """A coefficient below this may not have a loss scale in float32."""
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import nan
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -92,11 +92,8 @@ class ClipResult:
     nonfinite_on_ranks: Tensor | None = None
     deferred: bool = False
     by_policy: Flag = False
-
-    @cached_property
-    def on_host(self) -> HostReport | None:
-        """The numbers on their way to the host, where they are since the clip."""
-        return None
+    on_host: ClassVar[HostReport | None] = None
+    """The numbers on their way to the host, where they are since the clip."""
 
     @cached_property
     def one_threshold(self) -> float | Tensor:
@@ -395,6 +392,19 @@ def reported(value: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(value.isinf(), value, limited).to(dtype)
 
 
+class _SmallResult(ClipResult):
+    """The result of a small model, of which the host knows all: a tensor is made when asked for."""
+
+    coefficients: OneCoefficient
+    withheld, tensor_sums_T = False, None
+    norm_type, dtype = 2.0, torch.float32
+
+    @cached_property
+    def measured_S(self) -> Tensor:
+        """Norm of the one scope before clipping, float64 (1,)."""
+        return torch.full((1,), self.coefficients.norm, dtype=torch.float64, device="cpu")
+
+
 def of_small(small: LeanStep, scopes: Sequence[str]) -> ClipResult:
     """Return the result of a small model that was read as one; no gradient holds a NaN.
 
@@ -402,16 +412,10 @@ def of_small(small: LeanStep, scopes: Sequence[str]) -> ClipResult:
         small: What its gradients came to.
         scopes: What the norm is called.
     """
-    return ClipResult(
-        measured_S=torch.full((1,), small.norm, dtype=torch.float64, device="cpu"),
-        thresholds=small.threshold,
-        coefficients=OneCoefficient(small.norm, small.number),
-        withheld=False,
-        tensor_sums_T=None,
-        norm_type=2.0,
-        dtype=torch.float32,
-        scopes=scopes,
-    )
+    one = OneCoefficient(small.norm, small.number)
+    result = _SmallResult.__new__(_SmallResult)
+    vars(result).update(thresholds=small.threshold, coefficients=one, scopes=scopes, groups={})
+    return result
 
 
 def of_fused(

@@ -45,7 +45,7 @@ def quotient(norm: float, threshold: float, target: float, guard: float) -> floa
     return target / norm * (1 - guard) if norm > threshold and norm > target else 1.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class OneCoefficient:
     """A coefficient of one scope on the CPU that the host knows, as it knows the norm.
 

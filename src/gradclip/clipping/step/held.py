@@ -97,14 +97,13 @@ class HeldStep:
         """Return whether it is the step of this very optimizer."""
         return self._optimizer() is optimizer
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Ask the gates in their order; step, or do not."""
         gates = list(self.gates)
         if not gates or getattr(self._running, "inside", False):
-            return self._call(args, kwargs)
-        optimizer: Any = self._optimizer()
+            return self._call(optimizer, args, kwargs)
         loss = None
-        if any(map(_lasts, gates)) and (args or kwargs):  # it clips what the closure computes
+        if (args or kwargs) and any(map(_lasts, gates)):  # it clips what the closure computes
             loss, args, kwargs = self._evaluated(optimizer, args, kwargs)
         entered: list[Gate] = []
         error: BaseException | None = None
@@ -115,8 +114,10 @@ class HeldStep:
                 entered.append(gate)
                 found = gate.before(optimizer, kwargs)
                 withheld = found if withheld is False else any_of([withheld, found])
-            made = withheld is False
-            result = self._call(args, kwargs) if made else self._step(withheld, args, kwargs)
+            if withheld is False:
+                result = self._call(optimizer, args, kwargs)
+            else:
+                result = self._step(withheld, optimizer, args, kwargs)
         except BaseException as raised:
             error = raised
             raise
@@ -128,23 +129,23 @@ class HeldStep:
                 gate.after(error)
             error = None  # or this frame, and all that the error has, would wait for the collector
 
-    def _step(self, withheld: Flag, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _step(
+        self, withheld: Flag, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Step under a flag: on the device where the optimizer takes one, else read by the host."""
-        optimizer: Any = self._optimizer()
         if isinstance(withheld, Tensor) and self._takes_found_inf(optimizer):
             with _found_inf(optimizer, withheld):
-                return self._call(args, kwargs)
+                return self._call(optimizer, args, kwargs)
         if not withheld:
-            return self._call(args, kwargs)
+            return self._call(optimizer, args, kwargs)
         if hasattr(self.bound, "_wrapped_by_lr_sched"):
             optimizer._opt_called = True  # noqa: SLF001 - or schedulers warn
         loss, _, _ = self._evaluated(optimizer, args, kwargs)
         return loss
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._before is not None:
             return self._before(*args, **kwargs)
-        optimizer: Any = self._optimizer()
         return type(optimizer).step(optimizer, *args, **kwargs)
 
     def _takes_found_inf(self, optimizer: Any) -> bool:
@@ -163,7 +164,7 @@ class HeldStep:
         The gradients are clipped between the closure and the step, so the step may ask for the
         loss once, where its weights still are, and not for new gradients.
         """
-        if not (args or kwargs):
+        if not any(map(callable, chain(args, kwargs.values()))):  # Accelerate gives None
             return None, args, kwargs
         given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         at = self._closure_at
@@ -339,7 +340,7 @@ def _asking(step: HeldStep, optimizer: Any, before: Callable[..., Any]) -> Metho
     @wraps(before if original is None else original)
     def asking(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is owner():
-            return step.run(args, kwargs)
+            return step.run(self, args, kwargs)
         # A copy: it has this function among its attributes.
         plain = type(self).step if original is None else original
         return plain(self, *args, **kwargs)

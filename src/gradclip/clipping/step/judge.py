@@ -68,7 +68,7 @@ class Judge:
         self._nonfinite = options.nonfinite
         self._total_order = total_order
         self._called, self._owned = called, owned
-        self._recent: deque[Tensor | Report] = deque(maxlen=32)
+        self._recent: deque[Tensor | Report | float] = deque(maxlen=32)
 
     def judge(
         self,
@@ -160,15 +160,18 @@ class Judge:
         self._recent.append(report)
         return True
 
-    def pass_sound(self, norms_S: Tensor, *, overflow_expected: bool) -> None:
+    def pass_sound(self, norm: float) -> None:
         """Note a step in which nothing was found: what ``judge`` and ``remember`` note of one."""
         if self._nonfinite == "skip":
-            self.skips.record(False, expected=overflow_expected)
-        self._recent.append(norms_S)
+            self.skips.end_row()
+        self._recent.append(norm)
 
     def remember(self, norms_S: Tensor) -> None:
         """Keep the norms of a step that was made, for what an error says later."""
         self._recent.append(norms_S)
+
+    def _norm_of_all(self, seen: Tensor | Report) -> Tensor:
+        return seen.norm if isinstance(seen, Report) else combine(seen, self._total_order)
 
     def _describing(
         self, groups: list[Group], found: list[Found], peers: Peers, step: int
@@ -196,7 +199,7 @@ class Judge:
         self, groups: list[Group], decisions: list[Decision], peers: Peers, step: int
     ) -> str:
         recent = [
-            float(each.norm if isinstance(each, Report) else combine(each, self._total_order))
+            each if isinstance(each, float) else float(self._norm_of_all(each))
             for each in self._recent
         ]
         policy = groups[0].policy

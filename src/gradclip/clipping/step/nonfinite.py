@@ -91,6 +91,10 @@ class SkipCounter:
         late = self._late.push(flags, (expected, describe))
         return late is not None and self._count_late(*late)
 
+    def end_row(self) -> None:
+        """Record a step that was made, as the host knows."""
+        self._in_a_row = 0
+
     @property
     def in_a_row(self) -> int:
         """Skips in a row up to the last step; waits for the device."""

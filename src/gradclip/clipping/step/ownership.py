@@ -153,7 +153,8 @@ class _Marking:
             marks += [_Mark(id(g), ref(g), g._version, _address(g), policy) for g in some]  # noqa: SLF001 - as autograd
         self.marks.append(marks)
         if self not in _MARKING:
-            _MARKING[:] = [*(each for each in list(_MARKING) if each.is_marked()), self]
+            _forget_marks_of_none()
+            _MARKING.append(self)
 
     def is_marked(self) -> bool:
         """Return whether its marks mean something: a gradient that it marked still lives."""
@@ -175,6 +176,7 @@ class Owner(_Marking):
     def __init__(self, label: str) -> None:
         super().__init__(label)
         _Marking.owners += 1
+        _forget_marks_of_none()  # it looks at all marks, at every step
 
     def check(self, gradients: Sequence[Tensor]) -> None:
         """Refuse to clip what another one clipped, where nothing has changed since.
@@ -201,6 +203,11 @@ class Owner(_Marking):
             "two optimizers share a parameter, each needs a backward pass of its own. No gradient "
             f"was changed by {self.label}, and no step was made."
         )
+
+
+def _forget_marks_of_none() -> None:
+    """Forget what has left marks, where none of the gradients that it marked lives."""
+    _MARKING[:] = [each for each in list(_MARKING) if each.is_marked()]
 
 
 def _address(gradient: Tensor) -> int:

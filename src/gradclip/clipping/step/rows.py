@@ -31,7 +31,6 @@ class StepRow(NamedTuple):
         step: Which call it was.
         expected: A loss scaler answers for an overflow.
         norms_S: Norm of each scope before clipping.
-        norm: The norm of the one scope, where the host knows it.
         order: p of the norm of all.
         threshold: The norm that all gradients may have; NaN where there is not one for all.
         kept: What scopes were multiplied by, (S,), or one number for all.
@@ -42,17 +41,11 @@ class StepRow(NamedTuple):
     step: int
     expected: bool
     norms_S: Tensor
-    norm: float | None
     order: float
     threshold: float | Tensor
     kept: float | Tensor
     clamped: Flag | None
     skipped: Flag
-
-    @property
-    def place(self) -> torch.device:
-        """Where it is."""
-        return self.norms_S.device
 
     @classmethod
     def of(cls, result: "ClipResult", step: int, *, expected: bool) -> "StepRow":
@@ -64,7 +57,6 @@ class StepRow(NamedTuple):
             step,
             expected,
             result.measured_S,
-            found.norm if isinstance(found, OneCoefficient) else None,
             result.norm_type,
             result.one_threshold,
             kept,
@@ -88,10 +80,6 @@ class ReportRow(NamedTuple):
     report: HostReport
     threshold: float
 
-    @property
-    def place(self) -> None:
-        """Stands for all reports, wherever they come from."""
-
     def read(self) -> StepNumbers:
         """Return the numbers; waits until they are there."""
         norm, clipped, skipped = map(self.report.of_all, (NORM, CLIPPED, SKIPPED))
@@ -100,40 +88,37 @@ class ReportRow(NamedTuple):
         )
 
 
-def copy_rows(rows: Sequence[StepRow | ReportRow], waiting: bool) -> list["Copied"]:
+def copy_rows(rows: Sequence[StepRow | ReportRow | StepNumbers], waiting: bool) -> list[Copied]:
     """Begin to bring rows to the host: together, as far as they are on one device.
 
     Args:
-        rows: What each step left behind.
+        rows: What each step left behind, or its numbers where the host knows them.
         waiting: Whether the host waits for them now.
     """
-    copied: list[Copied] = []
-    for _, part in groupby(rows, lambda row: row.place):
-        some = list(part)
-        reports = [row for row in some if isinstance(row, ReportRow)]
-        copied.append(
-            CopiedReports(reports, waiting)
-            if reports
-            else CopiedRows([row for row in some if isinstance(row, StepRow)], waiting)
-        )
-    return copied
+    by_device = groupby(rows, lambda row: row.norms_S.device if isinstance(row, StepRow) else None)
+    parts: list[tuple[object, list[Any]]] = [(device, list(part)) for device, part in by_device]
+    return [
+        KnownRows(part, waiting) if device is None else CopiedRows(part, waiting)
+        for device, part in parts
+    ]
 
 
-class CopiedReports:
-    """The numbers of some steps that are on their way to the host already.
+class KnownRows:
+    """The numbers of some steps that are on the host, or on their way there already.
 
     Args:
         rows: Those of each step.
         waiting: Whether the host waits for them now.
     """
 
-    def __init__(self, rows: Sequence[ReportRow], waiting: bool) -> None:
+    def __init__(self, rows: Sequence[ReportRow | StepNumbers], waiting: bool) -> None:
         self._rows = rows
-        self.waits = not waiting and any(row.report.waits for row in rows)
+        reports = (row for row in rows if isinstance(row, ReportRow))
+        self.waits = not waiting and any(row.report.waits for row in reports)
 
     def read(self) -> list[StepNumbers]:
         """Return the numbers; waits until they are there."""
-        return [row.read() for row in self._rows]
+        return [row.read() if isinstance(row, ReportRow) else row for row in self._rows]
 
 
 class CopiedRows:
@@ -148,7 +133,7 @@ class CopiedRows:
         device = rows[0].norms_S.device
         self.waits = flags.host_waits_for(device) and not waiting
         self._calls = [(row.step, row.expected) for row in rows]
-        norms = [row.norms_S if row.norm is None else row.norm for row in rows]
+        norms = [row.norms_S for row in rows]
         kept = [row.kept if isinstance(row.kept, Tensor) else row.kept < 1 for row in rows]
         columns: list[tuple[list[Any], Callable[[Tensor], Tensor]]] = [
             (norms, partial(_norms_of_all, order=rows[0].order)),
@@ -248,15 +233,18 @@ class StepLog:
             expected: A loss scaler answers for an overflow.
             unscaled: Whether gradients are known to be unscaled.
         """
-        if result.on_host is None and is_capturing(result.measured_S.device):
+        if result.on_host is not None:
+            limit = float(result.one_threshold)
+            self._ring.push(ReportRow(step, expected, result.on_host, limit), 0)
+        elif isinstance(result.coefficients, OneCoefficient):  # as the threshold; the step is made
+            known, limit = result.coefficients, float(result.thresholds)
+            numbers = StepNumbers(step, known.norm, limit, known.number < 1, False, expected)
+            self._ring.push(numbers, 0)
+        elif is_capturing(result.measured_S.device):
             return
-        if result.on_host is None:
+        else:
             row = StepRow.of(result, step, expected=expected)
             self._ring.push(row, 2 * row.norms_S.numel())
-        else:
-            self._ring.push(
-                ReportRow(step, expected, result.on_host, float(result.one_threshold)), 0
-            )
         self._loop.speak(unscaled=unscaled)
 
     def follow(self, reader: Reader) -> None:
