@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from gradients import Gradients
 from models import Case, Shapes, cases
-from timing import RESULTS, Function, machine, nothing, paired, replayed, write
+from timing import RESULTS, Function, Times, machine, nothing, paired, replayed, write
 from torch.autograd import DeviceType
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.profiler import ProfilerActivity, profile
@@ -103,8 +103,8 @@ class Gpu:
 
     def graph_ms(
         self, functions: dict[str, Function], rounds: int, prepare: Function = nothing
-    ) -> dict[str, float]:
-        """Return the milliseconds that the device takes for each, without the host."""
+    ) -> dict[str, Times]:
+        """Return what the device takes for each, without the host."""
         return replayed(functions, rounds, prepare=prepare)
 
     def kernels_us(self, function: Function) -> list[tuple[str, float]]:
@@ -159,26 +159,43 @@ class Check:
     def say(self, text: str) -> None:
         print(f"[{time.perf_counter() - self._begun:5.1f} s] {text}", flush=True)
 
-    def tell(
-        self, what: str, how: str, values: dict[str, float], unit: str = "ms", floor: float = 0.0
-    ) -> None:
-        """Print and keep measurements of one kind.
+    def tell(self, what: str, how: str, values: Mapping[str, float], unit: str) -> None:
+        """Print and keep numbers of one kind.
 
         Args:
             what: What was done.
             how: How it was measured.
             values: By who did it.
             unit: Of the values.
-            floor: What none can be below, if that is known.
         """
         told = []
         for who, value in values.items():
-            row = {"part": self._part, "what": what, "how": how, "who": who, "value": value}
-            row |= {"unit": unit, "floors": value / floor if floor else ""}
-            self._rows.append({**row, "machine": self._machine})
-            times = f" = {value / floor:.2f} x" if floor else ""
-            told.append(f"{who} {value:.4g} {unit}".strip() + times)
+            self._keep(what, how, who, {"value": value, "unit": unit})
+            told.append(f"{who} {value:.4g} {unit}".strip())
         self.say(f"{self._part}, {what}, {how}: {'; '.join(told)}")
+
+    def tell_times(
+        self, what: str, how: str, times: Mapping[str, Times], floor: float | None = None
+    ) -> None:
+        """Print and keep times.
+
+        Args:
+            what: What was done.
+            how: How it was measured.
+            times: By who did it.
+            floor: Milliseconds that none can be below, if that is known.
+        """
+        told = []
+        for who, each in times.items():
+            floors = {"floors": each.ms / floor} if floor else {}
+            self._keep(what, how, who, {**each.columns(), **floors})
+            told.append(f"{who} {each.ms:.4g} ms")
+            told[-1] += f" = {each.ms / floor:.2f} x" if floor else ""
+        self.say(f"{self._part}, {what}, {how}: {'; '.join(told)}")
+
+    def _keep(self, what: str, how: str, who: str, columns: dict[str, object]) -> None:
+        row = {"part": self._part, "what": what, "how": how, "who": who, **columns}
+        self._rows.append({**row, "machine": self._machine})
 
     def run(self) -> list[str]:
         """Run every part; return the names of those that failed."""
@@ -243,8 +260,11 @@ def bandwidth(check: Check) -> None:
     target = torch.empty_like(memory)
     ways = {"read": memory.sum, "copy": lambda: target.copy_(memory)}
     ms = check.device.graph_ms(ways, check.sizes.rounds)
-    check.bytes_per_ms = memory.nbytes / ms["read"]
-    speed = {"read": memory.nbytes / ms["read"] / 1e6, "copy": 2 * memory.nbytes / ms["copy"] / 1e6}
+    check.bytes_per_ms = memory.nbytes / ms["read"].ms
+    speed = {
+        "read": memory.nbytes / ms["read"].ms / 1e6,
+        "copy": 2 * memory.nbytes / ms["copy"].ms / 1e6,
+    }
     check.tell("one piece of memory", "graph", speed, "GB/s")
 
 
@@ -265,7 +285,7 @@ def clipping(check: Check, case: Case, *, detailed: bool) -> None:
                 device=check.device.name,
                 until_returned=True,
             )
-            check.tell(task.what, "host, all gradients moved", moved)
+            check.tell_times(task.what, "host, all gradients moved", moved)
         if detailed:
             prepare()
             for number, (kernel, us) in enumerate(
@@ -327,8 +347,9 @@ def measure(check: Check, case: Case, task: Task, prepare: Function) -> None:
     captured = {name: functions[name] for name in ("torch", "object")}
     captured["object without compute()"] = without_compute
     graph = check.device.graph_ms(captured, rounds, prepare)
-    check.tell(task.what, "graph", graph, floor=floor)
-    check.tell(task.what, "graph, torch / object", {"": graph["torch"] / graph["object"]}, "x")
+    check.tell_times(task.what, "graph", graph, floor)
+    faster = graph["torch"].ms / graph["object"].ms
+    check.tell(task.what, "graph, torch / object", {"": faster}, "x")
     for how, returned in (("eager", False), ("host", True)):
         times = paired(
             functions,
@@ -337,7 +358,7 @@ def measure(check: Check, case: Case, task: Task, prepare: Function) -> None:
             device=check.device.name,
             until_returned=returned,
         )
-        check.tell(task.what, how, times)
+        check.tell_times(task.what, how, times)
 
 
 def rounds_of(check: Check, case: Case) -> int:
@@ -381,7 +402,7 @@ def sweep(check: Check, case: Case) -> None:
                 for what, limit in limits.items()
             }
             ms = check.device.graph_ms(functions, rounds_of(check, case), gradients.restore)
-            check.tell(f"chunks of {chunk}, {programs} programs", "graph", ms)
+            check.tell_times(f"chunks of {chunk}, {programs} programs", "graph", ms)
 
 
 @contextmanager
@@ -437,8 +458,10 @@ def step(check: Check) -> None:
     }
     functions: dict[str, Function] = {who: partial(steps, end) for who, end in ends.items()}
     times = paired(functions, sizes.rounds, device=device)
-    check.tell("fused AdamW", "wall", {who: ms / sizes.in_a_row for who, ms in times.items()})
-    added = {who: 100 * (ms / times["none"] - 1) for who, ms in times.items() if who != "none"}
+    each = {who: many / sizes.in_a_row for who, many in times.items()}
+    check.tell_times("fused AdamW", "wall", each)
+    plain = each.pop("none")
+    added = {who: 100 * (one - plain).ms / plain.ms for who, one in each.items()}
     check.tell("fused AdamW", "added", added, "%")
 
 

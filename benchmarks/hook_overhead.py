@@ -1,7 +1,7 @@
 """What a hook channel costs around nothing: ``with channel.begin(arg): pass``.
 
 The cases take turns, a few thousand calls each, so that whatever else the machine does falls on all
-of them alike; each case's median is reported. ``contextlib`` is the price of the same loop over
+of them alike. ``contextlib`` is the price of the same loop over
 hooks written as a generator.
 
     python benchmarks/hook_overhead.py            # prints, and writes results/hook_overhead.csv
@@ -9,21 +9,18 @@ hooks written as a generator.
 """
 
 import argparse
-import csv
-import os
-import platform
 import sys
 import timeit
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
+from functools import partial
 from typing import Any, NamedTuple
+
+from timing import RESULTS, Function, Times, machine, paired, write
 
 from gradclip.hook import HookContext, HookContextChannel
 
-RESULTS = Path(__file__).parent / "results" / "hook_overhead.csv"
 CALLS = 2_000
 
 
@@ -89,23 +86,14 @@ def cases() -> list[Case]:
     return made
 
 
-def measure(measured: list[Case], rounds: int) -> list[float]:
-    """Return the median of each case, in microseconds per call."""
-    timers = [
-        timeit.Timer("with channel.begin(arg): pass", globals=case._asdict()) for case in measured
-    ]
-    times_us = [[timer.timeit(CALLS) / CALLS * 1e6 for timer in timers] for _ in range(rounds)]
-    return [median(column) for column in zip(*times_us, strict=True)]
-
-
-def machine() -> str:
-    """Name the processor and how many of them this process may use."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
-    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
+def measure(measured: list[Case], rounds: int) -> dict[str, Times]:
+    """Return the times of one call of each case."""
+    statement = "with channel.begin(arg): pass"
+    timers: dict[str, Function] = {
+        case.name: partial(timeit.Timer(statement, globals=case._asdict()).timeit, CALLS)
+        for case in measured
+    }
+    return {name: times / CALLS for name, times in paired(timers, rounds).items()}
 
 
 def main() -> int:
@@ -115,22 +103,19 @@ def main() -> int:
     options = parser.parse_args()
 
     measured = cases()
-    medians_us = measure(measured, options.rounds)
+    times = measure(measured, options.rounds)
     exceeded = 0
-    for case, median_us in zip(measured, medians_us, strict=True):
+    for case in measured:
+        median_us = times[case.name].cpu_ms * 1e3  # a busy machine adds to the wall's
         limit = "" if case.limit_us is None else f"limit {case.limit_us:.1f} us"
         print(f"{case.name:32} {median_us:6.3f} us  {limit}")
         exceeded += case.limit_us is not None and median_us > case.limit_us
     if options.check:
         print(f"{exceeded} above their limits")
         return 1 if exceeded else 0
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["case", "median_us", "machine", "python"])
-        for case, median_us in zip(measured, medians_us, strict=True):
-            row = [case.name, f"{median_us:.3f}", machine(), platform.python_version()]
-            writer.writerow(row)
+    where = {"machine": machine("cpu")}
+    lines = [{"what": name, **each.columns(), **where} for name, each in times.items()]
+    write(RESULTS / "hook_overhead.csv", lines)
     return 0
 
 

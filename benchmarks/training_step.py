@@ -2,39 +2,40 @@
 
     python benchmarks/training_step.py [--device cuda] [--rounds 15]
 
-Writes ``benchmarks/results/training_step_cpu.csv`` or ``training_step_cuda.csv``. The three take
-turns, each first in every third round, on one model and one optimizer, at a limit that is not
-reached; what is added is the median of the differences to the step without clipping in the same
-round. On a GPU the step is compiled. Ours reads ``skipped`` in each step, as the pipeline does. On
-a CPU the clock runs from the end of the backward pass, since forward and backward passes vary by
-more than clipping takes.
+Writes ``benchmarks/results/training_step_cpu.csv`` or ``training_step_cuda.csv``. They take turns
+on one model and one optimizer, at a limit that is not reached; what each adds is the difference to
+the step without clipping in the same round. On a GPU the step is compiled. Ours reads ``skipped``
+in each step, as the pipeline does. On a CPU the clock runs from the end of the backward pass, since
+forward and backward passes vary by more than clipping takes.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from models import RobotPolicy
-from timing import RESULTS, finish, machine, write
+from timing import RESULTS, Function, machine, nothing, optional, paired, rounded, write
 from torch import Tensor, nn
 
 import gradclip
 
 FAR = 1e6
 
+Model = tuple[nn.Module, Callable[[], Tensor]]
+"""And what computes its loss."""
 
-def gpt2(device: str) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """GPT-2 124M, with 64 tokens on a CPU and 8 x 1024 on a GPU."""
-    from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415 - slow to import
 
-    model = GPT2LMHeadModel(GPT2Config()).to(device)
+def gpt2(device: str) -> Model | None:
+    """GPT-2 124M, with 64 tokens on a CPU and 8 x 1024 on a GPU; None without transformers."""
+    transformers = optional("transformers")
+    if transformers is None:
+        return None
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).to(device)
     tokens = torch.randint(0, 50257, (8, 1024) if device == "cuda" else (1, 64), device=device)
     return model, lambda: model(tokens, labels=tokens).loss
 
 
-def robot_policy(device: str) -> tuple[nn.Module, Callable[[], Tensor]]:
+def robot_policy(device: str) -> Model:
     """A policy of 292 tensors, with a small image on a CPU and a batch of larger ones on a GPU."""
     model = RobotPolicy().to(device)
     shape = (32, 3, 224, 224) if device == "cuda" else (2, 3, 64, 64)
@@ -42,19 +43,21 @@ def robot_policy(device: str) -> tuple[nn.Module, Callable[[], Tensor]]:
     return model, lambda: model(image).square().mean()
 
 
-def turns(names: list[str], round_: int) -> list[str]:
-    """Return who comes first in this round, and who then: what was before matters to a step."""
-    start = round_ % len(names)
-    return names[start:] + names[:start]
-
-
 def measure(
     name: str, model: nn.Module, loss: Callable[[], Tensor], device: str, rounds: int
-) -> dict[str, object]:
+) -> Iterator[dict[str, object]]:
+    """Yield a line for the whole step, and one for what each way to clip adds to it."""
+    on_gpu = device == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     clipper = gradclip.GradientClipper(model, FAR)
     parameters = list(model.parameters())
-    forward = torch.compile(loss) if device == "cuda" else loss
+    forward = torch.compile(loss) if on_gpu else loss
+
+    def backward() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16, enabled=on_gpu):
+            result = forward()
+        result.backward()
 
     def ours() -> None:
         with gradclip.withhold(optimizer, bool(clipper.clip().skipped)):
@@ -64,39 +67,23 @@ def measure(
         nn.utils.clip_grad_norm_(parameters, FAR)
         optimizer.step()
 
-    steps = {"none": optimizer.step, "torch": theirs, "gradclip": ours}
-    times: dict[str, list[float]] = {who: [] for who in steps}
-    whole: list[float] = []
-    for round_ in range(rounds + 2):
-        for who in turns(list(steps), round_):
-            step = steps[who]
-            finish(device)
-            start = time.perf_counter()
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                result = forward()
-            result.backward()
-            behind = start if device == "cuda" else time.perf_counter()
-            step()
-            finish(device)
-            end = time.perf_counter()
-            if round_ >= 2:
-                times[who].append((end - behind) * 1e3)
-                whole.append((end - start) * 1e3)
-    plain = statistics.median(whole)
+    def whole(end: Function) -> Function:
+        return lambda: (backward(), end())
 
-    def added(who: str) -> float:
-        return statistics.median(a - b for a, b in zip(times[who], times["none"], strict=True))
-
-    return {
-        "model": name,
-        "tensors": len(parameters),
-        "step_ms": plain,
-        "torch_added_ms": added("torch"),
-        "gradclip_added_ms": added("gradclip"),
-        "gradclip_added_percent": 100 * added("gradclip") / plain,
-        "machine": machine(device),
-    }
+    ends: dict[str, Function] = {"none": optimizer.step, "torch": theirs, "gradclip": ours}
+    steps = {who: whole(end) for who, end in ends.items()}
+    times = paired(
+        steps if on_gpu else ends,
+        rounds,
+        prepare=nothing if on_gpu else backward,
+        device=device,
+    )
+    plain = times["none"] if on_gpu else paired({"none": steps["none"]}, rounds)["none"]
+    about: dict[str, object] = {"model": name, "tensors": len(parameters)}
+    yield {**about, "what": "step", "who": "none", **plain.columns()}
+    added = {who: times[who] - times["none"] for who in ("torch", "gradclip")}
+    for who, each in added.items():
+        yield {**about, "what": "added", "who": who, **each.columns()}
 
 
 def main() -> None:
@@ -104,13 +91,17 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
+    device = arguments.device
     torch.manual_seed(0)
-    rows = []
+    rows: list[dict[str, object]] = []
     for name, make in (("GPT-2 124M", gpt2), ("robot policy", robot_policy)):
-        model, loss = make(arguments.device)
-        rows.append(measure(name, model, loss, arguments.device, arguments.rounds))
-        print(rows[-1])
-    write(RESULTS / f"training_step_{arguments.device}.csv", rows)
+        made = make(device)
+        if made is None:
+            continue
+        for row in measure(name, *made, device, arguments.rounds):
+            rows.append({**row, "machine": machine(device)})
+            print(rounded(row))
+        write(RESULTS / f"training_step_{device}.csv", rows)
 
 
 if __name__ == "__main__":
