@@ -151,9 +151,14 @@ def small() -> str:
             found.setdefault(key, {})[row["what"], row["between"]] = row
     lines = []
     for (dtype, way, tensors), by in found.items():
-        line = [f"{tensors} tensors {SHORT[dtype]}", WAYS.get(way, way)]
-        cells = ((what, before) for before in between for what in ("within", "clips"))
-        lines.append(line + [faster(by[each], {}) if each in by else "" for each in cells])
+        gradients = f"{tensors} tensors {SHORT[dtype]}"
+        cells = [(what, before) for before in between for what in ("within", "clips")]
+        of_all = [faster(by[each], {}) if each in by else "" for each in cells]
+        lines.append([gradients, WAYS.get(way, way), *of_all])
+        if way == "attach":
+            alone = [by[each]["faster_without_step"] if each in by else "" for each in cells]
+            alone = [times(float(each)) if each else "" for each in alone]
+            lines.append([gradients, "`attach`, without the step", *alone])
     head = ["gradients", "way", "within its limit, call after call", "every call clips"]
     return table([*head, "within, after a backward pass", "clips, after a backward pass"], lines)
 

@@ -3,9 +3,10 @@
     python benchmarks/small.py [--threads 1] [--rounds 400] [--training]
 
 Writes ``benchmarks/results/small_cpu.csv``. Each way takes turns with torch's function, call by
-call, on gradients that were just written. An attachment is compared with the same step of the
-optimizer behind torch's function, and once more without what the step itself takes
-(``faster_without_step``).
+call, on gradients that were just written. An attachment clips inside the step, so its times are
+those of clipping and the step of SGD, and torch's are those of its function and the same step
+behind it: ``faster`` is the ratio of these. ``faster_without_step`` is what clipping alone takes:
+the ratio of the medians, less what a plain step takes.
 
 With ``--training`` a forward and a backward pass come before each call, untimed, as in a loop: then
 the caches of the processor hold something else than the code of the last clip.
