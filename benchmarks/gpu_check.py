@@ -234,22 +234,30 @@ def title(case: Case) -> str:
 
 
 def smoke(check: Check, policy: object) -> None:
-    """Clip by one policy, from the first call on without a wait, and compare with torch's."""
+    """Clip by one policy, from the first call on without a wait, and compare with torch's.
+
+    The second call, on the same gradients, takes the short way.
+    """
     shapes: Shapes = list(check.sizes.smoke)
     found, norms, seconds = {}, {}, {}
     for backend in ("triton", "foreach"):
         gradients = Gradients(Case("smoke", shapes, torch.float32), check.device.name)
         named = [(f"w{number}", weight) for number, weight in enumerate(gradients.parameters)]
         clipper = GradientClipper(named, policy, backend=backend)
+        gradients.keep()
         start = time.perf_counter()
-        with check.device.no_waiting():
-            result = clipper.clip()
-        norms[backend] = float(result.norm_pre)
+        norms[backend], found[backend] = [], []
+        for _ in range(2):
+            gradients.restore()
+            with check.device.no_waiting():
+                result = clipper.clip()
+            norms[backend].append(float(result.norm_pre))
+            found[backend].append([gradient.clone() for gradient in gradients.gradients()])
         seconds[backend] = time.perf_counter() - start
-        found[backend] = gradients.gradients()
-    check.tell("clips once", "wall, with compiling", seconds, "s")
-    difference = abs(norms["triton"] / norms["foreach"] - 1)
-    check.tell("clips once", "difference of the norm", {"triton": difference}, "")
+    check.tell("clips twice", "wall, with compiling", seconds, "s")
+    pairs = zip(norms["triton"], norms["foreach"], strict=True)
+    difference = max(abs(ours / theirs - 1) for ours, theirs in pairs)
+    check.tell("clips twice", "difference of the norm", {"triton": difference}, "")
     assert difference < 1e-6
     torch.testing.assert_close(found["triton"], found["foreach"], rtol=2e-6, atol=0)
 

@@ -136,7 +136,7 @@ def check_model(found, kernel_by_kernel):
 def test_a_kernel_that_is_wrong_is_found_and_stops_no_other_part(
     make_check, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(kernels, "scaling", lambda batch, coefficients: [])
+    monkeypatch.setattr(kernels, "scaling", lambda batch, coefficients, zeroes: [])
     failed = make_check([]).run()
     assert failed == ["smoke, clips", "smoke, p = inf", "smoke, p = 3", "smoke, two groups"]
     found = rows(tmp_path / "clip_gpu.csv")

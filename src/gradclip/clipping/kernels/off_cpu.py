@@ -6,7 +6,9 @@ is counted again, divided by its largest modulus. No gradient is copied to the h
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +86,7 @@ def scaling(batch: Batch, coefficients: float | Tensor, zeroes: bool) -> list[Wr
         factors = torch.full((1,), coefficients, dtype=precise, device=device)
     kept = factors != 0
     if len(factors) == 1:
-        return [Write(run_each, ([_one_factor(batch, factors, kept if zeroes else None)],))]
+        return [Write(run_each, (_one_factor(batch, factors, kept if zeroes else None),))]
     columns = [
         [shaped(of_one, t) for t, of_one in zip(batch.tensors, each, strict=True)]
         for each in (factors.split(batch.specs.rows), (~kept).split(batch.specs.rows))
@@ -93,28 +95,27 @@ def scaling(batch: Batch, coefficients: float | Tensor, zeroes: bool) -> list[Wr
     return [Write(run, (list(batch.tensors), *columns))]
 
 
-def _one_factor(batch: Batch, factor: Tensor, kept: Tensor | None) -> Callable[[], None]:
+def _one_factor(batch: Batch, factor: Tensor, kept: Tensor | None) -> list[Callable[[], Any]]:
     """Return what multiplies all tensors, and sets zeros where ``kept`` is false.
 
     As integers, NaNs and infinities times 0 are 0, and numbers times 1 stay as they are.
     """
     tensors = list(batch.tensors)
-    integer = _INTEGERS[batch.dtype.itemsize]
-    whole = None if kept is None else kept[0].to(integer)
-    found = torch.zeros(1, dtype=torch.float32, device=batch.device)
-
-    def run() -> None:
-        if whole is not None:
-            torch._foreach_mul_([tensor.view(integer) for tensor in tensors], whole)
-        if batch.dtype not in _HALVES:
-            torch._foreach_mul_(tensors, factor[0])
-        elif batch.device.type in _UNSCALING:
-            torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, factor)
-        else:
-            for tensor in tensors:  # one dimension keeps torch from rounding the factor first
-                (tensor if tensor.dim() else tensor.view(1)).mul_(factor)
-
-    return run
+    writes: list[Callable[[], Any]] = []
+    if kept is not None:
+        integer = _INTEGERS[batch.dtype.itemsize]
+        whole, integers = kept[0].to(integer), [tensor.view(integer) for tensor in tensors]
+        writes.append(partial(torch._foreach_mul_, integers, whole))
+    if batch.dtype not in _HALVES:
+        writes.append(partial(torch._foreach_mul_, tensors, factor[0]))
+    elif batch.device.type in _UNSCALING:
+        found = torch.zeros(1, dtype=torch.float32, device=batch.device)
+        unscale = torch._amp_foreach_non_finite_check_and_unscale_
+        writes.append(partial(unscale, tensors, found, factor))
+    else:  # one dimension keeps torch from rounding the factor first
+        each = [tensor if tensor.dim() else tensor.view(1) for tensor in tensors]
+        writes += [partial(tensor.mul_, factor) for tensor in each]
+    return writes
 
 
 def _multiply(tensors: list[Tensor], factors: list[Tensor], zeros: list[Tensor]) -> None:  # noqa: ARG001
