@@ -35,7 +35,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.profiler import ProfilerActivity, profile
 
 import gradclip
-from gradclip import ClipResult, GradientClipper, NormClip, ObserveClip, ValueClip
+from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
 from gradclip.clipping.kernels import triton as kernels
 
 FAR = 1e6
@@ -348,12 +348,7 @@ def measure(check: Check, case: Case, task: Task, prepare: Function) -> None:
     rounds, functions = rounds_of(check, case), task.functions
     floor = task.passes * case.nbytes / check.bytes_per_ms
 
-    def without_compute() -> None:
-        with no_compute():
-            functions["object"]()
-
     captured = {name: functions[name] for name in ("torch", "object")}
-    captured["object without compute()"] = without_compute
     graph = check.device.graph_ms(captured, rounds, prepare)
     check.tell_times(task.what, "graph", graph, floor)
     faster = graph["torch"].ms / graph["object"].ms
@@ -386,24 +381,13 @@ def tell_errors(check: Check, task: Task, norm: float) -> None:
     check.tell(task.what, "error of the norm", errors, "")
 
 
-@contextmanager
-def no_compute() -> Iterator[None]:
-    """Leave out what a captured graph computes only because somebody may read it."""
-    compute = ClipResult.compute
-    try:
-        ClipResult.compute = lambda self: None  # noqa: ARG005 - that of a method
-        yield
-    finally:
-        ClipResult.compute = compute
-
-
 def sweep(check: Check, case: Case) -> None:
     """Time chunks of other sizes, and other numbers of programs."""
     gradients = Gradients(case, check.device.name)
     limits = {"within": FAR, "clips": gradients.norm() / 2}
     gradients.keep()
     for chunk, programs in product(check.sizes.chunks, check.sizes.programs):
-        with no_compute(), work(chunk, programs):
+        with work(chunk, programs):
             # New ones: a clipper keeps the chunks of the shapes that it has seen.
             functions: dict[str, Function] = {
                 what: GradientClipper(gradients.parameters, limit).clip

@@ -4,6 +4,7 @@ from math import inf, nan
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import oracle
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
@@ -60,6 +61,30 @@ def test_the_host_never_waits(policy, backend, no_waiting):
         result = clipper.clip()
         result.norm_pre, result.skipped, result.coefficient  # noqa: B018 - computed, not read
         weights[0].grad = None
+
+
+@pytest.mark.parametrize(
+    ("policy", "most"), [(1.0, 4), ({"*0": 1.0, "*": ValueClip(clip_value=0.1)}, 6)], ids=str
+)
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_clip_is_a_few_operations_of_the_device(policy, most, captured):
+    weights = parameters((300, 70), (5,), (1000,), dtypes=(torch.float32,))
+    clipper = GradientClipper([(f"w{number}", w) for number, w in enumerate(weights)], policy)
+    for _ in range(3):
+        clipper.clip()
+    call = clipper.clip
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            clipper.clip()
+        call = graph.replay
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as watched:
+        call()
+        torch.cuda.synchronize()
+    on_device = torch.autograd.DeviceType.CUDA
+    done = [event.name for event in watched.events() if event.device_type == on_device]
+    assert 0 < len(done) <= most, done
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

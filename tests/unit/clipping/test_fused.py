@@ -203,6 +203,17 @@ def test_a_captured_call_works_on_memory_of_its_own(launched, monkeypatch):
     assert captured.norm_pre.data_ptr() != again.norm_pre.data_ptr()
 
 
+def test_a_capture_behind_one_step_takes_the_ordinary_way(launched, monkeypatch):
+    """Its tables are there, and those of the short way are not."""
+    clipper = GradientClipper(made(), 1.0, backend="triton")
+    clipper.clip()
+    capture(monkeypatch)
+    launched.clear()
+    clipper.clip()
+    assert not isinstance(clipper.last, FusedResult)
+    assert "fold" in launched
+
+
 def addresses_of(launches):
     return {
         each.data_ptr() for given in launches for each in given if isinstance(each, torch.Tensor)

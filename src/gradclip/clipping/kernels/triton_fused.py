@@ -133,12 +133,14 @@ class _FusedPlan:
         if clamps and (step.grad_scale is not None or not step.allows()):
             return None
         capturing, stream = is_capturing(device), stream_of(device)
+        if capturing and not self._tried:  # its tables are not there yet; the ordinary way's may be
+            return None
         tables = [part.table.on(device) for part in self._parts]  # refuses a capture at first
         addresses = self._addresses_of(step)
         scratch, report = self._memory(stream, capturing=capturing)
         try:
             with current(device):
-                if step.scales and not self._tried:
+                if not self._tried:
                     # 1 changes nothing: what cannot be compiled fails before anything is written.
                     scratch.coefficients_P.fill_(1.0)
                     self._scale(scratch, addresses, tables)
