@@ -4,6 +4,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from functools import wraps
+from threading import Lock
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -51,11 +52,13 @@ class HostCopy:
 
     def __init__(self, values: Tensor) -> None:
         self._read: list[float] | None = None
+        self._reading = Lock()
         self._kind = values.device, values.dtype, values.shape
         try:
             self._there = _FREE[self._kind].pop()
         except IndexError:
-            host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+            with torch.inference_mode(False):  # the next copy may begin outside of that mode
+                host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
             self._there = host, torch.Event(values.device.type)
         host, copied = self._there
         host.copy_(values, non_blocking=True)
@@ -64,12 +67,13 @@ class HostCopy:
 
     def read(self) -> list[float]:
         """Return the numbers; the host waits until they are there."""
-        if self._read is None:
-            host, copied = self._there
-            copied.synchronize()
-            self._read = host.reshape(-1).tolist()
-            _FREE[self._kind].append(self._there)
-        return self._read
+        with self._reading:  # given back twice, the memory would be that of two copies
+            if self._read is None:
+                host, copied = self._there
+                copied.synchronize()
+                self._read = host.reshape(-1).tolist()
+                _FREE[self._kind].append(self._there)
+            return self._read
 
 
 _FREE: defaultdict[tuple[Any, ...], list[tuple[Tensor, Any]]] = defaultdict(list)
