@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gradclip.clipping.apply.fused import FusedClip
 from gradclip.clipping.arguments import Options
-from gradclip.clipping.flags import Flag, any_of, negated
-from gradclip.clipping.kernels.fused import Report
+from gradclip.clipping.flags import Flag, all_of, any_of, negated
+from gradclip.clipping.kernels.fused import BY_POLICY, Report
 from gradclip.clipping.measure.group import Found, Group
 from gradclip.clipping.measure.norm import combine
 from gradclip.clipping.measure.pattern import Pattern
@@ -104,14 +104,14 @@ class Judge:
             return
         committed, unwanted = decided.committed, decided.unwanted
         skipped = any_of([negated(committed), unwanted]) if skips else unwanted
+        by_policy = all_of([committed, unwanted])
         describe = None
         if not (self.skips.warned or skipped is False):
             describe = self._describing(groups, found, peers, step)
-        if self.skips.record(skipped, unwanted, describe, expected=overflow_expected):
-            by_policy = committed is True and unwanted is not False
+        if self.skips.record(skipped, by_policy, describe, expected=overflow_expected):
             report = (
                 skip_report(step)
-                if by_policy
+                if by_policy is True
                 else self._report(groups, decided.decisions, peers, step)
             )
             raise too_many_skips(report, self.skips.limit)
@@ -153,9 +153,11 @@ class Judge:
                 suspects = _suspects_in(clip, found, patterns)
                 describe = partial(self._first_skip, step, peers.rank, suspects)
             if self.skips.record_late(on_host, overflow_expected, describe, waits=on_host.waits):
-                groups = [Group.collect(pattern, self._total_order) for pattern in patterns]
-                limits = [each.of.decision for each in groups if each.of.decision is not None]
-                said = self._report(groups, limits, peers, step)
+                said = skip_report(step)
+                if on_host.waits or not on_host.of_all(BY_POLICY):
+                    groups = [Group.collect(pattern, self._total_order) for pattern in patterns]
+                    limits = [each.of.decision for each in groups if each.of.decision is not None]
+                    said = self._report(groups, limits, peers, step)
                 raise too_many_skips(said, self.skips.limit)
         self._recent.append(report)
         return True

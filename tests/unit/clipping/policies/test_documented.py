@@ -1,6 +1,7 @@
 """The policies of ``docs/design.md``, one of each kind, written from outside the package."""
 
 import warnings
+from math import inf
 from typing import ClassVar
 
 import pytest
@@ -307,6 +308,17 @@ def test_skips_of_a_policy_are_counted():
     with pytest.raises(TooManySkipsError, match="The policy asked to skip step 1"):
         clipper.clip(overflow_expected=True)
     assert weight.grad.tolist() == [20.0]
+
+
+def test_a_loss_scaler_answers_for_an_infinity_that_a_policy_would_skip():
+    weight = parameter(inf)
+    clipper = GradientClipper(
+        [weight], SpikeSkip(max_norm=1.0, skip_above=10.0), max_consecutive_skips=0
+    )
+    assert bool(clipper.clip(overflow_expected=True).skipped)
+    weight.grad = torch.tensor([inf])
+    with pytest.raises(TooManySkipsError, match="Inf: 1"):
+        clipper.clip()
 
 
 class Captured:
