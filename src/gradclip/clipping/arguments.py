@@ -134,11 +134,7 @@ def check_grad_scale(scale: object) -> float | Tensor | None:
     if scale is None:
         return None
     if isinstance(scale, Tensor):
-        if scale.numel() != 1 or not scale.is_floating_point():
-            raise ArgumentValueError(
-                f"grad_scale is a tensor of shape {tuple(scale.shape)} and {scale.dtype}: expected "
-                "one positive floating-point number"
-            )
+        check_one_number(scale)
         if scale.device.type != "cpu":
             return scale.detach().to(torch.float64).reshape(())  # reading it would wait
         scale = float(scale)
@@ -148,3 +144,12 @@ def check_grad_scale(scale: object) -> float | Tensor | None:
     if not (isfinite(number) and number > 0):
         raise ArgumentValueError(f"grad_scale={scale!r}: expected a positive finite number")
     return number
+
+
+def check_one_number(scale: Tensor) -> None:
+    """Check as much of what gradients are multiplied by as a device does not have to be asked."""
+    if scale.numel() != 1 or not scale.is_floating_point():
+        raise ArgumentValueError(
+            f"grad_scale is a tensor of shape {tuple(scale.shape)} and {scale.dtype}: expected "
+            "one positive floating-point number"
+        )

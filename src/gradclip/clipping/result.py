@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import nan
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -273,22 +273,35 @@ class FusedResult(ClipResult):
         layout = clip.layout
         span = (0, at) if at == layout.patterns else (at, at + 1)
         limits = layout.limits[slice(*span)]
+        of_several = groups or len(limits) > 1
         vars(self).update(
             _numbers=clip.report,
             _at=at,
             _span=span,
             _clip=clip,
-            thresholds=limits[0].shown if len(limits) == 1 else layout.shown_thresholds,
             norm_type=layout.power,
             dtype=torch.float32,
             scopes=scopes,
             groups=groups or {},
             on_host=clip.on_host,
-            one_threshold=limits[0].threshold if len(limits) == 1 else nan,
+            one_threshold=nan
+            if of_several or limits[0].element_limit is not None
+            else limits[0].threshold,
             left_S=None,
             nonfinite_on_ranks=None,
             deferred=clip.deferred,
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle the report alone: views of it are made again."""
+        return FusedResult, (self._clip, self._at, self.scopes, self.groups)
+
+    @cached_property
+    def thresholds(self) -> float | Tensor:
+        """Norm above which each scope is clipped: float64 (S,), or one number for all."""
+        layout = self._clip.layout
+        limits = layout.limits[slice(*self._span)]
+        return limits[0].shown if len(limits) == 1 else layout.shown_thresholds.clone()
 
     @cached_property
     def measured_S(self) -> Tensor:
@@ -429,9 +442,9 @@ def of_fused(
         scopes: What the norm of each is called.
         by_pattern: Whether patterns were given; otherwise there is one result for all.
     """
+    if not by_pattern:  # as of all patterns, whose numbers share no memory with those of scopes
+        return FusedResult(clip, 1, scopes[0])
     results = [FusedResult(clip, at, each) for at, each in enumerate(scopes)]
-    if not by_pattern:
-        return results[0]
     return FusedResult(clip, len(results), (), dict(zip(names, results, strict=True)))
 
 

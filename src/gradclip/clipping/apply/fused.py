@@ -7,18 +7,18 @@ once. Otherwise nothing was done, and the ordinary way begins from the start.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from math import inf
 from typing import Any, TypeAlias
 
 from torch import Size, Tensor
 
-from gradclip.clipping.arguments import Options, check_grad_scale
+from gradclip.clipping.arguments import Options, check_grad_scale, check_one_number
 from gradclip.clipping.collect.gradients import COARSE_GUARD
 from gradclip.clipping.collect.overlap import Bytes
 from gradclip.clipping.kernels import Backends, SpecsCache, TensorSpecs
 from gradclip.clipping.kernels.fused import FusedStep, HostReport, Layout, Limit, Report
-from gradclip.clipping.measure.step import is_small
 from gradclip.clipping.policies import Policy
 from gradclip.clipping.step.ownership import Role
 
@@ -28,8 +28,11 @@ Found: TypeAlias = Sequence[Tensor | None]
 _ORDERS = {1.0, 2.0, inf}
 """p of norms that one read of the gradients gives."""
 
-_KEPT = 4
-"""Layouts that are kept."""
+_EXTREME = 2.0**300
+"""Divided by a number within it, norms of float32 have squares that float64 holds."""
+
+_KEPT = 32
+"""Layouts that are kept; the functions meet many models."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,29 +136,23 @@ class Fused:
             grad_scale: What the gradients are still multiplied by.
             defer: Leave it to the caller to multiply, if there is one coefficient.
         """
-        device_scale = isinstance(grad_scale, Tensor) and grad_scale.device.type != "cpu"
-        scale = grad_scale if device_scale else check_grad_scale(grad_scale)
-        if is_small(scale):
-            return None
-        given: list[Any] = []
-        specs: list[TensorSpecs] = []
-        for each, cache in zip(found, caches, strict=True):
-            there: Any = each
-            known = cache.find(there)  # what holds a None fits none
-            if known is None:
-                there = [one for one in each if one is not None]
-                known = cache.find(there)
-            if known is None:
-                return None
-            given.append(there)
-            specs.append(known)
-        layout = self._layout(specs)
-        if layout is None:
+        scale = _checked(grad_scale)
+        given, specs = _recognised(found, caches)
+        layout = self._layout(specs) if len(specs) == len(found) else None
+        if layout is None or not _is_usual_scale(scale, layout):
             return None
         deferred = defer and self._may_defer
         tensors = given[0] if len(given) == 1 else list(chain.from_iterable(given))
         addresses = list(map(Tensor.data_ptr, tensors))
         clips: list[FusedClip] = []
+        errors: list[Exception] = []
+
+        def asked(question: Callable[..., bool], *given: Any) -> bool:
+            try:
+                return question(*given)
+            except Exception as error:  # noqa: BLE001 - raised below: it is none of the backend
+                errors.append(error)
+                return False
 
         def allows() -> bool:
             apart = layout.specs.plan(Bytes).lie_apart(addresses)
@@ -168,12 +165,19 @@ class Fused:
             return judge(clips[0])
 
         scales = layout.scales and not deferred
-        step = FusedStep(layout, tensors, addresses, scale, scales, allows, accepts)
+        asking = partial(asked, allows), partial(asked, accepts)
+        step = FusedStep(layout, tensors, addresses, scale, scales, *asking)
         run = self._backends.on(layout.device).fused
         if run is None or run(step) is None:
+            if errors:
+                raise errors.pop()  # kept in this frame, it would keep the gradients
             return None
         self._role.mark(self._written(given))
         return clips[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle as one that knows nothing yet: identities are others there."""
+        return {**vars(self), "_known": {}}
 
     def serves(self, found: Found) -> bool:
         """Return whether gradients are where this can be done."""
@@ -188,7 +192,8 @@ class Fused:
     def _layout(self, specs: list[TensorSpecs]) -> Layout | None:
         """Return what all gradients together are like; None where they are nothing usual."""
         key = tuple(map(id, specs))
-        if key not in self._known:
+        known = self._known.get(key)  # another thread may clear it
+        if known is None:
             if len(self._known) >= _KEPT:
                 self._known.clear()
             layout = (
@@ -196,8 +201,9 @@ class Fused:
                 if self._is_usual(specs)
                 else None
             )
-            self._known[key] = specs, layout  # an identity means the same as long as it is kept
-        return self._known[key][1]
+            known = specs, layout  # an identity means the same as long as it is kept
+            self._known[key] = known
+        return known[1]
 
     @staticmethod
     def _is_usual(specs: list[TensorSpecs]) -> bool:
@@ -207,3 +213,36 @@ class Fused:
             and all(each.plan(Bytes).packed and all(map(Size.numel, each.shapes)) for each in specs)
             and len({device for each in specs for device in each.devices}) == 1
         )
+
+
+def _checked(scale: float | Tensor | None) -> float | Tensor | None:
+    """Check what gradients are multiplied by; a tensor on a device stays as it is."""
+    if isinstance(scale, Tensor) and scale.device.type != "cpu":
+        check_one_number(scale)
+        return scale
+    return check_grad_scale(scale)
+
+
+def _is_usual_scale(scale: float | Tensor | None, layout: Layout) -> bool:
+    if isinstance(scale, Tensor):
+        return scale.device == layout.device
+    return scale is None or 1 / _EXTREME <= scale <= _EXTREME
+
+
+def _recognised(
+    found: Sequence[Found], caches: Sequence[SpecsCache]
+) -> tuple[list[list[Tensor]], list[TensorSpecs]]:
+    """Return the gradients of each pattern, and their specs, up to one that has none."""
+    given: list[list[Tensor]] = []
+    specs: list[TensorSpecs] = []
+    for each, cache in zip(found, caches, strict=True):
+        there: Any = each
+        known = cache.find(there)  # what holds a None fits none
+        if known is None:
+            there = [one for one in each if one is not None]
+            known = cache.find(there)
+        if known is None:
+            break
+        given.append(there)
+        specs.append(known)
+    return given, specs

@@ -116,6 +116,10 @@ class Layout:
         self.limits_table = Table.of([limit.numbers for limit in limits], torch.float64)
         self._plans: dict[Any, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without what was worked out: compiled programs, and memory."""
+        return {**vars(self), "_plans": {}}
+
     @property
     def patterns(self) -> int:
         """How many patterns there are: P."""
@@ -187,6 +191,10 @@ class Report:
     def __init__(self, values: Tensor, sums_T: Tensor, patterns: int) -> None:
         self.values, self.sums_T, self._width = values, sums_T, patterns + 1
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle without the memory of other calls."""
+        return Report, (self.values.clone(), self.sums_T.clone(), self.patterns)
+
     @property
     def device(self) -> torch.device:
         """Where it is."""
@@ -237,15 +245,19 @@ class HostReport:
     """A report on its way to the host.
 
     Args:
-        values: Its columns, or their copy.
+        values: Its columns, their copy, or their numbers.
         width: P + 1.
     """
 
     __slots__ = ("_at", "_values")
 
-    def __init__(self, values: Tensor | HostCopy, width: int) -> None:
-        self._values: Tensor | HostCopy | list[float] = values
+    def __init__(self, values: Tensor | HostCopy | list[float], width: int) -> None:
+        self._values = values
         self._at = width
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle what it says; waits until that is there."""
+        return HostReport, (self.numbers(), self._at)
 
     @property
     def waits(self) -> bool:

@@ -7,6 +7,7 @@ copies from is never given back.
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,13 @@ from gradclip.clipping.kernels.device import is_capturing, stream_of
 from gradclip.errors import CaptureError
 
 _CAPTURED: list[Tensor] = []
-"""Memory that captured graphs read at each replay, so that it is never freed."""
+"""Memory that captured graphs use at each replay, so that it is never freed."""
+
+
+def keep_for_replays(memory: Tensor) -> Tensor:
+    """Return memory that a graph works on and does not own; it is never freed."""
+    _CAPTURED.append(memory)
+    return memory
 
 
 class Table:
@@ -35,6 +42,10 @@ class Table:
     ) -> "Table":
         """Make a table of Python's numbers."""
         return cls(torch.tensor(values, dtype=dtype, device="cpu"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as one that was not copied to any device yet."""
+        return Table, (self._values,)
 
     def __len__(self) -> int:
         return len(self._values)
@@ -59,8 +70,7 @@ class Table:
     def _before_capture(self, device: torch.device) -> Tensor:
         for (there, _), copy in self._copies.items():
             if there == device:
-                _CAPTURED.append(copy)
-                return copy
+                return keep_for_replays(copy)
         raise CaptureError(
             "clip() has not seen gradients of these shapes before this CUDA graph is captured, and "
             "its tables have to be on the device by then. Run the step two or three times before "
@@ -103,8 +113,7 @@ class Addresses:
         if there is None or addresses is not called:
             host = self._pinned() if self._spare is None else self._spare
             self._spare = None
-            _CAPTURED.append(host)
-            there = self._copy(host, addresses)
+            there = self._copy(keep_for_replays(host), addresses)
             self._capture = addresses, there
         return there
 

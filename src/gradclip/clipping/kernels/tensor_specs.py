@@ -78,6 +78,10 @@ class TensorSpecs:
         }
         return cls(**lists)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without what was worked out: compiled programs, and memory."""
+        return {**vars(self), "_plans": {}}
+
     def __len__(self) -> int:
         return len(self.shapes)
 

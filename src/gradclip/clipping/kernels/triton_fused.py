@@ -20,7 +20,7 @@ from gradclip.clipping.kernels import triton_decide, triton_programs
 from gradclip.clipping.kernels.blocks import representable
 from gradclip.clipping.kernels.device import is_capturing, stream_of
 from gradclip.clipping.kernels.fused import COLUMNS, FusedStep, Layout, Report
-from gradclip.clipping.kernels.tables import Addresses, Table
+from gradclip.clipping.kernels.tables import Addresses, Table, keep_for_replays
 from gradclip.clipping.kernels.tensor_specs import TensorSpecs
 from gradclip.clipping.kernels.triton_launch import Launcher, current
 
@@ -141,7 +141,11 @@ class _FusedPlan:
         try:
             with current(device):
                 if not self._tried:
-                    # 1 changes nothing: what cannot be compiled fails before anything is written.
+                    # What cannot be compiled fails before anything is written: a limit of inf
+                    # changes nothing, and neither does a coefficient of 1.
+                    if clamps:
+                        self._measure(step, scratch, addresses, tables, unlimited=True)
+                        self._decide(step, scratch, report)
                     scratch.coefficients_P.fill_(1.0)
                     self._scale(scratch, addresses, tables)
                     self._tried = True
@@ -167,9 +171,15 @@ class _FusedPlan:
         return self._addresses.of(step.addresses)
 
     def _measure(
-        self, step: FusedStep, scratch: _Scratch, addresses: Tensor, tables: list[Tensor]
+        self,
+        step: FusedStep,
+        scratch: _Scratch,
+        addresses: Tensor,
+        tables: list[Tensor],
+        *,
+        unlimited: bool = False,
     ) -> None:
-        """Sum the powers of each chunk; clamp on the way what is clamped."""
+        """Sum the powers of each chunk; clamp on the way what is clamped, unless told otherwise."""
         for number, (part, table) in enumerate(zip(self._parts, tables, strict=True)):
             found = [parts[number] for _, parts in scratch.chunks]
             if part.top is None:
@@ -192,7 +202,7 @@ class _FusedPlan:
                     (part.chunks,),
                     addresses,
                     table,
-                    part.top.on(self._device),
+                    (_UNLIMITED if unlimited else part.top).on(self._device),
                     *found,
                     DTYPE=part.dtype,
                     KIND=tl.float32,
@@ -279,7 +289,7 @@ class _FusedPlan:
         """Allocate; the counter is zeroed outside of a CUDA graph, where that is no launch."""
         device = self._device
         if capturing and self._zeros:
-            counter = self._zeros.pop()
+            counter = keep_for_replays(self._zeros.pop())
         else:
             counter = torch.zeros(4, dtype=torch.int32, device=device)
         if not (capturing or self._zeros):
@@ -308,6 +318,7 @@ class _FusedPlan:
 
 
 _CPU = torch.device("cpu")
+_UNLIMITED = Table.of([inf], torch.float64)
 _SERVED = frozenset({torch.float16, torch.bfloat16, torch.float32})
 """Dtypes whose sums are in range in float64, and whose coefficients are too."""
 
