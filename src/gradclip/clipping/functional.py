@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from gradclip.clipping.ranks.ranks import Ranks
     from gradclip.clipping.ranks.rendezvous import Rendezvous
 
-_KNOWN = SpecsCache(capacity=32)
+_MODELS = 32
+_KNOWN = SpecsCache(capacity=_MODELS)
 """Gradients that these functions have seen; they have no object to remember them in."""
 
 _MET: "dict[object, tuple[list[object], Ranks]]" = {}
@@ -85,7 +86,8 @@ class _Short(NamedTuple):
     def of(cls, policy: Policy, nonfinite: Nonfinite, backend: str) -> "_Short":
         """Find the ways of a policy, where a backend is used."""
         backends = Backends(backend)
-        fused = Fused.of({"*": policy}, Options(nonfinite), backends, _GUEST, by_pattern=False)
+        options, one = Options(nonfinite), {"*": policy}
+        fused = Fused.of(one, options, backends, _GUEST, by_pattern=False, kept=_MODELS)
         return cls(policy, Lean.of(policy) if backends.are_portable else None, fused)
 
     def clip(self, source: ParameterSource, *, raises: bool) -> Tensor | None:

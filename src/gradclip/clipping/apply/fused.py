@@ -7,7 +7,6 @@ once. Otherwise nothing was done, and the ordinary way begins from the start.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from math import inf
 from typing import Any, TypeAlias
@@ -30,9 +29,6 @@ _ORDERS = {1.0, 2.0, inf}
 
 _EXTREME = 2.0**300
 """Divided by a number within it, norms of float32 have squares that float64 holds."""
-
-_KEPT = 32
-"""Layouts that are kept; the functions meet many models."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +57,7 @@ class Fused:
         options: The checked keywords.
         backends: The choice of backend.
         role: What notes who clipped what.
+        kept: How many layouts are kept, each with memory on the device.
     """
 
     def __init__(
@@ -70,11 +67,12 @@ class Fused:
         options: Options,
         backends: Backends,
         role: Role,
+        kept: int,
     ) -> None:
         self._policies, self._limits = list(policies.values()), limits
         self._order = self._policies[0].order
         self._skips = options.nonfinite == "skip"
-        self._backends, self._role = backends, role
+        self._backends, self._role, self._kept = backends, role, kept
         self._may_defer = len(limits) == 1 and limits[0].element_limit is None
         self._known: dict[tuple[int, ...], tuple[list[TensorSpecs], Layout | None]] = {}
 
@@ -87,6 +85,7 @@ class Fused:
         role: Role,
         *,
         by_pattern: bool,
+        kept: int = 4,
     ) -> "Fused | None":
         """Return what clips by some policies; None for those that need another way."""
         bounding = {name: policy for name, policy in policies.items() if policy is not None}
@@ -115,7 +114,9 @@ class Fused:
         if first and any(limit.clamps for limit in limits):
             return None
         few = len(bounding) == len(policies) and len(orders) == 1 and orders <= _ORDERS
-        return cls(bounding, limits, options, backends, role) if few and one_norm_each else None
+        if not (few and one_norm_each):
+            return None
+        return cls(bounding, limits, options, backends, role, kept)
 
     def clip(
         self,
@@ -136,23 +137,16 @@ class Fused:
             grad_scale: What the gradients are still multiplied by.
             defer: Leave it to the caller to multiply, if there is one coefficient.
         """
-        scale = _checked(grad_scale)
+        scale = None if grad_scale is None else _checked(grad_scale)
         given, specs = _recognised(found, caches)
         layout = self._layout(specs) if len(specs) == len(found) else None
-        if layout is None or not _is_usual_scale(scale, layout):
+        if layout is None or not (scale is None or _is_usual(scale, layout)):
             return None
         deferred = defer and self._may_defer
         tensors = given[0] if len(given) == 1 else list(chain.from_iterable(given))
         addresses = list(map(Tensor.data_ptr, tensors))
         clips: list[FusedClip] = []
         errors: list[Exception] = []
-
-        def asked(question: Callable[..., bool], *given: Any) -> bool:
-            try:
-                return question(*given)
-            except Exception as error:  # noqa: BLE001 - raised below: it is none of the backend
-                errors.append(error)
-                return False
 
         def allows() -> bool:
             apart = layout.specs.plan(Bytes).lie_apart(addresses)
@@ -162,11 +156,14 @@ class Fused:
 
         def accepts(report: Report) -> bool:
             clips.append(FusedClip(report, report.to_host(), layout, deferred))
-            return judge(clips[0])
+            try:
+                return judge(clips[0])
+            except Exception as error:  # noqa: BLE001 - raised below: it is none of the backend
+                errors.append(error)
+                return False
 
         scales = layout.scales and not deferred
-        asking = partial(asked, allows), partial(asked, accepts)
-        step = FusedStep(layout, tensors, addresses, scale, scales, *asking)
+        step = FusedStep(layout, tensors, addresses, scale, scales, allows, accepts)
         run = self._backends.on(layout.device).fused
         if run is None or run(step) is None:
             if errors:
@@ -194,7 +191,7 @@ class Fused:
         key = tuple(map(id, specs))
         known = self._known.get(key)  # another thread may clear it
         if known is None:
-            if len(self._known) >= _KEPT:
+            if len(self._known) >= self._kept:
                 self._known.clear()
             layout = (
                 Layout(specs, self._limits, self._order, skips=self._skips)
@@ -215,7 +212,7 @@ class Fused:
         )
 
 
-def _checked(scale: float | Tensor | None) -> float | Tensor | None:
+def _checked(scale: float | Tensor) -> float | Tensor | None:
     """Check what gradients are multiplied by; a tensor on a device stays as it is."""
     if isinstance(scale, Tensor) and scale.device.type != "cpu":
         check_one_number(scale)
@@ -223,10 +220,10 @@ def _checked(scale: float | Tensor | None) -> float | Tensor | None:
     return check_grad_scale(scale)
 
 
-def _is_usual_scale(scale: float | Tensor | None, layout: Layout) -> bool:
+def _is_usual(scale: float | Tensor, layout: Layout) -> bool:
     if isinstance(scale, Tensor):
         return scale.device == layout.device
-    return scale is None or 1 / _EXTREME <= scale <= _EXTREME
+    return 1 / _EXTREME <= scale <= _EXTREME
 
 
 def _recognised(
