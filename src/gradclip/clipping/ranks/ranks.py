@@ -445,13 +445,16 @@ class Ranks:
         """Return what is counted of each pattern."""
         counts: list[Tensor] = []
         for presence, each in zip(self._presences(found), found, strict=True):
-            member = self._members[each.gradients.group.pattern]
-            counts.append(presence.count(~each.tensor_sums_T.isfinite()))
-            if member.share.is_apart:
-                clamps = member.rule.clamps
-                sums_T = each.tensor_sums_T
-                counts.append(presence.count(sums_T.isnan() if clamps else ~sums_T.isfinite()))
-            if member.rule.clamps:
+            member, sums_T = self._members[each.gradients.group.pattern], each.tensor_sums_T
+            clamps = member.rule.clamps
+            if sums_T is None:
+                nothing = table_of((0.0,)).on(self.result_device)[0]
+                counts += [nothing] * (1 + member.share.is_apart)
+            else:
+                counts.append(presence.count(~sums_T.isfinite()))
+                if member.share.is_apart:
+                    counts.append(presence.count(sums_T.isnan() if clamps else ~sums_T.isfinite()))
+            if clamps:
                 assert each.changed is not None
                 counts.append(each.changed)
         return torch.stack(counts)
