@@ -5,6 +5,7 @@ own precision, and all short rows of all tensors together in float64.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import inf, isfinite
 from operator import itemgetter
 
@@ -51,9 +52,9 @@ def square_total(batch: Batch) -> float | None:
         return None
     plan, lanes = batch.specs.plan(_Gathering), _Lanes(is_half=is_half)
     total = sum(_exact(gathered) for gathered in plan.small(batch.tensors, None))
-    buffer = torch.empty(plan.largest, dtype=batch.dtype, device="cpu")
-    for gathered in plan.medium(batch.tensors, buffer):
-        lanes.add(gathered)
+    with plan.buffer() as buffer:
+        for gathered in plan.medium(batch.tensors, buffer):
+            lanes.add(gathered)
     for index in plan.large:
         for piece in blocks.pieces(blocks.flat(batch.tensors[index]), SUMMED):
             lanes.add(piece)
@@ -127,14 +128,30 @@ class _Gathering:
         self.large = [n for n, size in enumerate(sizes) if size > top]
         self._small = _gatherings(small, specs, GATHERED)
         self._medium = _gatherings(medium, specs, GATHERED_IN_LANES)
-        self.largest = max((count for _, _, count in self._medium), default=0)
+        self._largest = max((count for _, _, count in self._medium), default=0)
+        self._dtype = specs.dtypes[0]
+        self._free: list[Tensor] = []
+
+    @contextmanager
+    def buffer(self) -> Iterator[Tensor]:
+        """Lend memory for what is gathered at a time.
+
+        It is kept: to get the pages of new memory takes longer than to fill them.
+        """
+        try:
+            buffer = self._free.pop()
+        except IndexError:  # the first call, or another thread has it
+            with torch.inference_mode(mode=False):  # it is for calls of any mode
+                buffer = torch.empty(self._largest, dtype=self._dtype, device="cpu")
+        yield buffer
+        self._free.append(buffer)
 
     def small(self, tensors: Sequence[Tensor], buffer: Tensor | None) -> Iterator[Tensor]:
         """Yield the small tensors, gathered."""
         return _gather(self._small, tensors, buffer)
 
     def medium(self, tensors: Sequence[Tensor], buffer: Tensor | None) -> Iterator[Tensor]:
-        """Yield those that are worth lanes, gathered in a buffer of ``largest`` elements."""
+        """Yield those that are worth lanes, gathered in a ``buffer``."""
         return _gather(self._medium, tensors, buffer)
 
 

@@ -150,7 +150,7 @@ def read(
     waits = any(map(flags.host_waits_for, (device, *gradients.devices)))
     together = rows.is_one and not waits
     norm, total = _norms(group, backends, device, clamped, together=together)
-    if together and not (norm.are_finite and total.are_finite):
+    if together and not all(each.are_finite for each in {norm, total}):
         together = False
         norm, total = _norms(group, backends, device, clamped, together=False)
     weights = None

@@ -422,14 +422,15 @@ class Ranks:
             for each in found
         ]
 
-    def _sums_of_copies(self, found: Sequence[LocalSums]) -> Tensor:
-        """Add up, for each dimension, what all its ranks should hold alike."""
-        sums = torch.zeros(
-            len(self._topology.dimensions), dtype=torch.float64, device=self.result_device
-        )
+    def _sums_of_copies(self, found: Sequence[LocalSums]) -> Tensor | None:
+        """Add up, for each dimension, what all its ranks should hold alike; None for nothing."""
+        sums: Tensor | None = None
         for presence, each in zip(self._presences(found), found, strict=True):
             copies = presence.sums_of_copies(each.row_sums_RA[:, 0])
             if copies is not None:
+                if sums is None:
+                    dimensions = len(self._topology.dimensions)
+                    sums = torch.zeros(dimensions, dtype=torch.float64, device=self.result_device)
                 sums[: len(copies)] += copies
         return sums
 
