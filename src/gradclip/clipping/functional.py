@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.apply.coefficients import Coefficients
-from gradclip.clipping.apply.lean import Lean
+from gradclip.clipping.apply.lean import FEW, Lean
 from gradclip.clipping.apply.scaling import scaling
 from gradclip.clipping.arguments import Nonfinite, Options
 from gradclip.clipping.collect.gradients import collect, warn_of_none
@@ -77,6 +77,8 @@ def _norm_clip(max_norm: float, norm_type: float) -> tuple[NormClip, Lean | None
 def _clip_lean(source: ParameterSource, lean: Lean) -> Tensor | None:
     """Clip a small model where nothing is unusual, and return its norm; None elsewhere."""
     parameters = source.tensors()
+    if len(parameters) > FEW:
+        return None
     has_twins = len(set(map(id, parameters))) < len(parameters)
     if has_twins or may_be_shared(parameters) or not choose("auto").are_portable:
         return None

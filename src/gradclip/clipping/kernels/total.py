@@ -51,15 +51,17 @@ def square_total(batch: Batch) -> float | None:
     if not (is_plain and (is_half or batch.dtype is torch.float32)):
         return None
     plan, lanes = batch.specs.plan(_Gathering), _Lanes(is_half=is_half)
-    total = sum(_exact(gathered) for gathered in plan.small(batch.tensors, None))
-    with plan.buffer() as buffer:
+    exact = 0.0
+    with plan.memory() as (buffer, wide):
+        for gathered in plan.small(batch.tensors, buffer):
+            exact += _square_sum(wide[: len(gathered)].copy_(gathered))
         for gathered in plan.medium(batch.tensors, buffer):
             lanes.add(gathered)
     for index in plan.large:
         for piece in blocks.pieces(blocks.flat(batch.tensors[index]), SUMMED):
             lanes.add(piece)
     in_lanes = lanes.total()
-    return None if in_lanes is None or not isfinite(total) else total + in_lanes
+    return None if in_lanes is None or not isfinite(exact) else exact + in_lanes
 
 
 class _Lanes:
@@ -108,13 +110,11 @@ class _Lanes:
         self._bring_together()
         if not self._count * LOST_FLOAT32_SQUARE <= self._total < inf:
             return None
-        return self._total + (_exact(torch.cat(self._rests)) if self._rests else 0.0)
+        return self._total + (_square_sum(torch.cat(self._rests)) if self._rests else 0.0)
 
 
-def _exact(values: Tensor) -> float:
-    """Return the sum of squares in float64."""
-    norm = torch.linalg.vector_norm(values.to(torch.float64))
-    return float(norm) ** 2
+def _square_sum(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values)) ** 2
 
 
 class _Gathering:
@@ -128,30 +128,35 @@ class _Gathering:
         self.large = [n for n, size in enumerate(sizes) if size > top]
         self._small = _gatherings(small, specs, GATHERED)
         self._medium = _gatherings(medium, specs, GATHERED_IN_LANES)
-        self._largest = max((count for _, _, count in self._medium), default=0)
         self._dtype = specs.dtypes[0]
-        self._free: list[Tensor] = []
+        self._most = max((count for _, _, count in self._small), default=0)
+        self._largest = max((count for _, _, count in self._medium), default=0)
+        self._free: list[tuple[Tensor, Tensor]] = []
 
     @contextmanager
-    def buffer(self) -> Iterator[Tensor]:
-        """Lend memory for what is gathered at a time.
+    def memory(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Lend memory for what is gathered at a time, and for the small of that in float64.
 
         It is kept: to get the pages of new memory takes longer than to fill them.
         """
         try:
-            buffer = self._free.pop()
+            memory = self._free.pop()
         except IndexError:  # the first call, or another thread has it
+            largest = max(self._most, self._largest)
             with torch.inference_mode(mode=False):  # it is for calls of any mode
-                buffer = torch.empty(self._largest, dtype=self._dtype, device="cpu")
-        yield buffer
-        self._free.append(buffer)
+                memory = (
+                    torch.empty(largest, dtype=self._dtype, device="cpu"),
+                    torch.empty(self._most, dtype=torch.float64, device="cpu"),
+                )
+        yield memory
+        self._free.append(memory)
 
-    def small(self, tensors: Sequence[Tensor], buffer: Tensor | None) -> Iterator[Tensor]:
-        """Yield the small tensors, gathered."""
+    def small(self, tensors: Sequence[Tensor], buffer: Tensor) -> Iterator[Tensor]:
+        """Yield the small tensors, gathered in a buffer."""
         return _gather(self._small, tensors, buffer)
 
-    def medium(self, tensors: Sequence[Tensor], buffer: Tensor | None) -> Iterator[Tensor]:
-        """Yield those that are worth lanes, gathered in a ``buffer``."""
+    def medium(self, tensors: Sequence[Tensor], buffer: Tensor) -> Iterator[Tensor]:
+        """Yield those that are worth lanes, gathered in a buffer."""
         return _gather(self._medium, tensors, buffer)
 
 
@@ -161,17 +166,14 @@ _Gathered = tuple[_Taker, torch.Size | None, int]
 
 
 def _gather(
-    gatherings: Sequence[_Gathered], tensors: Sequence[Tensor], buffer: Tensor | None
+    gatherings: Sequence[_Gathered], tensors: Sequence[Tensor], buffer: Tensor
 ) -> Iterator[Tensor]:
     for take, shape, count in gatherings:
-        taken = list(take(tensors))
+        taken, flat = list(take(tensors)), buffer[:count]
         if shape is None:
             taken = [tensor.reshape(-1) for tensor in taken]
-        if buffer is None:
-            yield torch.cat(taken).reshape(-1)
-        else:
-            torch.cat(taken, out=buffer[:count].view(-1, *shape or ()))
-            yield buffer[:count]
+        torch.cat(taken, out=flat.view(-1, *shape) if shape else flat)
+        yield flat
 
 
 def _gatherings(indices: Sequence[int], specs: TensorSpecs, limit: int) -> list[_Gathered]:
