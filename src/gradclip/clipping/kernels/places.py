@@ -6,15 +6,13 @@ asked of all of them together is asked of a run: it is read by one operation, an
 
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from gradclip.clipping.kernels.tensor_specs import Batch, TensorSpecs
-
-_Span = tuple[int, int]
 
 
 class Lengths:
@@ -52,6 +50,24 @@ class Places:
         return bool((self.gaps >= 0).all())
 
 
+class _Known(NamedTuple):
+    """What was found in a layout.
+
+    Args:
+        addresses: Of the tensors that had it last.
+        order: In which they lie.
+        adjacent: Which of them the next one follows without a gap.
+        spans: The first tensor of each run, and how many elements it has; none without runs.
+        specs: Those of the runs.
+    """
+
+    addresses: list[int]
+    order: Tensor
+    adjacent: Tensor
+    spans: list[tuple[int, int]]
+    specs: "TensorSpecs | None"
+
+
 class Runs:
     """Which tensors of a specs are one run of memory, found once for a layout.
 
@@ -63,32 +79,34 @@ class Runs:
         self._fit = specs.one_row_each and all(specs.flat) and all(specs.dense) and all(specs.plain)
         self._kinds = list(zip(specs.devices, specs.dtypes, strict=True))
         self._elements = [shape.numel() for shape in specs.shapes]
-        self._lengths = specs.plan(Lengths)
-        self._seen: list[int] | None = None
-        self._layout: tuple[Tensor, Tensor] | None = None
-        self._spans: list[_Span] = []
-        self.specs: TensorSpecs | None = None
-        """What the tensors of ``join`` are like."""
+        self._filled = specs.plan(Lengths).filled
+        self._known: _Known | None = None
 
-    def join(self, batch: "Batch") -> list[Tensor] | None:
+    def join(self, batch: "Batch") -> "tuple[list[Tensor], TensorSpecs] | None":
         """Return the memory of a batch as fewer tensors; None where no two are adjacent."""
         if not self._fit:
             return None
-        if batch.addresses != self._seen:
-            layout = batch.places.order, batch.places.gaps == 0
-            if self._layout is None or not all(map(torch.equal, self._layout, layout)):
-                self._layout, self.specs = layout, None
-                self._spans = self._find(batch.tensors, *layout)
-            self._seen = batch.addresses
-        return self._views(batch.tensors) if self._spans else None
+        known = self._known  # taken and replaced as one: threads may share it
+        if known is None or known.addresses != batch.addresses:
+            order, adjacent = batch.places.order, batch.places.gaps == 0
+            if known and torch.equal(known.order, order) and torch.equal(known.adjacent, adjacent):
+                known = known._replace(addresses=batch.addresses)
+            else:
+                spans = self._spans(batch.tensors, order, adjacent)
+                known = _Known(batch.addresses, order, adjacent, spans, None)
+        views = self._views(batch.tensors, known.spans) if known.spans else None
+        if views is not None and known.specs is None:
+            known = known._replace(specs=type(batch.specs).of(views))
+        self._known = known
+        return None if views is None or known.specs is None else (views, known.specs)
 
-    def _find(self, tensors: Sequence[Tensor], order: Tensor, adjacent: Tensor) -> list[_Span]:
-        """Return the first tensor of each run, and how many elements it has; none without runs."""
+    def _spans(
+        self, tensors: Sequence[Tensor], order: Tensor, adjacent: Tensor
+    ) -> list[tuple[int, int]]:
         if not bool(adjacent.any()):
             return []
-        filled = self._lengths.filled
-        numbers = (order if filled is None else filled[order]).tolist()
-        spans: list[_Span] = []
+        numbers = (order if self._filled is None else self._filled[order]).tolist()
+        spans: list[tuple[int, int]] = []
         last: tuple[object, ...] = ()
         for number, follows in zip(numbers, [False, *adjacent.tolist()], strict=True):
             base = tensors[number]._base  # noqa: SLF001 - views of one tensor count changes together
@@ -101,13 +119,15 @@ class Runs:
             last = kind
         return spans
 
-    def _views(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
+    def _views(
+        self, tensors: Sequence[Tensor], spans: Sequence[tuple[int, int]]
+    ) -> list[Tensor] | None:
         views = []
-        for first, count in self._spans:
+        for first, count in spans:
             tensor = tensors[first]
             if count != self._elements[first]:
                 offset = tensor.storage_offset()
-                # Other storages may begin where this one ends.
+                # Tensors that lie so at a later step may be of several storages.
                 if (offset + count) * tensor.element_size() > tensor.untyped_storage().nbytes():
                     return None
                 tensor = tensor.as_strided((count,), (1,), offset)

@@ -178,13 +178,9 @@ class Batch:
 
         Tensors that lie behind one another in one storage become one.
         """
-        runs = self.specs.plan(Runs)
-        views = runs.join(self)
-        if views is None:
-            return Batch(self.tensors, self.specs, self.limit, together=True)
-        if runs.specs is None:
-            runs.specs = TensorSpecs.of(views)
-        return Batch(views, runs.specs, self.limit, together=True)
+        found = self.specs.plan(Runs).join(self)
+        tensors, specs = (self.tensors, self.specs) if found is None else found
+        return Batch(tensors, specs, self.limit, together=True)
 
     @cached_property
     def top(self) -> float | Tensor | None:
