@@ -47,7 +47,7 @@ class Places:
     @property
     def are_apart(self) -> bool:
         """Whether no byte is shared."""
-        return bool((self.gaps >= 0).all())
+        return min(self.gaps.tolist(), default=0) >= 0
 
 
 class _Known(NamedTuple):
@@ -103,12 +103,13 @@ class Runs:
     def _spans(
         self, tensors: Sequence[Tensor], order: Tensor, adjacent: Tensor
     ) -> list[tuple[int, int]]:
-        if not bool(adjacent.any()):
+        follow = adjacent.tolist()
+        if not any(follow):
             return []
         numbers = (order if self._filled is None else self._filled[order]).tolist()
         spans: list[tuple[int, int]] = []
         last: tuple[object, ...] = ()
-        for number, follows in zip(numbers, [False, *adjacent.tolist()], strict=True):
+        for number, follows in zip(numbers, [False, *follow], strict=True):
             base = tensors[number]._base  # noqa: SLF001 - views of one tensor count changes together
             kind = self._kinds[number], None if base is None else id(base)
             if follows and base is not None and kind == last:
