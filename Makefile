@@ -89,6 +89,7 @@ BENCH := OMP_WAIT_POLICY=passive $(BIN)/python
 
 bench: $(VENV)/.bench  ## measure on the CPU: benchmarks/results/*.csv, and the tables and the plot of the docs
 	$(BENCH) benchmarks/hook_overhead.py
+	$(BENCH) benchmarks/host.py
 	$(BENCH) benchmarks/small.py
 	$(BENCH) benchmarks/small.py --training
 	$(BENCH) benchmarks/small.py --threads 2

@@ -24,12 +24,16 @@ class Case(NamedTuple):
         return self.elements * self.dtype.itemsize
 
 
-def gpt2_124m() -> Shapes:
-    """148 tensors."""
-    width = 768
+def gpt(layers: int, width: int, vocabulary: int, context: int) -> Shapes:
+    """A decoder as GPT-2: 12 tensors a layer, and 4 more."""
     block: Shapes = [(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,)]
     block += [(width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,)]
-    return [(50257, width), (1024, width), *(block * 12), (width,), (width,)]
+    return [(vocabulary, width), (context, width), *(block * layers), (width,), (width,)]
+
+
+def gpt2_124m() -> Shapes:
+    """148 tensors."""
+    return gpt(12, 768, 50257, 1024)
 
 
 def resnet50() -> Shapes:
@@ -130,7 +134,9 @@ def cases() -> list[Case]:
     return [
         Case("perceptron", [(64, 64), (64,), (64, 64), (64,)], fp32),
         Case("3168 tensors of 64", [(64,)] * 3168, fp32),
+        Case("small GPT 13 M", gpt(6, 384, 6000, 256), fp32),
         Case("ResNet-50", resnet50(), fp32),
+        Case("ResNet-50", resnet50(), bf16),
         Case("robot policy", robot_policy(), fp32),
         Case("GPT-2 124M", gpt2_124m(), fp32),
         Case("GPT-2 124M", gpt2_124m(), bf16),

@@ -242,6 +242,13 @@ def hooks() -> str:
     return table(["us a call", "no hooks", "three hooks"], lines)
 
 
+def host() -> str:
+    """What a clip on a GPU takes of the host, without launches."""
+    rows = read(RESULTS / "host.csv")
+    lines = [[row["what"], row["tensors"], us(row["ms"]), row["calls"]] for row in rows]
+    return table(["clips by norm", "tensors", "us of the host", "calls of Python"], lines)
+
+
 def sharded() -> str:
     """1000 sharded gradients on two processes."""
     rows = read(RESULTS / "sharded_cpu.csv")
@@ -323,7 +330,7 @@ def goals() -> str:
 
 
 MADE: tuple[Callable[[], str], ...] = (
-    *(summary, cpu, others, errors, small, cuda, steps, pipeline, trainer, hooks),
+    *(summary, cpu, others, errors, small, cuda, host, steps, pipeline, trainer, hooks),
     *(goals, sharded, scale),
 )
 BY_NAME = {make.__name__: make for make in MADE}

@@ -49,11 +49,13 @@ def tiny_model(device):
 
 
 def test_every_benchmark_runs_and_writes_what_the_report_reads(script, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
     make_case = script("clip").Case
     names = ("GPT-2 124M", "3168 tensors of 64")
     cases = [make_case(name, [(9, 20), (70,)], torch.float32) for name in names]
     scripts = {
         "clip": script("clip", cases=lambda: cases, TINY=0),
+        "host": script("host", COUNTS={4: 2}),
         "small": script("small", CASES={4: [(3, 2), (2,)] * 2}, WARM_UP=1),
         "hook_overhead": script("hook_overhead"),
         "pipeline_overhead": script("pipeline_overhead", SHORT=1, LONG=2, TENSORS=(4,)),

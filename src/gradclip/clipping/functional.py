@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradclip.clipping.apply.coefficients import Coefficients
 from gradclip.clipping.apply.fused import Fused
-from gradclip.clipping.apply.lean import Lean
+from gradclip.clipping.apply.lean import FEW, Lean
 from gradclip.clipping.apply.scaling import scaling
 from gradclip.clipping.arguments import Nonfinite, Options
 from gradclip.clipping.collect.gradients import collect, warn_of_none
@@ -96,14 +96,18 @@ class _Short(NamedTuple):
         has_twins = len(set(map(id, parameters))) < len(parameters)
         if has_twins or may_be_shared(parameters):
             return None
+        lean = self.lean if len(parameters) <= FEW else None
+        fused = self.fused if self.fused is not None and self.fused.serves(parameters) else None
+        if lean is None and fused is None:
+            return None  # to read thousands of gradients twice takes long
         found = source.gradients(parameters)
-        small = None if self.lean is None else self.lean.read(found, _KNOWN)
+        small = None if lean is None else lean.read(found, _KNOWN)
         if small is not None:
             small.write(_GUEST)
             return torch.scalar_tensor(small.norm, dtype=torch.float32, device="cpu")
-        if self.fused is None or not self.fused.serves(found):
+        if fused is None:
             return None
-        clip = self.fused.clip([found], [_KNOWN], lambda c: not raises or c.report.is_bounded)
+        clip = fused.clip([found], [_KNOWN], lambda c: not raises or c.report.is_bounded)
         return None if clip is None else FusedResult(clip, 0, ()).norm_pre
 
 

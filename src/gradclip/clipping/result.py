@@ -463,6 +463,7 @@ def over_all(
         nonfinite_on_ranks: How many tensors were not finite on all ranks, where there are others.
     """
     results = list(groups.values())
+    sums = [each.tensor_sums_T for each in results if each.tensor_sums_T is not None]
     left = [
         result.remaining_S
         if order == result.norm_type
@@ -474,7 +475,7 @@ def over_all(
         thresholds=torch.cat([r.thresholds_S for r in results]),
         coefficients=torch.cat([r.coefficients_S for r in results]),
         withheld=torch.stack([r.skipped for r in results]).any(),
-        tensor_sums_T=torch.cat([r.tensor_sums_T for r in results if r.tensor_sums_T is not None]),
+        tensor_sums_T=torch.cat(sums) if sums else None,
         norm_type=order,
         dtype=max((r.dtype for r in results), key=lambda dtype: dtype.itemsize),
         scopes=(),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.apply.fused import Fused
-from gradclip.clipping.apply.lean import Lean
+from gradclip.clipping.apply.lean import FEW, Lean
 from gradclip.clipping.arguments import Options
 from gradclip.clipping.kernels import Backends
 from gradclip.clipping.kernels.device import is_capturing
@@ -81,7 +81,9 @@ class ShortWays:
 
     def _clip_lean(self, lean: Lean) -> ClipResult | None:
         here = self._binding.here
-        small = lean.read(here[0].found(), here[0].known) if len(here) == 1 else None
+        if len(here) != 1 or len(here[0].parameters.parameters) > FEW:
+            return None  # to read thousands of gradients twice takes long
+        small = lean.read(here[0].found(), here[0].known)
         if small is None:
             return None
         pattern = here[0]

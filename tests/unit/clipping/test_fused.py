@@ -105,6 +105,24 @@ def test_a_clip_is_a_few_operations_of_the_device(launched, monkeypatch, case, c
     assert len(found) <= most, found
 
 
+def test_a_clip_makes_few_calls_of_python(launched):
+    """However many tensors there are, and the stubs of this test are among them."""
+    weights = [torch.nn.Parameter(torch.zeros(3)) for _ in range(148)]
+    for weight in weights:
+        weight.grad = torch.ones(3)
+    clipper = GradientClipper(weights, 1.0, backend="triton")
+    for _ in range(6):
+        clipper.clip()
+    called = []
+    sys.setprofile(lambda frame, event, _: event == "call" and called.append(frame.f_code.co_name))
+    try:
+        clipper.clip()
+    finally:
+        sys.setprofile(None)
+    assert isinstance(clipper.last, FusedResult)
+    assert len(called) <= 120, called
+
+
 def test_a_captured_call_works_on_memory_of_its_own(launched, monkeypatch):
     """A graph writes there at each replay, whatever comes between."""
     pairs = made()

@@ -15,7 +15,7 @@ import oracle
 from gradclip import GradientClipper, NormClip, ValueClip, clip_grads_with_norm_
 from gradclip.clipping import Policy
 from gradclip.clipping.collect import overlap
-from gradclip.clipping.kernels import blocks, foreach, rows
+from gradclip.clipping.kernels import blocks, foreach, rows, total
 from gradclip.clipping.policies import Decision
 from gradclip.clipping.step import nonfinite
 from gradclip.errors import NonFiniteGradientError
@@ -76,8 +76,8 @@ def small_blocks(monkeypatch):
     for module in (blocks, rows):
         monkeypatch.setattr(module, "BLOCK", 1 << 12)
     monkeypatch.setattr(foreach, "_CONVERTED", 1 << 15)
-    monkeypatch.setattr(foreach, "_GATHERED", 1 << 12)
-    monkeypatch.setattr(foreach, "_GATHERED_IN_LANES", 1 << 13)
+    monkeypatch.setattr(total, "GATHERED", 1 << 12)
+    monkeypatch.setattr(total, "GATHERED_IN_LANES", 1 << 13)
     monkeypatch.setattr(overlap, "_WINDOW", 1 << 12)
 
 

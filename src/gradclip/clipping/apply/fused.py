@@ -176,10 +176,9 @@ class Fused:
         """Copy and pickle as one that knows nothing yet: identities are others there."""
         return {**vars(self), "_known": {}}
 
-    def serves(self, found: Found) -> bool:
-        """Return whether gradients are where this can be done."""
-        first = next((each for each in found if each is not None), None)
-        return first is not None and self._backends.on(first.device).fused is not None
+    def serves(self, parameters: Sequence[Tensor]) -> bool:
+        """Return whether parameters are where this can be done."""
+        return bool(parameters) and self._backends.on(parameters[0].device).fused is not None
 
     def _written(self, given: Sequence[list[Tensor]]) -> list[tuple[list[Tensor], Policy]]:
         """Return the gradients that may be changed, and the policy of each pattern."""

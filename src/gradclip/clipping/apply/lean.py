@@ -23,7 +23,7 @@ from gradclip.clipping.step.ownership import Role
 _SMALL = 1 << 16
 """Elements of all gradients together up to which a model is small."""
 
-_FEW = 64
+FEW = 64
 """Tensors up to which a copy of each costs less than to concatenate those of one shape."""
 
 _UNCUT = 1 << 15
@@ -134,7 +134,7 @@ class _Gathering:
             and specs.one_row_each
             and all(0 < size <= _UNCUT for size in self._sizes)
             and sum(self._sizes) <= _SMALL
-            and len(specs) <= _FEW
+            and len(specs) <= FEW
         )
         self._free: list[tuple[list[Tensor], Sequence[Tensor]]] = []
 

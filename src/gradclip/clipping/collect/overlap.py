@@ -1,15 +1,14 @@
 """Gradients that share bytes: found before anything is written, and refused."""
 
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, compress
 from operator import add, le
 
 import torch
 from torch import Tensor
 
 from gradclip.clipping.collect.gradients import Gradients
+from gradclip.clipping.kernels.places import Lengths, Places
 from gradclip.clipping.kernels.tensor_specs import Batch, TensorSpecs
 from gradclip.errors import OverlappingGradientsError
 
@@ -55,22 +54,11 @@ def _lie_apart(batches: Sequence[Batch]) -> bool:
     """Return whether it is plain to see that no byte is shared: no gaps, one behind another."""
     if not all(batch.specs.plan(Bytes).packed for batch in batches):
         return False
-    kept = [batch.specs.plan(Bytes) for batch in batches]
-    starts = array("q")
-    for batch, of_each in zip(batches, kept, strict=True):
-        starts.extend(compress(batch.addresses, of_each.lengths))
-    # Some byte is taken twice just where one begins before as many have ended.
-    if len(starts) < _MANY:
-        lengths = filter(None, chain.from_iterable(of_each.lengths for of_each in kept))
-        ends = sorted(map(add, starts, lengths))
-        return all(map(le, ends, sorted(starts)[1:]))
-    begun = torch.frombuffer(starts, dtype=torch.int64)
-    ended = (begun + torch.cat([of_each.taken for of_each in kept])).sort()[0]
-    return bool((ended[:-1] <= begun.sort()[0][1:]).all())
-
-
-_MANY = 256
-"""From so many tensors on torch sorts faster than Python."""
+    if len(batches) == 1:
+        return batches[0].places.are_apart
+    each = [(batch.specs.plan(Lengths), batch.addresses) for batch in batches]
+    starts = torch.cat([lengths.starts(addresses) for lengths, addresses in each])
+    return Places(starts, torch.cat([lengths.taken for lengths, _ in each])).are_apart
 
 
 class Bytes:
@@ -82,9 +70,6 @@ class Bytes:
             shape.numel() * dtype.itemsize
             for shape, dtype in zip(specs.shapes, specs.dtypes, strict=True)
         ]
-        self.taken = torch.tensor(
-            [length for length in self.lengths if length], dtype=torch.int64, device="cpu"
-        )
         self._apart: list[int] | None = None
 
     def lie_apart(self, addresses: list[int]) -> bool:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Protocol, TypeAlias
 
 import torch
@@ -15,6 +16,7 @@ _WRAPPERS = frozenset(
 )
 
 _PAIR = 2
+_GRADIENT = attrgetter("grad")
 _PLAIN = {Tensor, nn.Parameter}
 
 Names: TypeAlias = list[str | None]
@@ -51,7 +53,7 @@ class _HasGradients:
     def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """Return the ``.grad`` of each parameter."""
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - of thousands of DTensors, it tells
-            return [parameter.grad for parameter in parameters]
+            return list(map(_GRADIENT, parameters))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The portable backend: torch's own operations, arranged so that sums are right.
 
-On the CPU a large tensor is summed as rows of 128 elements in its own precision and those in
+On the CPU a large tensor is summed as rows of 256 elements in its own precision and those in
 float64, which reads at the speed of memory and errs by about 1e-7; small tensors are converted
 to float64 together. Where float32 squares may have left their range, a tensor is counted anew in
 float64. On an accelerator ``off_cpu.py`` takes its place.
@@ -8,7 +8,6 @@ float64. On an accelerator ``off_cpu.py`` takes its place.
 
 from collections.abc import Callable, Iterator, Sequence
 from math import inf, isfinite, isnan
-from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -23,39 +22,16 @@ from gradclip.clipping.kernels import (
     carry_out,
     halves,
     off_cpu,
+    total,
 )
 from gradclip.clipping.kernels.device import result_device_of
 from gradclip.clipping.kernels.rows import in_blocks, shaped
 from gradclip.clipping.kernels.writes import clamp_each
 
-_SMALL = 8192
-"""Rows up to this many elements are gathered and converted to float64 together."""
-
-_GATHERED = 1 << 15
-"""Elements gathered at a time: they stay in a cache, and start no threads."""
-
-_WORTH_LANES = 1024
-"""Rows from this many elements on are summed as those of large tensors are, if they are alike."""
-
-_GATHERED_IN_LANES = 1 << 18
-"""Elements gathered at a time for that, which is worth threads."""
-
-_ALIKE = 4
-"""Rows of one shape that are worth a gathering of their own, which is cheaper for each."""
-
 _CONVERTED = 1 << 23
 """Bytes of a large tensor converted at a time, so that no temporary grows with the model."""
 
-_SUMMED = 1 << 27
-"""Elements of a large tensor summed at a time: one sum of 128 elements each is kept."""
-
-_LANES = 128
-"""Elements that are summed in the tensor's own precision before float64 takes over."""
-
 _LOST_SQUARE = {torch.float64: 2.0**-960}
-_LOST_FLOAT32_SQUARE = 2.0**-100
-"""Below this mean square, squares that vanished could be 2^-26 of the sum."""
-
 _COARSE_COEFFICIENT = 2.0**-120
 """Smaller coefficients are applied in two steps, since float32 would round them coarsely."""
 
@@ -68,6 +44,10 @@ fused = None
 def power_sums(batch: Batch, p: float) -> Tensor:
     """Sum ``|x|**p`` over each row for p = 1, 2: (R, A); see ``Kernels.power_sums``."""
     top = batch.top
+    if batch.together and p == _EUCLIDEAN and _on_cpu(batch):
+        squares = total.square_total(batch)
+        if squares is not None:
+            return torch.full((1, 1), squares, dtype=torch.float64, device="cpu")
     if batch.dtype.is_complex or not _on_cpu(batch):
         found = None if _on_cpu(batch) else off_cpu.reduced(batch, p)
         if found is None:
@@ -109,7 +89,7 @@ def scaling(batch: Batch, coefficients: float | Tensor, *, zeroes: bool = True) 
     if not _on_cpu(batch):
         return off_cpu.scaling(batch, coefficients, zeroes=zeroes)
     if not isinstance(coefficients, Tensor) or coefficients.numel() == 1:
-        return _scaling_together(list(batch.tensors), float(coefficients))
+        return _scaling_together(list(batch.joined().tensors), float(coefficients))
     if batch.specs.one_row_each:
         pairs = zip(batch.tensors, coefficients.tolist(), strict=True)
         return [write for tensor, c in pairs for write in _scaling_together([tensor], c)]
@@ -183,26 +163,26 @@ class _Gathering:
         alike: dict[object, list[int]] = {}
         self.large: list[int] = []
         for index, size in enumerate(sizes):
-            if size > _SMALL:
+            if size > total.SMALL:
                 self.large.append(index)
             else:
                 alike.setdefault(specs.shapes[index] if one_each else (size,), []).append(index)
         matrices: list[tuple[list[int], bool]] = []
         rest: list[int] = []
         for shape, indices in alike.items():
-            if len(indices) >= _ALIKE and shape:  # numbers cannot be concatenated
+            if len(indices) >= total.ALIKE and shape:  # numbers cannot be concatenated
                 size = sizes[indices[0]]
-                fits = size >= _WORTH_LANES and size % _LANES == 0
+                fits = size >= total.WORTH_LANES and size % total.LANES == 0
                 in_lanes = fits and specs.dtypes[0] is not torch.float64
-                limit = _GATHERED_IN_LANES if in_lanes else _GATHERED
-                matrices += [(cut, in_lanes) for cut in _cut(indices, sizes, limit)]
+                limit = total.GATHERED_IN_LANES if in_lanes else total.GATHERED
+                matrices += [(piece, in_lanes) for piece in total.cut(indices, sizes, limit)]
             else:
                 rest += indices
-        segments = _cut(rest, sizes, _GATHERED)
-        self.matrices = [(_taker(indices), in_lanes) for indices, in_lanes in matrices]
+        segments = total.cut(rest, sizes, total.GATHERED)
+        self.matrices = [(total.taker(indices), in_lanes) for indices, in_lanes in matrices]
         self.in_lanes = any(in_lanes for _, in_lanes in matrices)
         self.segments = [
-            (_taker(indices), torch.tensor([sizes[index] for index in indices], device="cpu"))
+            (total.taker(indices), torch.tensor([sizes[index] for index in indices], device="cpu"))
             for indices in segments
         ]
         gathered = [indices for indices, _ in matrices]
@@ -210,26 +190,6 @@ class _Gathering:
         # Where each row is found among the results of all of them.
         placed = order == sorted(order)
         self.places = None if placed else torch.tensor(order, device="cpu").argsort()
-
-
-def _taker(indices: list[int]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
-    """Return what takes the elements of a sequence at some indices."""
-    if len(indices) == 1:
-        return lambda rows: (rows[indices[0]],)
-    return itemgetter(*indices)
-
-
-def _cut(indices: list[int], sizes: list[int], limit: int) -> list[list[int]]:
-    """Cut indices so that no piece holds more elements than are gathered at a time."""
-    pieces: list[list[int]] = []
-    total = 0
-    for index in indices:
-        total += sizes[index]
-        if not pieces or total > limit:
-            pieces.append([])
-            total = sizes[index]
-        pieces[-1].append(index)
-    return pieces
 
 
 def _by_rows(batch: Batch, p: float, large: Callable[[Tensor], float]) -> Tensor:
@@ -241,7 +201,7 @@ def _by_rows(batch: Batch, p: float, large: Callable[[Tensor], float]) -> Tensor
     gapped = not (one_each or all(batch.specs.flat))
     buffer = None
     if gathering.in_lanes and p == _EUCLIDEAN:  # one, whose pages are slower to get than to fill
-        buffer = torch.empty(_GATHERED_IN_LANES, dtype=batch.dtype, device="cpu")
+        buffer = torch.empty(total.GATHERED_IN_LANES, dtype=batch.dtype, device="cpu")
     results = []
     for take, in_lanes in gathering.matrices:
         taken = [row.reshape(-1) for row in take(rows)] if gapped else take(rows)
@@ -285,31 +245,31 @@ def _of_matrix(
 
 
 def _lane_sums(rows: Sequence[Tensor], buffer: Tensor, top: float | Tensor | None) -> Tensor | None:
-    """Sum squares by rows of 128 and those in float64: (R,); None where that is not right."""
+    """Sum squares by rows of 256 and those in float64: (R,); None where that is not right."""
     count, shape, size = len(rows), rows[0].shape, rows[0].numel()
     flat = buffer[: count * size]
     torch.cat(list(rows), out=flat.view(count * shape[0], *shape[1:]))
     if top is not None:
         blocks.clamp_to_(flat, top)
     if flat.dtype in halves.HALVES and halves.can_sum():
-        sums = halves.square_sums(flat, _LANES).view(count, -1).sum(1, dtype=torch.float64)
+        sums = halves.square_sums(flat, total.LANES).view(count, -1).sum(1, dtype=torch.float64)
     else:
-        lanes = flat.to(torch.float32).view(count, -1, _LANES)
+        lanes = flat.to(torch.float32).view(count, -1, total.LANES)
         in_lanes = torch.linalg.vector_norm(lanes, dim=2)
         sums = torch.linalg.vector_norm(in_lanes, dim=1, dtype=torch.float64).square_()
-    low = size * _LOST_FLOAT32_SQUARE
+    low = size * total.LOST_FLOAT32_SQUARE
     # Neither NaN, infinities and what overflowed, nor squares that vanished.
     return sums if bool(((sums >= low) & (sums < inf)).all()) else None
 
 
 def _large_sum(row: Tensor, p: float, top: float | Tensor | None) -> float:
     if p == _EUCLIDEAN and top is None and _is_half(row):
-        total = halves.square_sum(row)
+        found = halves.square_sum(row)
     else:
-        total = sum(_lane_sum(block, p) for block in _native_blocks(row, p, top))
-    lost = _LOST_SQUARE.get(row.dtype, _LOST_FLOAT32_SQUARE) if p == _EUCLIDEAN else 0.0
-    if isfinite(total) and total >= row.numel() * lost:
-        return total
+        found = sum(_lane_sum(block, p) for block in _native_blocks(row, p, top))
+    lost = _LOST_SQUARE.get(row.dtype, total.LOST_FLOAT32_SQUARE) if p == _EUCLIDEAN else 0.0
+    if isfinite(found) and found >= row.numel() * lost:
+        return found
     largest = float(blocks.abs_max(row))
     return float(blocks.power_sum(row, p, 0, top)) if largest != 0 else 0.0
 
@@ -326,7 +286,7 @@ def _native_blocks(row: Tensor, p: float, top: float | Tensor | None) -> Iterato
     """
     native = row.dtype in {torch.float32, torch.float64}
     if native and p == _EUCLIDEAN and top is None and row.dim() == 1:
-        yield from blocks.pieces(row, _SUMMED)
+        yield from blocks.pieces(row, total.SUMMED)
         return
     dtype = row.dtype if native else torch.float32
     size = min(_CONVERTED // dtype.itemsize, row.numel())
@@ -348,19 +308,19 @@ def _native_blocks(row: Tensor, p: float, top: float | Tensor | None) -> Iterato
 
 
 def _lane_sum(values: Tensor, p: float) -> float:
-    """Sum squares, or moduli that were taken already, by rows of 128 and those in float64."""
-    rest = len(values) % _LANES
-    lanes = values[: len(values) - rest].view(-1, _LANES)
+    """Sum squares, or moduli that were taken already, by rows of 256 and those in float64."""
+    rest = len(values) % total.LANES
+    lanes = values[: len(values) - rest].view(-1, total.LANES)
     if p == _EUCLIDEAN:
         in_lanes = torch.linalg.vector_norm(lanes, dim=1)
         norm = float(torch.linalg.vector_norm(in_lanes, dtype=torch.float64))
-        total = norm * norm
+        found = norm * norm
     else:
-        total = float(lanes.sum(1).sum(dtype=torch.float64))
+        found = float(lanes.sum(1).sum(dtype=torch.float64))
     if not rest:
-        return total
+        return found
     tail = values[-rest:].double()
-    return total + float((tail.square() if p == _EUCLIDEAN else tail).sum())
+    return found + float((tail.square() if p == _EUCLIDEAN else tail).sum())
 
 
 def _with_range(sums_R: Tensor, batch: Batch, p: float) -> Tensor:
@@ -373,10 +333,10 @@ def _with_range(sums_R: Tensor, batch: Batch, p: float) -> Tensor:
     return wide_RA
 
 
-def _may_leave_range(total: Tensor, row: Tensor) -> bool:
+def _may_leave_range(found: Tensor, row: Tensor) -> bool:
     if row.device.type != "cpu":
         return True
-    value = float(total)
+    value = float(found)
     return not (isfinite(value) and value >= row.numel() * _LOST_SQUARE[torch.float64])
 
 

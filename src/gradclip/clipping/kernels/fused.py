@@ -110,6 +110,8 @@ class Layout:
         self.specs = parts[0] if len(parts) == 1 else TensorSpecs.joined(parts)
         self.device = self.specs.devices[0]
         self.limits, self.power, self.skips = limits, power, skips
+        self.patterns = len(limits)
+        """P."""
         self.starts = [0, *accumulate(map(len, parts))]
         """The first tensor of each pattern, and how many there are: P + 1."""
         self.starts_table = Table.of(self.starts)
@@ -119,11 +121,6 @@ class Layout:
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without what was worked out: compiled programs, and memory."""
         return {**vars(self), "_plans": {}}
-
-    @property
-    def patterns(self) -> int:
-        """How many patterns there are: P."""
-        return len(self.limits)
 
     @property
     def shown_thresholds(self) -> Tensor:

@@ -12,11 +12,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["HALVES", "can_sum", "square_sum", "square_sums"]
+__all__ = ["HALVES", "WIDTH", "can_sum", "square_sum", "square_sums"]
 
 HALVES = frozenset({torch.bfloat16, torch.float16})
 
-_WIDTH = 512
+WIDTH = 512
 """Elements that are added up in float32 before float64 takes over."""
 
 _SUMMED = 1 << 27
@@ -32,7 +32,8 @@ def square_sums(flat: Tensor, width: int) -> Tensor:
     """
     rows = flat.numel() // width
     matrix = flat.view(1, rows, width)
-    mean, deviation, weight = _constants(rows)
+    mean, deviation = _constants()
+    weight = torch.empty(rows, device="cpu")  # only its gradient is asked for
     _, sums, _ = torch.ops.aten.native_group_norm_backward.default(
         matrix, matrix, mean, deviation, weight, 1, rows, width, 1, [False, True, False]
     )
@@ -41,10 +42,10 @@ def square_sums(flat: Tensor, width: int) -> Tensor:
 
 def square_sum(flat: Tensor) -> float:
     """Sum the squares of all elements of a contiguous 1-d tensor; NaN where one is infinite."""
-    rest = flat.numel() % _WIDTH
+    rest = flat.numel() % WIDTH
     whole = flat[: flat.numel() - rest]
     total = sum(
-        float(square_sums(piece, _WIDTH).sum(dtype=torch.float64))
+        float(square_sums(piece, WIDTH).sum(dtype=torch.float64))
         for piece in whole.split(_SUMMED)
         if piece.numel()
     )
@@ -57,10 +58,10 @@ def can_sum() -> bool:
     try:
         for dtype in HALVES:
             value = 1.0 + 2.0**-7
-            row = torch.full((2 * _WIDTH,), value, dtype=dtype, device="cpu")
-            row[_WIDTH:] = 3.0
-            sums = square_sums(row, _WIDTH)
-            expected = [_WIDTH * value**2, _WIDTH * 9.0]
+            row = torch.full((2 * WIDTH,), value, dtype=dtype, device="cpu")
+            row[WIDTH:] = 3.0
+            sums = square_sums(row, WIDTH)
+            expected = [WIDTH * value**2, WIDTH * 9.0]
             if sums.dtype is not torch.float32 or sums.tolist() != expected:
                 return False
     except Exception:  # noqa: BLE001 - an operation that nobody promised
@@ -68,7 +69,7 @@ def can_sum() -> bool:
     return True
 
 
-def _constants(rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean and deviation, and weights of which only the gradient is asked for."""
-    mean = torch.zeros(1, 1, device="cpu")
-    return mean, torch.ones(1, 1, device="cpu"), torch.empty(rows, device="cpu")
+@cache
+def _constants() -> tuple[Tensor, Tensor]:
+    """Return mean and deviation: kept, since to make them takes as long as a short sum."""
+    return torch.zeros(1, 1, device="cpu"), torch.ones(1, 1, device="cpu")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.kernels.blocks import representable
+from gradclip.clipping.kernels.places import Lengths, Places, Runs
 from gradclip.clipping.kernels.tables import Table
 
 _Guards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # noqa: SLF001
@@ -166,11 +167,14 @@ class Batch:
         tensors: The tensors.
         specs: Theirs.
         limit: Elements count as if they were clamped to [-limit, limit]; None for as they are.
+        together: Whether nobody asks for what is found of each row: kernels may give what several
+            rows come to together in place of that, in any order.
     """
 
     tensors: Sequence[Tensor]
     specs: TensorSpecs
     limit: float | Tensor | None = None
+    together: bool = False
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], rows: Sequence[int] | None = None) -> "Batch":
@@ -180,6 +184,15 @@ class Batch:
     def limited(self, limit: float | Tensor) -> "Batch":
         """Return the same tensors, whose elements count as if they were clamped."""
         return Batch(self.tensors, self.specs, limit)
+
+    def joined(self) -> "Batch":
+        """Return the same elements in as few tensors as possible, for what is asked of all.
+
+        Tensors that lie behind one another in one storage become one.
+        """
+        found = self.specs.plan(Runs).join(self)
+        tensors, specs = (self.tensors, self.specs) if found is None else found
+        return Batch(tensors, specs, self.limit, together=True)
 
     @cached_property
     def top(self) -> float | Tensor | None:
@@ -193,6 +206,12 @@ class Batch:
     def addresses(self) -> list[int]:
         """Of the first element of each tensor."""
         return list(map(Tensor.data_ptr, self.tensors))
+
+    @cached_property
+    def places(self) -> Places:
+        """Where the tensors lie that have elements; there are no gaps in any."""
+        lengths = self.specs.plan(Lengths)
+        return Places(lengths.starts(self.addresses), lengths.taken)
 
     @property
     def device(self) -> torch.device:
@@ -216,7 +235,10 @@ class Batch:
         return [
             (
                 Batch(
-                    [self.tensors[index] for index in part.indices or ()], part.specs, self.limit
+                    [self.tensors[index] for index in part.indices or ()],
+                    part.specs,
+                    self.limit,
+                    self.together,
                 ),
                 part.rows,
             )

@@ -59,6 +59,24 @@ class _Scratch(NamedTuple):
     counter: Tensor
 
 
+class _Tables(NamedTuple):
+    """What depends on shapes alone, on the device.
+
+    Args:
+        chunks: Of each part.
+        tops: What its elements are clamped to; None where they are not.
+        spans: The first chunk of each tensor, and the one behind its last.
+        starts: The first tensor of each pattern.
+        limits: What bounds each pattern.
+    """
+
+    chunks: list[Tensor]
+    tops: list[Tensor | None]
+    spans: Tensor
+    starts: Tensor
+    limits: Tensor
+
+
 class _Part:
     """Gradients that are measured by one launch: their chunks.
 
@@ -122,6 +140,7 @@ class _FusedPlan:
         self._programs = backend._PROGRAMS * backend._multiprocessors(self._device)  # noqa: SLF001
         self._launch = Launcher()
         self._scratch: defaultdict[int, list[_Scratch]] = defaultdict(list)
+        self._tables: dict[int, _Tables] = {}
         self._reports: defaultdict[int, list[Report]] = defaultdict(list)
         self._zeros: list[Tensor] = []
         self._addresses: Addresses | None = None
@@ -135,7 +154,7 @@ class _FusedPlan:
         capturing, stream = is_capturing(device), stream_of(device)
         if capturing and not self._tried:  # its tables are not there yet; the ordinary way's may be
             return None
-        tables = [part.table.on(device) for part in self._parts]  # refuses a capture at first
+        tables = self._tables_on(stream, capturing=capturing)
         addresses = self._addresses_of(step)
         scratch, report = self._memory(stream, capturing=capturing)
         try:
@@ -145,7 +164,7 @@ class _FusedPlan:
                     # changes nothing, and neither does a coefficient of 1.
                     if clamps:
                         self._measure(step, scratch, addresses, tables, unlimited=True)
-                        self._decide(step, scratch, report)
+                        self._decide(step, scratch, report, tables)
                     scratch.coefficients_P.fill_(1.0)
                     self._scale(scratch, addresses, tables)
                     self._tried = True
@@ -153,7 +172,7 @@ class _FusedPlan:
                 # The host looks at what only writing needs while the device sums.
                 if not (clamps or step.allows()):
                     return None
-                self._decide(step, scratch, report)
+                self._decide(step, scratch, report, tables)
                 if not step.accepts(report):
                     return None
                 if step.scales:
@@ -163,6 +182,22 @@ class _FusedPlan:
         finally:
             if not capturing:
                 self._scratch[stream].append(scratch)
+
+    def _tables_on(self, stream: int, *, capturing: bool) -> _Tables:
+        """Return the tables, copied once for each stream; a graph keeps those that it reads."""
+        known = None if capturing else self._tables.get(stream)
+        if known is None:
+            device, parts, layout = self._device, self._parts, self._layout
+            known = _Tables(
+                [part.table.on(device) for part in parts],
+                [None if part.top is None else part.top.on(device) for part in parts],
+                self._spans.on(device),
+                layout.starts_table.on(device),
+                layout.limits_table.on(device),
+            )
+            if not capturing:
+                self._tables[stream] = known
+        return known
 
     def _addresses_of(self, step: FusedStep) -> Tensor:
         """Return where the gradients are: int64 (T,), on their device."""
@@ -175,12 +210,12 @@ class _FusedPlan:
         step: FusedStep,
         scratch: _Scratch,
         addresses: Tensor,
-        tables: list[Tensor],
+        tables: _Tables,
         *,
         unlimited: bool = False,
     ) -> None:
         """Sum the powers of each chunk; clamp on the way what is clamped, unless told otherwise."""
-        for number, (part, table) in enumerate(zip(self._parts, tables, strict=True)):
+        for number, (part, table) in enumerate(zip(self._parts, tables.chunks, strict=True)):
             found = [parts[number] for _, parts in scratch.chunks]
             if part.top is None:
                 self._launch(
@@ -202,7 +237,7 @@ class _FusedPlan:
                     (part.chunks,),
                     addresses,
                     table,
-                    (_UNLIMITED if unlimited else part.top).on(self._device),
+                    _UNLIMITED.on(self._device) if unlimited else tables.tops[number],
                     *found,
                     DTYPE=part.dtype,
                     KIND=tl.float32,
@@ -211,11 +246,10 @@ class _FusedPlan:
                     RECOUNT=backend._RECOUNT,  # noqa: SLF001
                 )
 
-    def _decide(self, step: FusedStep, scratch: _Scratch, report: Report) -> None:
+    def _decide(self, step: FusedStep, scratch: _Scratch, report: Report, tables: _Tables) -> None:
         """Fold the sums, judge them, and fill the report."""
-        layout, device, scale = self._layout, self._device, step.grad_scale
-        count = len(layout.specs)
-        limits = layout.limits_table.on(device)
+        layout, scale, limits = self._layout, step.grad_scale, tables.limits
+        count = layout.starts[-1]
         scaled, scale_bits, scale_there = _NOT, 0, limits
         if isinstance(scale, Tensor):
             wide = scale.dtype is not torch.float32
@@ -230,8 +264,8 @@ class _FusedPlan:
             (count,),
             *chunks,
             *unused,
-            self._spans.on(device),
-            layout.starts_table.on(device),
+            tables.spans,
+            tables.starts,
             limits,
             scale_there,
             scale_bits,
@@ -251,9 +285,9 @@ class _FusedPlan:
             BLOCK=backend._FOLD,  # noqa: SLF001
         )
 
-    def _scale(self, scratch: _Scratch, addresses: Tensor, tables: list[Tensor]) -> None:
+    def _scale(self, scratch: _Scratch, addresses: Tensor, tables: _Tables) -> None:
         """Multiply each chunk by the coefficient of its pattern."""
-        for part, table in zip(self._parts, tables, strict=True):
+        for part, table in zip(self._parts, tables.chunks, strict=True):
             self._launch(
                 triton_programs.scale,
                 (min(part.chunks, self._programs),),

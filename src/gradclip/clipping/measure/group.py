@@ -77,7 +77,7 @@ class Found:
         norm: The norm that the policy sees.
         total: The norm that is reported for all patterns together: the same where p is the same.
         tensor_sums_T: A number for each tensor that exists here: not finite just where the tensor
-            is not, and NaN just where it holds a NaN.
+            is not, and NaN just where it holds a NaN. None where all are finite, and nobody asked.
         pattern_norm: The norm of the whole pattern, where ranks add it up.
         weights: The norm of the weights, where the policy asks for it.
         left: The norm of what clamping leaves, where ranks have to know before they write.
@@ -91,7 +91,7 @@ class Found:
 
     norm: Sums
     total: Sums
-    tensor_sums_T: Tensor
+    tensor_sums_T: Tensor | None
     pattern_norm: Sums | None = None
     weights: Sums | None = None
     left: Sums | None = None
@@ -145,14 +145,14 @@ def read(
         clamped: What clamping finds, which spares the read for p = 2.
     """
     order, gradients, rows = group.of.order, group.gradients, group.rows
-    sums_RA = None if clamped is None or order != _EUCLIDEAN else clamped.before_RA
-    norm = read_sums(backends, gradients.measured(order), device, order, rows, sums_RA)
-    total = norm
-    if group.total_order != order:
-        batch = gradients.measured(group.total_order)
-        before_RA = None if clamped is None else clamped.before_RA
-        sums_RA = before_RA if group.total_order == _EUCLIDEAN else None
-        total = read_sums(backends, batch, device, group.total_order, rows, sums_RA)
+    # On the CPU the sum over all gradients shows that all are finite, and then nobody asks for
+    # those of each. Where it is not finite they are taken at once, before anything is written.
+    waits = any(map(flags.host_waits_for, (device, *gradients.devices)))
+    together = rows.is_one and not waits
+    norm, total = _norms(group, backends, device, clamped, together=together)
+    if together and not all(each.are_finite for each in {norm, total}):
+        together = False
+        norm, total = _norms(group, backends, device, clamped, together=False)
     weights = None
     if group.weights is not None and group.weight_rows is not None:
         batch = group.weights.measured(order)
@@ -160,13 +160,40 @@ def read(
     return Found(
         norm,
         total,
-        per_tensor(norm.row_sums_R, gradients.specs),
+        None if together else per_tensor(norm.row_sums_R, gradients.specs),
         pattern_norm=(
             None if group.together is None else by_scope(order, norm.rows_RA, group.together)
         ),
         weights=weights,
         clamped=clamped,
     )
+
+
+def _norms(
+    group: Group,
+    backends: Backends,
+    device: torch.device,
+    clamped: Clamped | None,
+    *,
+    together: bool,
+) -> tuple[Sums, Sums]:
+    """Read the gradients for the norm that the policy sees, and for that of all patterns.
+
+    Args:
+        group: The pattern.
+        backends: The choice of backend.
+        device: That of the results.
+        clamped: What clamping finds, which spares the read for p = 2.
+        together: Whether nobody asks for what is found of each gradient.
+    """
+    found = []
+    for order in dict.fromkeys((group.of.order, group.total_order)):
+        known = None if clamped is None or order != _EUCLIDEAN else clamped.before_RA
+        batch = group.gradients.measured(order)
+        found.append(
+            read_sums(backends, batch, device, order, group.rows, known, together=together)
+        )
+    return found[0], found[-1]
 
 
 def read_again(group: Group, found: Found, backends: Backends) -> Found:

@@ -8,7 +8,7 @@ gradients are read once. Every other p takes two reads: the maximum first, then 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf, nan
+from math import inf, isfinite, nan
 from typing import TypeAlias
 
 import torch
@@ -39,7 +39,8 @@ class Sums:
 
     Args:
         order: p, > 0 or inf.
-        rows_RA: What was found of each row that exists here: (R, A).
+        rows_RA: What was found of each row that exists here, (R, A); of several rows together, in
+            any order, where only their total was asked for.
         sums_SA: Sums of powers of each scope, (S, A). For p = inf NaN where there is one, else 0.
         maxima_S: The largest modulus in each scope, (S,), where p asks for it.
         down_S: The same times 2^-600, where moduli may be beyond float64, of this process alone.
@@ -120,6 +121,14 @@ class Sums:
         """A number for each row: not finite just where the row is not, (R,)."""
         return self.rows_RA[:, self.rows_RA.shape[1] // 2]
 
+    @property
+    def are_finite(self) -> bool:
+        """Whether everything that was read is finite; the host waits for it."""
+        found = (
+            self.sums_SA[:, self.sums_SA.shape[1] // 2] if self.maxima_S is None else self.maxima_S
+        )
+        return all(map(isfinite, found.tolist()))
+
 
 def reads_twice(order: float) -> bool:
     """Return whether the largest modulus has to be known before powers are summed."""
@@ -133,6 +142,8 @@ def read(
     order: float,
     rows: RowMap,
     sums_RA: Tensor | None = None,
+    *,
+    together: bool = False,
 ) -> Sums:
     """Read tensors: their sums for p = 1, 2, else their maxima.
 
@@ -143,7 +154,10 @@ def read(
         order: p.
         rows: Which scope each row has.
         sums_RA: What was summed already, for p = 1, 2.
+        together: Whether only what all rows come to is asked for.
     """
+    if together:
+        batch = batch.joined()
     if not batch.tensors:
         rows_RA = torch.zeros(0, 1, dtype=torch.float64, device=device)
     elif sums_RA is not None:
@@ -265,7 +279,7 @@ def everywhere(
 def in_order(
     found: Sequence[Tensor], batch: Batch, device: torch.device, p: float = _EUCLIDEAN
 ) -> Tensor:
-    """Bring what was found of each part to a device, rows in order: (R, A).
+    """Bring what was found of each part to a device: (R, A), rows in order if each was asked for.
 
     Args:
         found: (R', A') of each part.
@@ -278,7 +292,7 @@ def in_order(
         return there[0]
     columns = max(some.shape[1] for some in there)
     table = torch.cat([some if some.shape[1] == columns else widened(some, p) for some in there])
-    return table[batch.specs.row_order.on(device)]
+    return table if batch.together else table[batch.specs.row_order.on(device)]
 
 
 def _bring(device: torch.device, rows: Table | None, values_R: Tensor) -> Tensor:

@@ -14,6 +14,11 @@ from gradclip.clipping.policies import Scope
 class RowMap(Protocol):
     """From the rows of the gradients that exist, R, to the scopes of all parameters, S."""
 
+    @property
+    def is_one(self) -> bool:
+        """Whether all rows are one scope, and each of them counts in full."""
+        ...
+
     def sums(self, values_RA: Tensor) -> Tensor:
         """Add up rows by scope: (S, A); 0 where a scope has no row."""
         ...
@@ -36,6 +41,7 @@ class OneScope:
 
     def __init__(self, weights_R: Table | None = None) -> None:
         self._weights_R = weights_R
+        self.is_one = weights_R is None
 
     def sums(self, values_RA: Tensor) -> Tensor:
         """Add up all rows: (1, A)."""
@@ -59,6 +65,8 @@ class OneScopeEach:
         count: How many scopes there are.
         positions_R: Which scope each row is; None where all rows exist, in order.
     """
+
+    is_one = False
 
     def __init__(self, count: int, positions_R: Table | None) -> None:
         self._count = count

@@ -76,8 +76,10 @@ class LocalSums:
         gradients: The gradients.
         sums: Sums of powers by name, (S, A) each.
         maxima: Largest moduli by the same names, (S,) each, where p is inf.
-        row_sums_RA: Sums of powers of the rows that exist here.
-        tensor_sums_T: Not finite just where a tensor is not, NaN just where it holds a NaN.
+        row_sums_RA: Sums of powers of the rows that exist here; of several together, in any order,
+            where no other rank has copies.
+        tensor_sums_T: Not finite just where a tensor is not, NaN just where it holds a NaN. None
+            where all are finite.
         changed: How many elements clamping changes, for a policy that clamps: 0-d float64.
     """
 
@@ -85,7 +87,7 @@ class LocalSums:
     sums: Mapping[str, Tensor]
     maxima: Mapping[str, Tensor]
     row_sums_RA: Tensor
-    tensor_sums_T: Tensor
+    tensor_sums_T: Tensor | None
     changed: Tensor | None = None
 
 

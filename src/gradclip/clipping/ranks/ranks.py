@@ -422,14 +422,15 @@ class Ranks:
             for each in found
         ]
 
-    def _sums_of_copies(self, found: Sequence[LocalSums]) -> Tensor:
-        """Add up, for each dimension, what all its ranks should hold alike."""
-        sums = torch.zeros(
-            len(self._topology.dimensions), dtype=torch.float64, device=self.result_device
-        )
+    def _sums_of_copies(self, found: Sequence[LocalSums]) -> Tensor | None:
+        """Add up, for each dimension, what all its ranks should hold alike; None for nothing."""
+        sums: Tensor | None = None
         for presence, each in zip(self._presences(found), found, strict=True):
             copies = presence.sums_of_copies(each.row_sums_RA[:, 0])
             if copies is not None:
+                if sums is None:
+                    dimensions = len(self._topology.dimensions)
+                    sums = torch.zeros(dimensions, dtype=torch.float64, device=self.result_device)
                 sums[: len(copies)] += copies
         return sums
 
@@ -445,13 +446,16 @@ class Ranks:
         """Return what is counted of each pattern."""
         counts: list[Tensor] = []
         for presence, each in zip(self._presences(found), found, strict=True):
-            member = self._members[each.gradients.group.pattern]
-            counts.append(presence.count(~each.tensor_sums_T.isfinite()))
-            if member.share.is_apart:
-                clamps = member.rule.clamps
-                sums_T = each.tensor_sums_T
-                counts.append(presence.count(sums_T.isnan() if clamps else ~sums_T.isfinite()))
-            if member.rule.clamps:
+            member, sums_T = self._members[each.gradients.group.pattern], each.tensor_sums_T
+            clamps = member.rule.clamps
+            if sums_T is None:
+                nothing = table_of((0.0,)).on(self.result_device)[0]
+                counts += [nothing] * (1 + member.share.is_apart)
+            else:
+                counts.append(presence.count(~sums_T.isfinite()))
+                if member.share.is_apart:
+                    counts.append(presence.count(sums_T.isnan() if clamps else ~sums_T.isfinite()))
+            if clamps:
                 assert each.changed is not None
                 counts.append(each.changed)
         return torch.stack(counts)

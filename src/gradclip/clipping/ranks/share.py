@@ -7,7 +7,7 @@ get identical bits.
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import compress
+from itertools import compress, repeat
 from typing import Literal, TypeAlias, TypeVar
 
 import torch
@@ -144,7 +144,8 @@ class Presence:
 
     def copies(self, names: Sequence[str], values_R: Sequence[float]) -> Copies:
         """Return the sum over the rows of each parameter of which other ranks have copies."""
-        rows = iter(values_R)
+        # Where nothing here is copied, values may be of several rows together.
+        rows = repeat(0.0) if self._copied_rows is None else iter(values_R)
         held = zip(names, self._chosen, self._share.holdings, self._share.rows, strict=True)
         sums = [
             (name, holding, sum(next(rows) for _ in range(n if there else 0)))

@@ -150,8 +150,9 @@ class Judge:
         if on_host is not None and (self._nonfinite == "skip" or may_skip):
             describe = None
             if not self.skips.warned:
-                suspects = _suspects_in(clip, found, patterns)
-                describe = partial(self._first_skip, step, peers.rank, suspects)
+                describe = partial(
+                    self._first_skip_of, clip, _present(clip, found), patterns, step, peers.rank
+                )
             if self.skips.record_late(on_host, overflow_expected, describe, waits=on_host.waits):
                 said = skip_report(step)
                 if on_host.waits or not on_host.of_all(BY_POLICY):
@@ -197,6 +198,28 @@ class Judge:
         called = self._called or "gradclip"
         return first_skip(called, step, rank, suspects, owned=self._owned, by_policy=by_policy)
 
+    def _first_skip_of(
+        self,
+        clip: FusedClip,
+        present: list[list[bool]] | None,
+        patterns: Sequence[Pattern],
+        step: int,
+        rank: int,
+        by_policy: bool,
+    ) -> str | None:
+        starts = clip.layout.starts
+        suspects = [
+            Suspects(
+                pattern.parameters,
+                None if present is None else present[number],
+                clip.report.sums_T[starts[number] : starts[number + 1]],
+                pattern.element_limit is not None,
+            )
+            for number, pattern in enumerate(patterns)
+            if pattern.writes
+        ]
+        return self._first_skip(step, rank, suspects, by_policy)
+
     def _report(
         self, groups: list[Group], decisions: list[Decision], peers: Peers, step: int
     ) -> str:
@@ -215,18 +238,8 @@ class Judge:
         )
 
 
-def _suspects_in(
-    clip: FusedClip, found: Sequence[Sequence[Tensor | None]], patterns: Sequence[Pattern]
-) -> list[Suspects]:
-    """Return the gradients of each pattern that may be at fault; none of them is kept alive."""
-    starts = clip.layout.starts
-    return [
-        Suspects(
-            pattern.parameters,
-            None if end - start == len(each) else [one is not None for one in each],
-            clip.report.sums_T[start:end],
-            pattern.element_limit is not None,
-        )
-        for pattern, each, start, end in zip(patterns, found, starts, starts[1:], strict=False)
-        if pattern.writes
-    ]
+def _present(clip: FusedClip, found: Sequence[Sequence[Tensor | None]]) -> list[list[bool]] | None:
+    """Return which parameters of each pattern have a gradient; None for all of them."""
+    if clip.layout.starts[-1] == sum(map(len, found)):
+        return None
+    return [[gradient is not None for gradient in each] for each in found]

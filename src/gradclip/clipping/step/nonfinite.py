@@ -206,16 +206,19 @@ class Suspects:
         parameters: All of the pattern.
         present: Which of those had a gradient; None for all.
         sums_T: A number for each gradient: not finite just where it is not, NaN where it has one.
+            None where all are finite.
         clamps: Whether the policy bounds infinities, so that a NaN alone is at fault.
     """
 
     parameters: ParameterGroup
     present: Sequence[bool] | None
-    sums_T: Tensor
+    sums_T: Tensor | None
     clamps: bool
 
     def first(self) -> str | None:
         """Return the name of the first one at fault, if there is one; waits for the device."""
+        if self.sums_T is None:
+            return None
         at_fault = self.sums_T.isnan() if self.clamps else ~self.sums_T.isfinite()
         names = self.parameters.names
         names = names if self.present is None else list(compress(names, self.present))

@@ -5,7 +5,7 @@ from math import inf
 import pytest
 import torch
 
-from gradclip.clipping.kernels import Batch, carry_out, choose, device, foreach
+from gradclip.clipping.kernels import Batch, carry_out, choose, device, foreach, total
 from pairwise import pairwise
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -193,7 +193,7 @@ def test_a_gathered_float64_tensor_is_not_written():
 
 
 def test_more_small_tensors_than_are_gathered_at_once(monkeypatch):
-    monkeypatch.setattr(foreach, "_GATHERED", 100)
+    monkeypatch.setattr(total, "GATHERED", 100)
     tensors = [torch.full((n,), float(n)) for n in range(60)]
     sums = foreach.power_sums(Batch.of(tensors), 2.0)[:, 0].tolist()
     assert sums == [float(n) ** 3 for n in range(60)]
