@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import gradclip
-from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
+from gradclip import GradientClipper, GuardClip, NormClip, ObserveClip, ValueClip
 from gradclip.clipping import engine, flags, kernels, short
 from gradclip.clipping.kernels import device, tables, triton_launch
 from gradclip.clipping.kernels import fused as reports
@@ -37,6 +37,10 @@ POLICIES = {
     "p = inf": NormClip(max_norm=1.0, norm_type=inf),
     "p = 1": NormClip(max_norm=1.0, norm_type=1.0),
     "observe": ObserveClip(),
+    "guard": GuardClip(),
+    "skips": NormClip(max_norm=inf, skip_above=2.0),
+    "skips none": NormClip(max_norm=1.0, skip_above=1e9),
+    "one pattern skips": {"w0": NormClip(max_norm=1.0, skip_above=2.0), "*": 1.0},
     "value": ValueClip(clip_value=0.5),
     "value zero": ValueClip(clip_value=0.0),
     "value unbounded": ValueClip(clip_value=inf),
@@ -260,6 +264,17 @@ def test_too_many_skips_end_the_run_before_gradients_change():
         clipper.clip()
     for (_, weight), kept in zip(pairs, before, strict=True):
         torch.testing.assert_close(weight.grad, kept, rtol=0, atol=0, equal_nan=True)
+
+
+def test_too_many_skips_of_a_policy_are_said_to_be_its_own():
+    policy = NormClip(max_norm=1.0, skip_above=2.0)
+    pairs = made()
+    clipper = GradientClipper(pairs, policy, backend="triton", max_consecutive_skips=1)
+    with pytest.warns(UserWarning, match="the policy asked to"):
+        clipper.clip()
+    regain(pairs, seed=1)
+    with pytest.raises(TooManySkipsError, match="The policy asked to skip step 1"):
+        clipper.clip()
 
 
 def test_the_first_skip_names_what_is_at_fault():

@@ -1,7 +1,7 @@
 """What a policy is: a configuration, and a rule from norms to thresholds."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -148,6 +148,10 @@ class Policy(Config, ABC):
         )
         if rule < numbers:  # a rule of its own, of which the numbers of its parent say nothing
             cls.fixed = Policy.fixed  # type: ignore[method-assign]
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        # Pydantic puts it first where it is a field, since the base class declares it first.
+        return sorted(super().__repr_args__(), key=lambda field: field[0] == "scope")
 
     @property
     def order(self) -> float:

@@ -108,12 +108,7 @@ class Judge:
         if not (self.skips.warned or skipped is False):
             describe = self._describing(groups, found, peers, step)
         if self.skips.record(skipped, unwanted, describe, expected=overflow_expected):
-            by_policy = committed is True and unwanted is not False
-            report = (
-                skip_report(step)
-                if by_policy
-                else self._report(groups, decided.decisions, peers, step)
-            )
+            report = self._report(groups, decided.decisions, peers, step, self.skips.by_policy)
             raise too_many_skips(report, self.skips.limit)
 
     def judge_report(
@@ -156,7 +151,7 @@ class Judge:
             if self.skips.record_late(on_host, overflow_expected, describe, waits=on_host.waits):
                 groups = [Group.collect(pattern, self._total_order) for pattern in patterns]
                 limits = [each.of.decision for each in groups if each.of.decision is not None]
-                said = self._report(groups, limits, peers, step)
+                said = self._report(groups, limits, peers, step, self.skips.by_policy)
                 raise too_many_skips(said, self.skips.limit)
         self._recent.append(report)
         return True
@@ -219,8 +214,16 @@ class Judge:
         return self._first_skip(step, rank, suspects, by_policy)
 
     def _report(
-        self, groups: list[Group], decisions: list[Decision], peers: Peers, step: int
+        self,
+        groups: list[Group],
+        decisions: list[Decision],
+        peers: Peers,
+        step: int,
+        by_policy: bool = False,
     ) -> str:
+        faults = peers.gather(lambda: Faults.of([group.gradients for group in groups], peers.rank))
+        if by_policy and not any(each.described for each in faults):
+            return skip_report(step)
         recent = [
             each if isinstance(each, float) else float(self._norm_of_all(each))
             for each in self._recent
@@ -228,7 +231,7 @@ class Judge:
         policy = groups[0].policy
         limit = decisions[0].thresholds if policy.element_limit is None else policy.element_limit
         return nonfinite_report(
-            peers.gather(lambda: Faults.of([group.gradients for group in groups], peers.rank)),
+            faults,
             norm_type=policy.order,
             step=step,
             last_norms=[norm for norm in recent if isfinite(norm)][-4:],
