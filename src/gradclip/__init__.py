@@ -10,6 +10,7 @@ from gradclip import config as config
 from gradclip import errors as errors
 
 if TYPE_CHECKING:
+    from gradclip.clipping import AGCClip as AGCClip
     from gradclip.clipping import ClipResult as ClipResult
     from gradclip.clipping import ClipStats as ClipStats
     from gradclip.clipping import GradientClipper as GradientClipper
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AGCClip",
     "ClipResult",
     "ClipStats",
     "GradientClipper",

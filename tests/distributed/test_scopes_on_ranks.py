@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from documented_policies import documented
-from gradclip import GradientClipper
+from gradclip import AGCClip, GradientClipper
 from gradclip.clipping.policies import Decision, Policy, PolicyState
 from gradclip.config import NormOrder
 from gradclip.errors import ArgumentValueError, StateError
@@ -71,6 +71,45 @@ def test_units_are_bounded_by_their_weights_on_two_ranks(kind, dim):
         assert [*first[:-1], *second[:-1]] == names
     else:
         assert list(first[:-1]) == list(second[:-1]) == names
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.w, self.v = (nn.Parameter(torch.randn(4, 3, 6)) for _ in range(2))
+        self.deconv = nn.ConvTranspose1d(4, 6, 3, groups=2)
+
+
+def units_that_are_said(rank):
+    mesh, policy = line(2), AGCClip(units={"w": 2, "v": "tensor", "deconv.weight": 1})
+
+    def clipped(model, policy=policy):
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight)
+        GradientClipper(model, policy).clip()
+        return [weight.grad for weight in model.parameters()]
+
+    truth = clipped(Experts())
+    for dim in range(3):
+        model = Experts()
+        for layer in (model, model.deconv):
+            for name, weight in list(layer.named_parameters(recurse=False)):
+                placed = [Shard(min(dim, weight.dim() - 1))]
+                setattr(layer, name, nn.Parameter(distribute_tensor(weight.detach(), mesh, placed)))
+        for ours, wanted in zip(clipped(model), truth, strict=True):
+            torch.testing.assert_close(ours.full_tensor(), wanted, rtol=1e-6, atol=0)
+    for units, said in (
+        ({"w": 2, "v": 0}, r"transposed convolution of 2 groups.*units=.'deconv.weight': 1."),
+        ({"x": 2, "*": 0}, "'x' of units matches no parameter on any of the ranks"),
+        ({"w": 3, "*": 0}, "has no dimension 3"),
+    ):
+        with pytest.raises(ArgumentValueError, match=said):
+            GradientClipper(model, AGCClip(units=units))
+
+
+def test_units_that_a_policy_names_are_those_of_one_process():
+    together(units_that_are_said, 2)
 
 
 class OfPattern(Policy):

@@ -8,6 +8,7 @@ import pytest
 import gradclip
 
 ENGINE = [
+    "AGCClip",
     "ClipResult",
     "ClipStats",
     "GradientClipper",

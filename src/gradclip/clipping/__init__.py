@@ -5,6 +5,7 @@ from gradclip.clipping.functional import clip_grad_norm_ as clip_grad_norm_
 from gradclip.clipping.functional import clip_grad_value_ as clip_grad_value_
 from gradclip.clipping.functional import clip_grads_with_norm_ as clip_grads_with_norm_
 from gradclip.clipping.functional import get_total_norm as get_total_norm
+from gradclip.clipping.policies import AGCClip as AGCClip
 from gradclip.clipping.policies import AnyPolicy as AnyPolicy
 from gradclip.clipping.policies import GuardClip as GuardClip
 from gradclip.clipping.policies import NormClip as NormClip

@@ -120,6 +120,9 @@ OTHERS = {
     "norm_type": 1.0,
     "skip_above": 2.0,
     "clip_value": 1.0,
+    "clip_factor": 0.1,
+    "eps": 0.1,
+    "units": {"experts.*": 2},
     "max_norm": gradclip.Schedule(points=((0, 1.0), (10, 0.5))),
 }
 NEEDED = {"max_norm": 1.0, "clip_value": 1.0}

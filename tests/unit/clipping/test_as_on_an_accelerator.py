@@ -10,7 +10,7 @@ import fake_device
 import pytest
 import torch
 
-from gradclip import GradientClipper, GuardClip, NormClip, ObserveClip, Schedule, ValueClip
+from gradclip import AGCClip, GradientClipper, GuardClip, NormClip, ObserveClip, Schedule, ValueClip
 from gradclip.clipping import flags
 from gradclip.clipping.kernels import foreach
 from gradclip.clipping.step.nonfinite import SkipCounter
@@ -32,6 +32,7 @@ POLICIES = {
     "value": ValueClip(clip_value=0.25),
     "observe": ObserveClip(),
     "guard": GuardClip(),
+    "agc": {"a": AGCClip(), "b": AGCClip(clip_factor=1e-4)},
     "tensors": NormClip(max_norm=1.0, scope="tensor"),
     "schedule": NormClip(max_norm=Schedule(points=((0, 1.0), (4, 0.5)), shape="linear")),
     "skips": NormClip(max_norm=inf, skip_above=4.0),

@@ -5,6 +5,7 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
+from gradclip.clipping.policies.agc import AGCClip as AGCClip
 from gradclip.clipping.policies.base import Decision as Decision
 from gradclip.clipping.policies.base import FixedLimit as FixedLimit
 from gradclip.clipping.policies.base import Measurement as Measurement
@@ -21,11 +22,11 @@ from gradclip.config import as_ceiling
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
 
 AnyPolicy: TypeAlias = Annotated[
-    NormClip | ValueClip | ObserveClip | GuardClip, Field(discriminator="clip_mode")
+    NormClip | ValueClip | ObserveClip | GuardClip | AGCClip, Field(discriminator="clip_mode")
 ]
 """Every policy, told apart by ``clip_mode``: what a configuration file may name."""
 
-BUILT_IN = (NormClip, ValueClip, ObserveClip, GuardClip)
+BUILT_IN = (NormClip, ValueClip, ObserveClip, GuardClip, AGCClip)
 """The same as a tuple: policies that need no ``class_type`` in a file."""
 
 PolicyLike: TypeAlias = Policy | float

@@ -5,7 +5,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from gradclip import GuardClip, NormClip, ObserveClip, Schedule, ValueClip
+from gradclip import AGCClip, GuardClip, NormClip, ObserveClip, Schedule, ValueClip
 from gradclip.config import dump, load
 from gradclip.errors import ConfigError
 from gradclip.pipeline.hooks import (
@@ -92,6 +92,8 @@ def test_a_policy_takes_the_place_of_the_mode(policy, expected):
         ({"clip_mode": "norm", "max_norm": 1.0, "max_consecutive_skips": 2.5}, "max_cons"),
         ({"policy": {"*": -1.0}}, ">= 0"),
         ({"policy": {"clip_mode": "adam"}}, "policy"),
+        ({"policy": {"clip_mode": "agc", "eps": 0.0}}, "greater than 0"),
+        ({"policy": {"clip_mode": "agc", "units": {"w": "row"}}}, "'tensor'"),
         ({"policy": {"clip_mode": "norm", "max_norm": 1.0, "scope": "unit"}}, "'tensor'"),
         ({"policy": {"clip_mode": "norm", "max_norm": {"points": []}}}, "points is empty"),
         ({"policy": {"clip_mode": "norm", "max_norm": {"points": [[0, -1.0]]}}}, ">= 0"),
@@ -132,6 +134,7 @@ def test_what_cannot_be_meant_is_refused_in_our_words(fields, said):
         GradientClippingHookConfig(
             policy={
                 "h.*": NormClip(max_norm=Schedule(points=((0, inf), (10, 1.0)))),
+                "e.*": AGCClip(clip_factor=0.1, units={"e.w": 2, "*": "tensor"}),
                 "*": GuardClip(),
             }
         ),
