@@ -10,11 +10,14 @@ from gradclip import config as config
 from gradclip import errors as errors
 
 if TYPE_CHECKING:
+    from gradclip.clipping import AGCClip as AGCClip
     from gradclip.clipping import ClipResult as ClipResult
     from gradclip.clipping import ClipStats as ClipStats
     from gradclip.clipping import GradientClipper as GradientClipper
+    from gradclip.clipping import GuardClip as GuardClip
     from gradclip.clipping import NormClip as NormClip
     from gradclip.clipping import ObserveClip as ObserveClip
+    from gradclip.clipping import Schedule as Schedule
     from gradclip.clipping import ValueClip as ValueClip
     from gradclip.clipping import clip_grad_norm_ as clip_grad_norm_
     from gradclip.clipping import clip_grad_value_ as clip_grad_value_
@@ -26,11 +29,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AGCClip",
     "ClipResult",
     "ClipStats",
     "GradientClipper",
+    "GuardClip",
     "NormClip",
     "ObserveClip",
+    "Schedule",
     "ValueClip",
     "__version__",
     "attach",

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from documented_policies import documented
-from gradclip import GradientClipper
+from gradclip import AGCClip, GradientClipper, GuardClip, NormClip, Schedule
 from gradclip.clipping.policies import Decision, Policy, PolicyState
 from gradclip.config import NormOrder
 from gradclip.errors import ArgumentValueError, StateError
@@ -71,6 +71,94 @@ def test_units_are_bounded_by_their_weights_on_two_ranks(kind, dim):
         assert [*first[:-1], *second[:-1]] == names
     else:
         assert list(first[:-1]) == list(second[:-1]) == names
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.w, self.v = (nn.Parameter(torch.randn(4, 3, 6)) for _ in range(2))
+        self.deconv = nn.ConvTranspose1d(4, 6, 3, groups=2)
+
+
+def units_that_are_said(rank):
+    mesh, policy = line(2), AGCClip(units={"w": 2, "v": "tensor", "deconv.weight": 1})
+
+    def clipped(model, policy=policy):
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight)
+        GradientClipper(model, policy).clip()
+        return [weight.grad for weight in model.parameters()]
+
+    truth = clipped(Experts())
+    for dim in range(3):
+        model = Experts()
+        for layer in (model, model.deconv):
+            for name, weight in list(layer.named_parameters(recurse=False)):
+                placed = [Shard(min(dim, weight.dim() - 1))]
+                setattr(layer, name, nn.Parameter(distribute_tensor(weight.detach(), mesh, placed)))
+        for ours, wanted in zip(clipped(model), truth, strict=True):
+            torch.testing.assert_close(ours.full_tensor(), wanted, rtol=1e-6, atol=0)
+    for units, said in (
+        ({"w": 2, "v": 0}, r"transposed convolution of 2 groups.*units=.'deconv.weight': 1."),
+        ({"x": 2, "*": 0}, "'x' of units matches no parameter on any of the ranks"),
+        ({"w": 3, "*": 0}, "has no dimension 3"),
+    ):
+        with pytest.raises(ArgumentValueError, match=said):
+            GradientClipper(model, AGCClip(units=units))
+
+
+def test_units_that_a_policy_names_are_those_of_one_process():
+    together(units_that_are_said, 2)
+
+
+FALLING = Schedule(points=((0, 8.0), (3, 0.5)), shape="linear")
+NORMS = [
+    NormClip(max_norm=1.0, scope="tensor"),
+    NormClip(max_norm=2.0, scope="tensor", skip_above=40.0),
+    NormClip(max_norm=torch.inf, skip_above=40.0),
+    NormClip(max_norm=FALLING, skip_above=40.0),
+    NormClip(max_norm=FALLING, scope="tensor", skip_above=40.0),
+    {"weight": NormClip(max_norm=2.0, skip_above=40.0), "*": GuardClip()},
+]
+
+
+def norm_clips(rank):
+    """Make four steps alone and on two ranks; the third is far larger."""
+    said = []
+    for policy in NORMS:
+        runs = []
+        for split in (False, True):
+            module, gradients = made("linear")
+            if split:
+                sharded(module, gradients, 0)
+            clipper, run = GradientClipper(module, policy), []
+            for size in (1.0, 0.5, 100.0, 1.0):
+                for weight, gradient in zip(module.parameters(), gradients, strict=True):
+                    placed = [Shard(0)]
+                    weight.grad = (
+                        distribute_tensor(gradient * size, line(2), placed)
+                        if split
+                        else gradient * size
+                    )
+                skipped = bool(clipper.clip().skipped)
+                grads = [weight.grad for weight in module.parameters()]
+                run.append((skipped, [g.full_tensor() if split else g for g in grads]))
+            runs.append((run, clipper.state_dict()["committed_steps"]))
+        (alone, made_alone), (ours, made_here) = runs
+        assert made_here == made_alone
+        for (skipped, grads), (wanted, truth) in zip(ours, alone, strict=True):
+            assert skipped is wanted
+            for got, expected in zip(grads, truth, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-12)
+        said.append([skipped for skipped, _ in ours])
+    return said
+
+
+@pytest.mark.filterwarnings("ignore:.*skipped step")
+def test_a_norm_clip_with_a_scope_a_second_limit_or_a_schedule_is_that_of_one_process():
+    never, once = [False] * 4, [False, False, True, False]
+    assert together(norm_clips, 2) == [[never, once, once, once, once, once]] * 2
 
 
 class OfPattern(Policy):

@@ -8,11 +8,14 @@ import pytest
 import gradclip
 
 ENGINE = [
+    "AGCClip",
     "ClipResult",
     "ClipStats",
     "GradientClipper",
+    "GuardClip",
     "NormClip",
     "ObserveClip",
+    "Schedule",
     "ValueClip",
     "clip_grad_norm_",
     "clip_grad_value_",

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import backend_registration
 
-from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
+from gradclip import AGCClip, GradientClipper, GuardClip, NormClip, ObserveClip, Schedule, ValueClip
 from gradclip.clipping import Policy
 from gradclip.clipping.collect import gradients as collected
 from gradclip.clipping.collect import overlap
@@ -56,6 +56,11 @@ POLICIES = {
     "norm and value": {"a": 1.0, "b": ValueClip(clip_value=0.1)},
     "two observers": {"a": ObserveClip(), "b": ObserveClip()},
     "two orders": {"a": 1.0, "b": NormClip(max_norm=1.0, norm_type=1.0)},
+    "guard": GuardClip(),
+    "agc": {"a": AGCClip(units={"a": 1}), "b": AGCClip(clip_factor=1e-4)},
+    "tensors": NormClip(max_norm=1.0, scope="tensor", skip_above=4.0),
+    "schedule": NormClip(max_norm=Schedule(points=((0, 1.0), (4, 0.5)), shape="linear")),
+    "skips": NormClip(max_norm=inf, skip_above=4.0),
     "rows": RowClip(),
     "observed rows": RowObserver(),
     "rows and norm": {"a": RowClip(), "b": 1.0},

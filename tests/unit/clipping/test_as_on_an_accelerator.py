@@ -10,7 +10,7 @@ import fake_device
 import pytest
 import torch
 
-from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
+from gradclip import AGCClip, GradientClipper, GuardClip, NormClip, ObserveClip, Schedule, ValueClip
 from gradclip.clipping import flags
 from gradclip.clipping.kernels import foreach
 from gradclip.clipping.step.nonfinite import SkipCounter
@@ -31,6 +31,12 @@ POLICIES = {
     "zero": 0.0,
     "value": ValueClip(clip_value=0.25),
     "observe": ObserveClip(),
+    "guard": GuardClip(),
+    "agc": {"a": AGCClip(), "b": AGCClip(clip_factor=1e-4)},
+    "tensors": NormClip(max_norm=1.0, scope="tensor"),
+    "schedule": NormClip(max_norm=Schedule(points=((0, 1.0), (4, 0.5)), shape="linear")),
+    "skips": NormClip(max_norm=inf, skip_above=4.0),
+    "skips above tensors": NormClip(max_norm=1.0, scope="tensor", skip_above=4.0),
     "patterns": {"a": 1.0, "b": ValueClip(clip_value=0.25)},
     "value first": {"a": ValueClip(clip_value=5.0), "b": 1.0},
     "to zero": {"a": ValueClip(clip_value=0.0), "b": 1.0},

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 
 import gradclip
-from gradclip import GradientClipper, ObserveClip, ValueClip
+from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
 from gradclip.clipping import engine, flags, kernels, short
 from gradclip.clipping.apply import fused
 from gradclip.clipping.kernels import device, tables, triton_launch
@@ -186,6 +186,17 @@ def test_too_many_skips_end_the_run_before_gradients_change():
         clipper.clip()
     for (_, weight), kept in zip(pairs, before, strict=True):
         torch.testing.assert_close(weight.grad, kept, rtol=0, atol=0, equal_nan=True)
+
+
+def test_too_many_skips_of_a_policy_are_said_to_be_its_own():
+    policy = NormClip(max_norm=1.0, skip_above=2.0)
+    pairs = made()
+    clipper = GradientClipper(pairs, policy, backend="triton", max_consecutive_skips=1)
+    with pytest.warns(UserWarning, match="the policy asked to"):
+        clipper.clip()
+    regain(pairs, seed=1)
+    with pytest.raises(TooManySkipsError, match="The policy asked to skip step 1"):
+        clipper.clip()
 
 
 def test_the_first_skip_names_what_is_at_fault():

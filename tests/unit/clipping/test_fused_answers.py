@@ -6,8 +6,7 @@ import pytest
 import torch
 from fused_models import made, regain
 
-from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
-from gradclip.clipping.policies.base import FixedLimit
+from gradclip import GradientClipper, GuardClip, NormClip, ObserveClip, ValueClip
 from gradclip.clipping.result import FusedResult
 from gradclip.errors import NonFiniteGradientError, TooManySkipsError
 from pairwise import pairwise
@@ -16,15 +15,11 @@ pytest.importorskip("gradclip.clipping.kernels.triton_fused")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
-class Skips(NormClip):
-    """Asks to skip a step with a large norm, and says so in numbers."""
-
-    def fixed(self):
-        return FixedLimit(self.max_norm, self.max_norm, skip_above=10.0)
-
-
 POLICIES = {
-    "skip above": Skips(max_norm=1.0),
+    "skip above": NormClip(max_norm=1.0, skip_above=10.0),
+    "guard": GuardClip(),
+    "skips alone": NormClip(max_norm=inf, skip_above=2.0),
+    "one pattern skips": {"w0": NormClip(max_norm=1.0, skip_above=2.0), "*": 1.0},
     "norm": 1.0,
     "within": 1e9,
     "zero": 0.0,
@@ -106,7 +101,9 @@ def test_it_answers_as_the_ordinary_way(policy, nonfinite, spike, grad_scale):
 
 def test_too_many_skips_of_a_policy_are_called_so():
     pairs = made()
-    clipper = GradientClipper(pairs, Skips(max_norm=1.0), backend="triton", max_consecutive_skips=1)
+    clipper = GradientClipper(
+        pairs, NormClip(max_norm=1.0, skip_above=10.0), backend="triton", max_consecutive_skips=1
+    )
     clipper.clip()
     regain(pairs, seed=1)
     with pytest.raises(TooManySkipsError, match="The policy asked to skip step 1"):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradclip.clipping.collect.parameters import ParameterGroup
 from gradclip.clipping.collect.shards import local_part
+from gradclip.clipping.collect.units import Units
 from gradclip.clipping.kernels.tensor_specs import Batch, SpecsCache, TensorSpecs
 from gradclip.errors import UnsupportedGradientError, warn
 
@@ -31,7 +32,7 @@ class Gradients:
         present: Which of those have a gradient; None for all.
         tensors: The gradients, dense or sparse, real or complex.
         known: Recognises tensors like those of earlier calls.
-        unit_dims: Which dimension of each tensor has its units; None where there are no units.
+        units: Those of each tensor; None where there are no units.
         specs: That of the tensors.
     """
 
@@ -39,12 +40,12 @@ class Gradients:
     present: list[bool] | None
     tensors: list[Tensor]
     known: SpecsCache
-    unit_dims: list[int] | None
+    units: list[Units] | None
     specs: TensorSpecs
 
     def __post_init__(self) -> None:
         self._kinds = self.specs.plan(_Kinds)
-        plain = self._kinds.plain and not (self.unit_dims and any(self.unit_dims))
+        plain = self._kinds.plain and all(each.is_plain for each in self.units or ())
         self._plain = Batch(self.tensors, self.specs) if plain else None
 
     @cached_property
@@ -131,10 +132,12 @@ class Gradients:
 
     def _batch(self, tensors: list[Tensor]) -> Batch:
         """Return tensors as the kernels see them: units in the leading dimension."""
-        if self.unit_dims:
-            dims = zip(tensors, self.unit_dims, strict=True)
-            tensors = [tensor.movedim(dim, 0) if dim else tensor for tensor, dim in dims]
-        return self.known.batch(tensors, self.specs.rows)
+        rows = self.specs.rows
+        if self.units and not all(each.is_plain for each in self.units):
+            pairs = zip(self.units, tensors, strict=True)
+            views = [view for units, tensor in pairs for view in units.views(tensor)]
+            tensors, rows = [view for view, _ in views], [count for _, count in views]
+        return self.known.batch(tensors, rows)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -176,8 +179,8 @@ def collect(
     found = group.local(found) if placed else [g if g is None else local_part(g) for g in found]
     specs = known.find(cast("list[Tensor]", found))  # what holds a None fits none
     if specs is not None:
-        dims = group.unit_dims if by_unit else None
-        return Gradients(group, None, cast("list[Tensor]", found), known, dims, specs)
+        units = group.units if by_unit else None
+        return Gradients(group, None, cast("list[Tensor]", found), known, units, specs)
     return as_gradients(group, found, known, by_unit=by_unit)
 
 
@@ -198,21 +201,20 @@ def as_gradients(
     there = [gradient is not None for gradient in found]
     present = None if all(there) else there
     tensors = [wait_for(gradient) for gradient in found if gradient is not None]
-    dims = list(compress(group.unit_dims, there)) if by_unit else None
+    units = list(compress(group.units, there)) if by_unit else None
     specs = known.find(tensors)
     if specs is None:
         names = group.names if present is None else list(compress(group.names, present))
         for name, gradient in zip(names, tensors, strict=True):
             _check_supported(name, gradient, by_unit=by_unit)
-        specs = known.add(tensors, _rows(tensors, dims))
-    return Gradients(group, present, tensors, known, dims, specs)
+        specs = known.add(tensors, _rows(tensors, units))
+    return Gradients(group, present, tensors, known, units, specs)
 
 
-def _rows(tensors: list[Tensor], unit_dims: list[int] | None) -> list[int] | None:
-    if unit_dims is None:
+def _rows(tensors: list[Tensor], units: list[Units] | None) -> list[int] | None:
+    if units is None:
         return None
-    pairs = zip(tensors, unit_dims, strict=True)
-    return [tensor.shape[dim] if tensor.dim() > 1 else 1 for tensor, dim in pairs]
+    return [each.rows(tensor) for each, tensor in zip(units, tensors, strict=True)]
 
 
 def wait_for(tensor: Tensor) -> Tensor:

@@ -1,17 +1,17 @@
 """The parameters of each name pattern: sorted once, and again only where they were replaced."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from operator import is_
 from typing import Literal
 
 from torch import Tensor
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from gradclip.clipping.collect.shards import Shards, local_part
 from gradclip.clipping.collect.sources import ParameterSource, short
+from gradclip.clipping.collect.units import DeclaredUnits, Units, units_of, warn_of_unclear
 from gradclip.errors import ArgumentValueError
 
 
@@ -24,12 +24,14 @@ class ParameterGroup:
         parameters: Each once.
         numbers: Which of the source's they are.
         source: Where they were found.
+        declared: What their units are, as far as a policy says it.
     """
 
     pattern: str
     parameters: list[Tensor]
     numbers: list[int]
     source: ParameterSource
+    declared: DeclaredUnits = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         distributed = any(hasattr(parameter, "_spec") for parameter in self.parameters)
@@ -61,25 +63,37 @@ class ParameterGroup:
         return all(known[number] is not None for number in self.numbers)
 
     @cached_property
-    def unit_dims(self) -> list[int]:
-        """Which dimension of each parameter has its units: that of its outputs."""
-        module = self.source.module
-        transposed = {
-            id(each._parameters.get("weight"))  # noqa: SLF001 - a parametrized weight would be computed
-            for each in (() if module is None else module.modules())
-            if isinstance(each, _ConvTransposeNd)
-        }
-        return [1 if id(parameter) in transposed else 0 for parameter in self.parameters]
+    def units(self) -> list[Units]:
+        """What the units of each parameter are.
+
+        Raises:
+            ArgumentValueError: GC010, for a declared dimension that a parameter has not.
+        """
+        names = self.names if self.declared else None
+        return units_of(self.parameters, names, self.source.module, self.declared)
+
+    @property
+    def unused_units(self) -> list[str]:
+        """The patterns of declared units that match none of these parameters."""
+        return [
+            pattern
+            for pattern in self.declared
+            if not any(fnmatchcase(name, pattern) for name in self.names)
+        ]
 
     def rows(self, scope: Literal["group", "tensor", "unit"]) -> list[int]:
         """Return how many rows the local part of each parameter has: its units, or one."""
         if scope != "unit":
             return [1] * len(self.parameters)
         local = map(local_part, self.parameters)
-        return [
-            part.shape[dim] if part.dim() > 1 else 1
-            for part, dim in zip(local, self.unit_dims, strict=True)
-        ]
+        return [units.rows(part) for units, part in zip(self.units, local, strict=True)]
+
+    def warn_of_units(self) -> bool:
+        """Warn if nothing says what the units of a parameter are; return whether it did."""
+        named = self.names if any(p.dim() > 2 for p in self.parameters) else None  # noqa: PLR2004
+        return named is not None and warn_of_unclear(
+            self.parameters, named, self.source.module, self.declared
+        )
 
 
 class Parameters:
@@ -88,11 +102,19 @@ class Parameters:
     Args:
         source: Where they are found.
         patterns: Name patterns (``fnmatch``), the first match wins; None for one group of all.
+        units: The units that the policy of a pattern declares, if it does; without patterns
+            that of "*".
     """
 
-    def __init__(self, source: ParameterSource, patterns: Sequence[str] | None) -> None:
+    def __init__(
+        self,
+        source: ParameterSource,
+        patterns: Sequence[str] | None,
+        units: Mapping[str, DeclaredUnits] | None = None,
+    ) -> None:
         self._source = source
         self._patterns = patterns
+        self._units = units or {}
         self._seen: list[Tensor] = []
         self._groups: dict[str, ParameterGroup] = {}
         self.groups()
@@ -126,7 +148,13 @@ class Parameters:
                 pattern = self._pattern_of(names[number], number, parameters[number])
                 chosen[pattern].append(number)
         return {
-            pattern: ParameterGroup(pattern, [parameters[n] for n in some], some, self._source)
+            pattern: ParameterGroup(
+                pattern,
+                [parameters[n] for n in some],
+                some,
+                self._source,
+                self._units.get(pattern, {}),
+            )
             for pattern, some in chosen.items()
         }
 
@@ -154,6 +182,12 @@ class Parameters:
         Raises:
             ArgumentValueError: GC010.
         """
+        for group in self._groups.values():
+            for pattern in group.unused_units if group.parameters else ():
+                raise ArgumentValueError(
+                    f"the pattern {pattern!r} of units matches no parameter of this policy; names "
+                    f"look like {short(group.names[:4], 160)}"
+                )
         if not self._seen or all(group.parameters for group in self._groups.values()):
             return
         names = [name for name in self._source.all_names() if name is not None]

@@ -21,6 +21,7 @@ from gradclip.clipping.kernels import (
     blocks,
     carry_out,
     halves,
+    matrices,
     off_cpu,
     total,
 )
@@ -194,11 +195,12 @@ class _Gathering:
 
 def _by_rows(batch: Batch, p: float, large: Callable[[Tensor], float]) -> Tensor:
     """Reduce each row to its sum for p = 1, 2, or its maximum for p = inf: float64 (R,)."""
+    if not batch.specs.one_row_each and all(batch.specs.flat):
+        return matrices.reduced(batch, p)
     gathering, top = batch.specs.plan(_Gathering), batch.top if p != inf else None
-    one_each = batch.specs.one_row_each
-    rows = batch.tensors if one_each else _rows(batch)
     # Rows of a tensor with gaps are no vectors, and become some only when they are gathered.
-    gapped = not (one_each or all(batch.specs.flat))
+    gapped = not batch.specs.one_row_each
+    rows = _rows(batch) if gapped else batch.tensors
     buffer = None
     if gathering.in_lanes and p == _EUCLIDEAN:  # one, whose pages are slower to get than to fill
         buffer = torch.empty(total.GATHERED_IN_LANES, dtype=batch.dtype, device="cpu")

@@ -47,7 +47,8 @@ class Binding:
     ) -> None:
         self._source, self._policies, self._options = source, policies, options
         self._known, self._meet = known, meet
-        self._parameters = Parameters(source, list(policies) if by_pattern else None)
+        units = {name: policy.unit_dims for name, policy in policies.items() if policy}
+        self._parameters = Parameters(source, list(policies) if by_pattern else None, units)
         self._rules = {
             name: None if policy is None else rule_of(policy) for name, policy in policies.items()
         }
@@ -67,7 +68,7 @@ class Binding:
         """The processes that hold the parameters."""
         self._groups: dict[str, ParameterGroup] | None = None
         self._unbounded = SpecsCache()
-        self._by_unit = False
+        self._by_unit = self._warned = False
 
     def find(self, *, anew: bool) -> Peers:
         """Bind to the parameters that there are now, where they were replaced.
@@ -156,6 +157,9 @@ class Binding:
             for name, policy in self._policies.items()
             if policy is not None
         ]
-        self._by_unit = any(pattern.by_unit for pattern in self.patterns)
+        by_unit = [pattern for pattern in self.patterns if pattern.by_unit]
+        self._by_unit = bool(by_unit)
+        if not self._warned:
+            self._warned = any(each.parameters.warn_of_units() for each in by_unit)
         self.may_skip = any(each.may_skip and each.writes for each in self.patterns)
         self.asks = any(pattern.limit is None for pattern in self.patterns)

@@ -128,9 +128,10 @@ class Found:
         if self.unbounded is not None:
             return as_known(self.unbounded == 0)
         clamps = pattern.element_limit is not None
-        if flags.host_waits_for(norms_S.device):
-            return (~norms_S.isnan() if clamps else norms_S < inf).all()
-        return not any(isnan(norm) if clamps else not norm < inf for norm in norms_S.tolist())
+        if not flags.host_waits_for(norms_S.device) and len(norms_S) == 1:
+            norm = float(norms_S)
+            return not isnan(norm) if clamps else norm < inf
+        return as_known((~norms_S.isnan() if clamps else norms_S < inf).all())
 
 
 def read(

@@ -101,12 +101,11 @@ class Pattern:
             of_ranks = None if self._share is None else self._share.elements
             return [sum(each.numel() for each in parameters) if of_ranks is None else of_ranks]
         sizes = []
-        units = zip(parameters, self.parameters.unit_dims, self.scopes.rows, strict=True)
-        for parameter, dim, rows in units:
-            cut = self.by_unit and parameter.dim() > 1
-            sizes += [
-                parameter.numel() // max(parameter.shape[dim], 1) if cut else parameter.numel()
-            ] * rows
+        for parameter, units, here in zip(
+            parameters, self.parameters.units, self.scopes.rows, strict=True
+        ):
+            parts = max(units.rows(parameter), 1) if self.by_unit else 1
+            sizes += [parameter.numel() // parts] * here
         return sizes
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
+from gradclip.clipping.policies.agc import AGCClip as AGCClip
 from gradclip.clipping.policies.base import Decision as Decision
 from gradclip.clipping.policies.base import FixedLimit as FixedLimit
 from gradclip.clipping.policies.base import Measurement as Measurement
@@ -12,18 +13,20 @@ from gradclip.clipping.policies.base import Policy as Policy
 from gradclip.clipping.policies.base import PolicyState as PolicyState
 from gradclip.clipping.policies.base import Scope as Scope
 from gradclip.clipping.policies.base import Scopes as Scopes
+from gradclip.clipping.policies.guard import GuardClip as GuardClip
 from gradclip.clipping.policies.norm import NormClip as NormClip
 from gradclip.clipping.policies.observe import ObserveClip as ObserveClip
+from gradclip.clipping.policies.schedule import Schedule as Schedule
 from gradclip.clipping.policies.value import ValueClip as ValueClip
 from gradclip.config import as_ceiling
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
 
 AnyPolicy: TypeAlias = Annotated[
-    NormClip | ValueClip | ObserveClip, Field(discriminator="clip_mode")
+    NormClip | ValueClip | ObserveClip | GuardClip | AGCClip, Field(discriminator="clip_mode")
 ]
 """Every policy, told apart by ``clip_mode``: what a configuration file may name."""
 
-BUILT_IN = (NormClip, ValueClip, ObserveClip)
+BUILT_IN = (NormClip, ValueClip, ObserveClip, GuardClip, AGCClip)
 """The same as a tuple: policies that need no ``class_type`` in a file."""
 
 PolicyLike: TypeAlias = Policy | float

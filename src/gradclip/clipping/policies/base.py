@@ -1,7 +1,7 @@
 """What a policy is: a configuration, and a rule from norms to thresholds."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -123,10 +123,11 @@ class Policy(Config, ABC):
     scope: ClassVar[Scope]
     """What has a norm and a coefficient of its own. "group": all gradients of a pattern together.
     "tensor": each tensor. "unit": each index of a tensor's output dimension; a vector is one
-    unit. That dimension is 1 for the weight of a transposed convolution, where the module is known
-    (a clipper of a module, or a callback), and 0 elsewhere. The
-    default is "group"; a policy that allows the choice makes it a field. On several ranks
-    the scopes "tensor" and "unit" are those that this rank has a part of."""
+    unit. That dimension is 1 for the weight of a transposed convolution, in each of its groups,
+    where the module is known (a clipper of a module, or a callback), and 0 elsewhere;
+    ``unit_dims`` says it of other tensors. The default is "group"; a policy that allows the choice
+    makes it a field. On several ranks the scopes "tensor" and "unit" are those that this rank has
+    a part of."""
 
     needs_weight_norms: ClassVar[bool] = False
     """Whether ``decide`` is told the norms of the weights, for which all weights are read."""
@@ -149,10 +150,22 @@ class Policy(Config, ABC):
         if rule < numbers:  # a rule of its own, of which the numbers of its parent say nothing
             cls.fixed = Policy.fixed  # type: ignore[method-assign]
 
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        # Pydantic puts it first where it is a field, since the base class declares it first.
+        return sorted(super().__repr_args__(), key=lambda field: field[0] == "scope")
+
     @property
     def order(self) -> float:
         """The p of the norm that is measured."""
         return 2.0
+
+    @property
+    def unit_dims(self) -> Mapping[str, int | Literal["tensor"]]:
+        """By name pattern the dimension that has the units, where it is another one.
+
+        "tensor" makes the whole tensor one unit. It counts for scope "unit" alone.
+        """
+        return {}
 
     @property
     def element_limit(self) -> float | None:

@@ -9,6 +9,7 @@ from gradclip.clipping.policies.base import (
     Measurement,
     Policy,
     PolicyState,
+    Scope,
 )
 from gradclip.config import NormOrder
 
@@ -17,12 +18,14 @@ class ObserveClip(Policy):
     """Measure the p-norm and never write, whatever is found.
 
     >>> ObserveClip()
-    ObserveClip(clip_mode='observe', norm_type=2.0)
+    ObserveClip(clip_mode='observe', norm_type=2.0, scope='group')
     """
 
     clip_mode: Literal["observe"] = "observe"
     norm_type: NormOrder = 2.0
     """p of the p-norm, > 0; ``inf`` for the largest modulus."""
+    scope: Scope = "group"  # type: ignore[misc] # a field here
+    """What has a norm of its own: "group" is all gradients together."""
 
     @property
     def order(self) -> float:

@@ -150,6 +150,7 @@ class Rendezvous:
     ) -> frozenset[tuple[str, str]]:
         """Return the patterns that match nothing here, each with the argument that has it."""
         empty = {("policy", pattern) for pattern, group in groups.items() if not group.parameters}
+        empty |= {("units", each) for group in groups.values() for each in group.unused_units}
         for declared in (self.partitioned, self.duplicated):
             unused = declared.groups.keys() - matched
             empty |= {(declared.argument, pattern) for pattern in unused}
@@ -185,6 +186,25 @@ def _unable(
                     f"{rule.label} has {what}, and {name} lies in a flat "
                     "parameter of FSDP1, which cuts tensors anywhere: use FSDP2 (fully_shard)"
                 )
+        if rule.scope == "unit" and (error := _wrong_units(group, rule)) is not None:
+            return error
+    return None
+
+
+def _wrong_units(group: ParameterGroup, rule: Rule) -> ArgumentValueError | None:
+    """Return what is wrong with the units of a pattern, if anything is."""
+    try:
+        every = group.units
+    except ArgumentValueError as error:
+        return error
+    for name, parameter, units in zip(group.names, group.parameters, every, strict=True):
+        apart = any(placed.is_shard() for placed in getattr(parameter, "placements", ()))
+        if units.groups > 1 and parameter.dim() > 1 and apart:
+            return ArgumentValueError(
+                f"{rule.label} has a norm for each unit, and {name} is the weight of a transposed "
+                f"convolution of {units.groups} groups, of which ranks hold parts: name other "
+                f'units, such as units={{{name!r}: 1}} (over all groups) or "tensor"'
+            )
     return None
 
 
@@ -198,8 +218,8 @@ def _member(group: ParameterGroup, rule: Rule, topology: Topology) -> Member:
     holdings = [topology.holdings[id(parameter)] for parameter in group.parameters]
     by_unit = rule.scope == "unit"
     unit_dims = [
-        dim if by_unit and parameter.dim() > 1 else None
-        for parameter, dim in zip(group.parameters, group.unit_dims, strict=True)
+        units.dim if by_unit and parameter.dim() > 1 else None
+        for parameter, units in zip(group.parameters, group.units, strict=True)
     ]
     share = Share(holdings, group.rows(rule.scope), unit_dims, rule.scope)
     told = PatternShare(share.weights)

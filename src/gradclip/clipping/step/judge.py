@@ -11,7 +11,7 @@ from torch import Tensor
 from gradclip.clipping.apply.fused import FusedClip
 from gradclip.clipping.arguments import Options
 from gradclip.clipping.flags import Flag, all_of, any_of, negated
-from gradclip.clipping.kernels.fused import BY_POLICY, Report
+from gradclip.clipping.kernels.fused import Report
 from gradclip.clipping.measure.group import Found, Group
 from gradclip.clipping.measure.norm import combine
 from gradclip.clipping.measure.pattern import Pattern
@@ -109,11 +109,7 @@ class Judge:
         if not (self.skips.warned or skipped is False):
             describe = self._describing(groups, found, peers, step)
         if self.skips.record(skipped, by_policy, describe, expected=overflow_expected):
-            report = (
-                skip_report(step)
-                if by_policy is True
-                else self._report(groups, decided.decisions, peers, step)
-            )
+            report = self._report(groups, decided.decisions, peers, step, self.skips.by_policy)
             raise too_many_skips(report, self.skips.limit)
 
     def judge_report(
@@ -154,11 +150,9 @@ class Judge:
                     self._first_skip_of, clip, _present(clip, found), patterns, step, peers.rank
                 )
             if self.skips.record_late(on_host, overflow_expected, describe, waits=on_host.waits):
-                said = skip_report(step)
-                if on_host.waits or not on_host.of_all(BY_POLICY):
-                    groups = [Group.collect(pattern, self._total_order) for pattern in patterns]
-                    limits = [each.of.decision for each in groups if each.of.decision is not None]
-                    said = self._report(groups, limits, peers, step)
+                groups = [Group.collect(pattern, self._total_order) for pattern in patterns]
+                limits = [each.of.decision for each in groups if each.of.decision is not None]
+                said = self._report(groups, limits, peers, step, self.skips.by_policy)
                 raise too_many_skips(said, self.skips.limit)
         self._recent.append(report)
         return True
@@ -221,8 +215,16 @@ class Judge:
         return self._first_skip(step, rank, suspects, by_policy)
 
     def _report(
-        self, groups: list[Group], decisions: list[Decision], peers: Peers, step: int
+        self,
+        groups: list[Group],
+        decisions: list[Decision],
+        peers: Peers,
+        step: int,
+        by_policy: bool = False,
     ) -> str:
+        faults = peers.gather(lambda: Faults.of([group.gradients for group in groups], peers.rank))
+        if by_policy and not any(each.described for each in faults):
+            return skip_report(step)
         recent = [
             each if isinstance(each, float) else float(self._norm_of_all(each))
             for each in self._recent
@@ -230,7 +232,7 @@ class Judge:
         policy = groups[0].policy
         limit = decisions[0].thresholds if policy.element_limit is None else policy.element_limit
         return nonfinite_report(
-            peers.gather(lambda: Faults.of([group.gradients for group in groups], peers.rank)),
+            faults,
             norm_type=policy.order,
             step=step,
             last_norms=[norm for norm in recent if isfinite(norm)][-4:],

@@ -39,6 +39,8 @@ class SkipCounter:
         self.limit = limit
         self.warned = False
         """Whether there was a skip to warn of."""
+        self.by_policy = False
+        """Whether a policy asked for the last skip that was counted."""
         self._in_a_row = 0
         self._late: Ring[tuple[bool, Describe | None]] = Ring()
 
@@ -117,6 +119,7 @@ class SkipCounter:
         if skipped and expected and not unwanted:
             return self._in_a_row > self.limit
         self._in_a_row = self._in_a_row + 1 if skipped else 0
+        self.by_policy = unwanted
         too_many = self._in_a_row > self.limit
         if skipped and not (too_many or self.warned) and describe is not None:
             self.warned = True

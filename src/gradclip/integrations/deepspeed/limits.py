@@ -5,7 +5,7 @@ from math import inf
 from typing import Any
 
 from gradclip.clipping.arguments import check_nonfinite
-from gradclip.clipping.policies import as_policies
+from gradclip.clipping.policies import NormClip, Schedule, as_policies
 from gradclip.errors import DoubleClippingError
 
 __all__ = [
@@ -42,6 +42,10 @@ def limit_of(policy: Any) -> float:
     (wanted,) = policies.values()
     assert wanted is not None  # a mapping that bounds nothing was refused
     limit = wanted.fixed()
+    if isinstance(wanted, NormClip) and isinstance(wanted.max_norm, Schedule):
+        raise _impossible(
+            f"max_norm = {wanted.max_norm!r}", "DeepSpeed has one number for all steps"
+        )
     if wanted.element_limit is not None or limit is None or limit.threshold != limit.target:
         raise _impossible(
             f"policy = {wanted!r}", "DeepSpeed clips by one fixed norm of all gradients alone"

@@ -253,6 +253,7 @@ def _write_none(policies: dict[str, Any], write: SerializerFunctionWrapHandler) 
     return {pattern: "none" if each is None else each for pattern, each in written.items()}
 
 
+_NAMING = {"class_type", "clip_mode"}
 _FIELDS = {"class_type", *(name for policy in BUILT_IN for name in policy.model_fields)}
 
 
@@ -266,7 +267,9 @@ def _kind(value: Any) -> str:
 
 
 def _kind_or_patterns(value: Any) -> str:
-    by_pattern = isinstance(value, Mapping) and not _FIELDS & value.keys()
+    # A pattern may be called like a field, such as that of a parameter ``scope``.
+    named = isinstance(value, Mapping) and bool(_NAMING & value.keys() or value.keys() <= _FIELDS)
+    by_pattern = isinstance(value, Mapping) and not named
     return "patterns" if by_pattern else _kind(value)
 
 

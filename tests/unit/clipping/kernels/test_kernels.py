@@ -10,6 +10,7 @@ from pairwise import pairwise
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPES = [(), (0,), (1,), (127,), (128,), (129,), (9000,), (3, 5), (4, 2500), (2, 3, 700)]
+SHAPES += [(5, 3, 256), (2, 33_000), (3, 0)]
 
 
 KERNELS = ["foreach", "reference", "foreach as on an accelerator", "no float64"]
@@ -216,3 +217,24 @@ def test_tensors_of_one_shape_that_are_gathered_in_lanes(kernels, dtype, shape, 
     norms_R = kernels.power_sums(Batch.of(tensors), 2.0)[:, 0].sqrt()
     expected_R = truth(tensors, [1] * len(tensors), 2.0)
     torch.testing.assert_close(norms_R, expected_R, rtol=2e-7, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_a_matrix_are_each_in_range(dtype):
+    """Zeros, squares that vanish or overflow, and a NaN spoil no other row."""
+    torch.manual_seed(0)
+    matrix = torch.randn(7, 512)
+    for row, size in enumerate((1.0, 0.0, 1e-4, 1e4, 1e-30, 1e30)):
+        fits = dtype is not torch.float16 or 1e-5 < size < 1e5
+        matrix[row] *= size if fits else 1.0
+    matrix = matrix.to(dtype)
+    matrix[6, 3] = torch.nan
+    tensors = [matrix, torch.ones(3, dtype=dtype)]
+    for top in (inf, 0.5):
+        batch = Batch.of(tensors, [7, 1]).limited(top)
+        clamped = [tensor.double().clamp(-top, top) for tensor in tensors]
+        sums_RA = choose("foreach").on(torch.device("cpu")).power_sums(batch, 2.0)
+        expected = truth(clamped, [7, 1], 2.0)
+        torch.testing.assert_close(
+            sums_RA[:, 0].sqrt(), expected, rtol=2e-7, atol=0, equal_nan=True
+        )

@@ -11,9 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from documented_policies import documented
-from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip, attach
-from gradclip.clipping import flags
-from gradclip.clipping.kernels import device, foreach
+from gradclip import GradientClipper, GuardClip, NormClip, ObserveClip, ValueClip, attach
 from gradclip.clipping.policies import Decision, Measurement, Policy, PolicyState
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, StateError, TooManySkipsError
 
@@ -229,14 +227,6 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def unread(monkeypatch):
-    """Tell the engine that reading a number would make it wait."""
-    monkeypatch.setattr(foreach, "_on_cpu", lambda batch: False)
-    monkeypatch.setattr(flags, "host_waits_for", lambda device: True)
-    monkeypatch.setattr(device, "HostCopy", lambda values: None)
-
-
 def everything(optimizer):
     """Every number that an optimizer holds, and its weights."""
     tensors = [p.detach().clone() for g in optimizer.param_groups for p in g["params"]]
@@ -372,8 +362,12 @@ POLICIES = [
     NormClip(max_norm=1.0, norm_type=3.0),
     NormClip(max_norm=0.0),
     NormClip(max_norm=torch.inf),
+    NormClip(max_norm=1.0, scope="tensor"),
+    NormClip(max_norm=1.0, skip_above=2.0),
+    NormClip(max_norm=torch.inf, scope="tensor", skip_above=2.0),
     ValueClip(clip_value=0.5),
     ObserveClip(),
+    GuardClip(),
 ]
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from gradclip import NormClip, ObserveClip, ValueClip
+from gradclip import AGCClip, GuardClip, NormClip, ObserveClip, Schedule, ValueClip
 from gradclip.config import dump, load
 from gradclip.errors import ConfigError
 from gradclip.pipeline.hooks import (
@@ -58,6 +58,7 @@ def test_overrides_by_keyword_are_checked():
             {"*.bias": None, "*": 1.0, "h*": NormClip(max_norm=2.0)},
         ),
         ({"a": "none", "*": 1.0}, {"a": None, "*": 1.0}),
+        ({"scope": 2.0, "*": 1.0}, {"scope": 2.0, "*": 1.0}),  # a parameter called like a field
     ],
 )
 def test_a_policy_takes_the_place_of_the_mode(policy, expected):
@@ -90,7 +91,25 @@ def test_a_policy_takes_the_place_of_the_mode(policy, expected):
         ({"clip_mode": "norm", "max_norm": 1.0, "max_consecutive_skips": -1}, "max_cons"),
         ({"clip_mode": "norm", "max_norm": 1.0, "max_consecutive_skips": 2.5}, "max_cons"),
         ({"policy": {"*": -1.0}}, ">= 0"),
-        ({"policy": {"clip_mode": "agc"}}, "policy"),
+        ({"policy": {"clip_mode": "adam"}}, "policy"),
+        ({"policy": {"clip_mode": "agc", "eps": 0.0}}, "greater than 0"),
+        ({"policy": {"clip_mode": "agc", "units": {"w": "row"}}}, "'tensor'"),
+        ({"policy": {"clip_mode": "norm", "max_norm": 1.0, "scope": "unit"}}, "'tensor'"),
+        ({"policy": {"clip_mode": "norm", "max_norm": {"points": []}}}, "points is empty"),
+        ({"policy": {"clip_mode": "norm", "max_norm": {"points": [[0, -1.0]]}}}, ">= 0"),
+        (
+            {"policy": {"clip_mode": "norm", "max_norm": {"points": [[5, 1.0], [5, 2.0]]}}},
+            "the step 5 behind the step 5",
+        ),
+        (
+            {
+                "policy": {
+                    "clip_mode": "norm",
+                    "max_norm": {"points": [[0, "inf"], [5, 2.0]], "shape": "linear"},
+                }
+            },
+            'use shape="constant"',
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_our_words(fields, said):
@@ -111,6 +130,14 @@ def test_what_cannot_be_meant_is_refused_in_our_words(fields, said):
         GradientClippingHookConfig(policy=inf),
         GradientClippingHookConfig(policy=ObserveClip()),
         GradientClippingHookConfig(policy={"*.bias": None, "*": ValueClip(clip_value=inf)}),
+        GradientClippingHookConfig(policy=NormClip(max_norm=inf, scope="tensor", skip_above=9.0)),
+        GradientClippingHookConfig(
+            policy={
+                "h.*": NormClip(max_norm=Schedule(points=((0, inf), (10, 1.0)))),
+                "e.*": AGCClip(clip_factor=0.1, units={"e.w": 2, "*": "tensor"}),
+                "*": GuardClip(),
+            }
+        ),
     ],
     ids=str,
 )
