@@ -10,14 +10,20 @@ import gradclip
 ENGINE = [
     "ClipResult",
     "ClipStats",
+    "EMAClip",
     "GradientClipper",
     "NormClip",
     "ObserveClip",
+    "QuantileClip",
+    "Replay",
     "ValueClip",
+    "ZScoreClip",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
     "get_total_norm",
+    "presets",
+    "replay",
     "withhold",
 ]
 HOOKS = [

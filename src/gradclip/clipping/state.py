@@ -13,13 +13,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gradclip.clipping.flags import Flag
+from gradclip.clipping.flags import Flag, negated
 from gradclip.clipping.measure.scopes import ScopeNames
 from gradclip.clipping.policies import Policy, PolicyState, Scopes
 from gradclip.errors import ArgumentValueError, StateError, warn
 
 STATE_VERSION = 2
 _SHOWN = 4
+_COUNTS = ("step", "committed_steps", "consecutive_skips", "policy_skips")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +57,8 @@ class Histories:
         self._kept: dict[str, SavedHistory] = {}
         self._of: dict[str, Scopes] = {}
         self._loaded: dict[str, SavedHistory | None] = {}
-        self._steps = 0
-        self._step: Tensor | None = None
+        self._loaded_counts = 0, 0
+        self._counts: Tensor | None = None
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def prepare(self, pattern: str, policy: Policy, scopes: Scopes, *, named: bool) -> None:
@@ -73,8 +74,11 @@ class Histories:
             StateError: GC030, for a history that was loaded and does not fit.
             ArgumentValueError: GC010, for an ``initial_state`` that has not one row per scope.
         """
-        if self._step is None or self._step.device != scopes.device:
-            self._step = torch.full((), self.steps, dtype=torch.int64, device=scopes.device)
+        if self._counts is None or self._counts.device != scopes.device:
+            counts = self.steps, self.skips_in_a_row
+            self._counts = torch.stack(
+                [torch.full((), n, dtype=torch.int64, device=scopes.device) for n in counts]
+            )
         if self._of.get(pattern) is scopes and pattern not in self._loaded:
             return
         initial = policy.initial_state(scopes)
@@ -104,8 +108,14 @@ class Histories:
     @property
     def step(self) -> Tensor:
         """How many steps were made: a copy, 0-d int64 on the device."""
-        assert self._step is not None
-        return self._step.clone()
+        assert self._counts is not None
+        return self._counts[0].clone()
+
+    @property
+    def skips(self) -> Tensor:
+        """How many steps in a row policies kept from being made: a copy, 0-d int64."""
+        assert self._counts is not None
+        return self._counts[1].clone()
 
     def check(self, pattern: str, policy: Policy, new: PolicyState) -> None:
         """Refuse what a policy returned, if it does not fit its buffers.
@@ -127,16 +137,17 @@ class Histories:
                         f"{tuple(other.shape)} {other.dtype} on {other.device}",
                     )
 
-    def commit(self, new: Mapping[str, tuple[PolicyState, Flag]], made: Flag) -> None:
+    def commit(self, new: Mapping[str, tuple[PolicyState, Flag]], made: Flag, asked: Flag) -> None:
         """Write what policies returned, each where its step is made.
 
         Args:
             new: By pattern the state that its policy returned, and whether its step is made.
             made: Whether the step of the optimizer is made.
+            asked: Whether a policy asked that it is not made, and nothing else forbids it.
         """
-        if self._step is None:
+        if self._counts is None:
             return
-        buffers = [self._step, *(t for each in self.tensors().values() for t in each.values())]
+        buffers = [self._counts, *(t for each in self.tensors().values() for t in each.values())]
         self._before = [(buffer, buffer.clone()) for buffer in buffers]
         for pattern, (state, made_here) in new.items():
             for _, mine, theirs in _pairs(self._kept[pattern].state, state):
@@ -145,7 +156,10 @@ class Histories:
                         buffer.copy_(torch.where(made_here, theirs[name], buffer))
                     elif made_here:
                         buffer.copy_(theirs[name])
-        self._step += made
+        steps, skips = self._counts
+        steps += made
+        skips += asked
+        skips *= negated(made)
 
     def take_back(self) -> None:
         """Put back what the last ``commit`` wrote over."""
@@ -175,11 +189,17 @@ class Histories:
     @property
     def steps(self) -> int:
         """How many steps were made, on the host; waits for the device."""
-        return self._steps if self._step is None else int(self._step)
+        return self._loaded_counts[0] if self._counts is None else int(self._counts[0])
 
-    def load(self, steps: int, states: Mapping[str, SavedHistory]) -> None:
+    @property
+    def skips_in_a_row(self) -> int:
+        """How many steps in a row policies kept from being made; waits for the device."""
+        return self._loaded_counts[1] if self._counts is None else int(self._counts[1])
+
+    def load(self, steps: int, skips: int, states: Mapping[str, SavedHistory]) -> None:
         """Take over what ``saved`` returned; histories are fitted to scopes at the next step."""
-        self._steps, self._step = steps, None
+        self._loaded_counts = steps, skips
+        self._counts = None
         self._loaded = {pattern: states.get(pattern) for pattern in {*self._kept, *states}}
 
 
@@ -340,12 +360,14 @@ class SavedState:
         step: How many calls there were.
         committed_steps: How many steps were made.
         consecutive_skips: Skips in a row.
+        policy_skips: How many steps in a row policies kept from being made.
         histories: Of each pattern.
     """
 
     step: int
     committed_steps: int
     consecutive_skips: int
+    policy_skips: int
     histories: dict[str, SavedHistory] = field(default_factory=dict)
 
 
@@ -364,6 +386,7 @@ def read_state(state: object, own: Mapping[str, Any]) -> SavedState:
     version = state.get("version")
     if version == 1 and "committed_steps" not in state:
         state = _of_version_1(state)
+    state = {"policy_skips": 0, **state}  # as it was saved before policies were told
     if state.keys() != own.keys():
         raise _damaged(f"expected a mapping with {sorted(own)}, seen {sorted(map(str, state))}")
     if state["version"] != own["version"]:
@@ -372,16 +395,14 @@ def read_state(state: object, own: Mapping[str, Any]) -> SavedState:
     # In order: the first pattern that matches wins.
     if not isinstance(modes, Mapping) or list(modes.items()) != list(own["clip_modes"].items()):
         raise _damaged(f"it is of {state['clip_modes']!r}, the clipper of {own['clip_modes']}")
-    counts = [state["step"], state["committed_steps"], state["consecutive_skips"]]
+    counts = [state[name] for name in _COUNTS]
     if not all(type(count) is int and count >= 0 for count in counts):
-        raise _damaged(f"step, committed_steps and consecutive_skips are counts, seen {counts!r}")
+        raise _damaged(f"{', '.join(_COUNTS)} are counts, seen {counts!r}")
     states = state["states"]
     if not isinstance(states, Mapping) or not states.keys() <= own["clip_modes"].keys():
         raise _damaged(f"states has a history for each pattern, seen {states!r}")
-    step, committed, skips = counts
-    return SavedState(
-        step, committed, skips, {p: _read_history(p, each) for p, each in states.items()}
-    )
+    histories = {p: _read_history(p, each) for p, each in states.items()}
+    return SavedState(**dict(zip(_COUNTS, counts, strict=True)), histories=histories)
 
 
 def _of_version_1(state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,7 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import backend_registration
 
-from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
+from gradclip import (
+    EMAClip,
+    GradientClipper,
+    NormClip,
+    ObserveClip,
+    QuantileClip,
+    ValueClip,
+    ZScoreClip,
+)
 from gradclip.clipping import Policy
 from gradclip.clipping.collect import gradients as collected
 from gradclip.clipping.collect import overlap
@@ -56,6 +64,9 @@ POLICIES = {
     "norm and value": {"a": 1.0, "b": ValueClip(clip_value=0.1)},
     "two observers": {"a": ObserveClip(), "b": ObserveClip()},
     "two orders": {"a": 1.0, "b": NormClip(max_norm=1.0, norm_type=1.0)},
+    "z-score": ZScoreClip(on_spike="skip"),
+    "quantiles": QuantileClip(scope="tensor", on_spike="skip"),
+    "averages": {"a": EMAClip(warmup_max_norm=1.0, cap=2.0), "b": EMAClip(scope="group")},
     "rows": RowClip(),
     "observed rows": RowObserver(),
     "rows and norm": {"a": RowClip(), "b": 1.0},

@@ -36,12 +36,16 @@ class LoopWatch:
         self._seen = self._touching = 0
         self._within = self._far = True
         self._limit = inf
+        self._last: float | None = None
         self._suspects_other = self._suspects_scale = False
 
     def add(self, numbers: StepNumbers) -> None:
         """Take the numbers of a step."""
         if self._seen >= FIRST and not self._within:
             return  # nothing is left to find
+        if self._last not in (None, numbers.threshold):
+            self._within = False  # a limit that moves may follow the norms, and be just at one
+        self._last = numbers.threshold
         if not (isfinite(numbers.norm) and 0 < numbers.threshold < inf):
             return
         ratio, self._limit = numbers.norm / numbers.threshold, numbers.threshold

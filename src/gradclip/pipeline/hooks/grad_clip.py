@@ -253,6 +253,7 @@ def _write_none(policies: dict[str, Any], write: SerializerFunctionWrapHandler) 
     return {pattern: "none" if each is None else each for pattern, each in written.items()}
 
 
+_SAYS_WHICH = {"clip_mode", "class_type"}
 _FIELDS = {"class_type", *(name for policy in BUILT_IN for name in policy.model_fields)}
 
 
@@ -266,7 +267,11 @@ def _kind(value: Any) -> str:
 
 
 def _kind_or_patterns(value: Any) -> str:
-    by_pattern = isinstance(value, Mapping) and not _FIELDS & value.keys()
+    if not isinstance(value, Mapping):
+        return _kind(value)
+    # A parameter may be called "z" or "q": one name of a field makes no policy of patterns.
+    names = value.keys()
+    by_pattern = not (_SAYS_WHICH & names or (names and names <= _FIELDS))
     return "patterns" if by_pattern else _kind(value)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from gradclip import NormClip, ObserveClip, ValueClip
+from gradclip import EMAClip, NormClip, ObserveClip, QuantileClip, ValueClip, ZScoreClip
 from gradclip.config import dump, load
 from gradclip.errors import ConfigError
 from gradclip.pipeline.hooks import (
@@ -58,6 +58,11 @@ def test_overrides_by_keyword_are_checked():
             {"*.bias": None, "*": 1.0, "h*": NormClip(max_norm=2.0)},
         ),
         ({"a": "none", "*": 1.0}, {"a": None, "*": 1.0}),
+        ({"clip_mode": "zscore", "z": 2.5}, ZScoreClip(z=2.5)),
+        (
+            {"q": {"clip_mode": "quantile", "q": 0.5}, "*": {"clip_mode": "ema"}},
+            {"q": QuantileClip(q=0.5), "*": EMAClip()},
+        ),
     ],
 )
 def test_a_policy_takes_the_place_of_the_mode(policy, expected):
@@ -110,6 +115,8 @@ def test_what_cannot_be_meant_is_refused_in_our_words(fields, said):
         GradientClippingHookConfig(policy=1.0, max_consecutive_skips=0),
         GradientClippingHookConfig(policy=inf),
         GradientClippingHookConfig(policy=ObserveClip()),
+        GradientClippingHookConfig(policy=ZScoreClip(cap=inf, on_spike="skip")),
+        GradientClippingHookConfig(policy={"z": EMAClip(warmup_max_norm=1.0), "*": 1.0}),
         GradientClippingHookConfig(policy={"*.bias": None, "*": ValueClip(clip_value=inf)}),
     ],
     ids=str,

@@ -1,0 +1,145 @@
+"""What policies share whose limit follows the norms of the run: the frame around their rules.
+
+A rule is told norms and what it remembers, and answers with limits and what it will remember. The
+frame keeps from it what would poison a history: a norm that is not finite, or 0, leaves the history
+of its scope as it is. 0 is the norm of what has no gradient, and an average that has once become 0
+would stay there.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from math import inf
+from typing import Literal, TypeAlias
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gradclip.clipping.policies.base import Decision, Measurement, Policy, PolicyState, Scopes
+from gradclip.config import Ceiling
+
+History: TypeAlias = dict[str, Tensor]
+"""Tensors of shape (S,), or (S, W) for norms that are kept, by name: float64 or int64."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """What a rule is told at a step.
+
+    Args:
+        norms_S: Norm of each scope, finite: float64 (S,). Where it is 0 the answer does not count.
+        counts_S: How many norms above 0 each scope has had, with this one: int64 (S,).
+        total_norm: Norm of all parameters of the pattern: 0-d float64, finite.
+        step: How many steps were made before this one: 0-d int64.
+    """
+
+    norms_S: Tensor
+    counts_S: Tensor
+    total_norm: Tensor
+    step: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Limits:
+    """What a rule answers.
+
+    Args:
+        thresholds_S: Norm above which a scope is scaled once its warm-up is over: float64 (S,).
+        targets_S: Norm that such a scope gets; elsewhere any number: float64 (S,).
+        history: What is remembered after this step.
+        early_S: Norm that a scope may have during its warm-up: float64 (S,); None for any.
+    """
+
+    thresholds_S: Tensor
+    targets_S: Tensor
+    history: History
+    early_S: Tensor | None = None
+
+
+class AdaptiveClip(Policy):
+    """A policy whose limit follows the norms of the run: a rule of its own, in the common frame."""
+
+    scope: Literal["group", "tensor"] = "group"  # type: ignore[misc]  # a field here
+    """What has a limit of its own: all gradients of a pattern together, or each tensor."""
+    cap: Ceiling | None = None
+    """A fixed ceiling besides, of the norm of each scope: the smaller coefficient counts."""
+    warmup: int = Field(default=25, ge=1)
+    """Norms of a scope before its limit counts; until then there is only ``cap``."""
+    on_spike: Literal["clip", "skip"] = "clip"
+    """What is done about a norm above the limit: "clip", or "skip", which does not make the step.
+    With scope "tensor" the norm of all tensors together decides on that, by the same rule."""
+    max_spikes: int = Field(default=3, ge=1)
+    """Skips in a row, after which a step is clipped and remembered: a level that has changed for
+    good is no spike."""
+
+    @abstractmethod
+    def initial_history(self, scopes: int, device: torch.device) -> History:
+        """Return what the rule remembers before the first step, of so many scopes."""
+
+    @abstractmethod
+    def limits(self, seen: Sight, history: History) -> Limits:
+        """Return the limits of this step, and what is remembered after it.
+
+        Args:
+            seen: What was measured.
+            history: What was remembered. It must not be changed.
+        """
+
+    def initial_state(self, scopes: Scopes) -> PolicyState:
+        """Return the history of each scope, and that of their total where it decides on skips."""
+        count, device = len(scopes.names), scopes.device
+        return PolicyState(
+            self._begun(count, device), self._begun(1, device) if self._judges_total else {}
+        )
+
+    def decide(self, seen: Measurement, state: PolicyState) -> Decision:
+        """Scale what is above its limit, or ask not to make the step."""
+        norms_S, total_norm = _finite(seen.norms_S), _finite(seen.total_norm)
+        sight = Sight(norms_S, state.per_scope["count"], total_norm, seen.step)
+        decision, above_S = self._followed(sight, state.per_scope)
+        shared: History = {}
+        if self._judges_total:
+            sight = Sight(total_norm.reshape(1), state.shared["count"], total_norm, seen.step)
+            of_total, above_S = self._followed(sight, state.shared)
+            shared = of_total.state.per_scope
+        return Decision(
+            decision.thresholds,
+            decision.targets,
+            PolicyState(decision.state.per_scope, shared),
+            self.on_spike == "skip" and above_S.any() & (seen.skips < self.max_spikes),
+        )
+
+    def _followed(self, seen: Sight, history: History) -> tuple[Decision, Tensor]:
+        """Return a decision about some scopes, and which of them are above their limit."""
+        found_S = seen.norms_S > 0
+        counts_S = seen.counts_S + found_S
+        seen = Sight(seen.norms_S, counts_S, seen.total_norm, seen.step)
+        answer = self.limits(seen, history)
+        is_warm_S = counts_S > self.warmup
+        early_S = inf if answer.early_S is None else answer.early_S
+        thresholds_S = torch.where(is_warm_S, answer.thresholds_S, early_S)
+        above_S = (seen.norms_S > answer.thresholds_S) & is_warm_S
+        targets_S = torch.where(above_S, answer.targets_S, thresholds_S)
+        if self.cap is not None:
+            thresholds_S, targets_S = (
+                each.clamp(max=self.cap) for each in (thresholds_S, targets_S)
+            )
+        kept = {
+            # Norms that are kept in a row are large, and ``pushed`` keeps 0 from them.
+            name: torch.where(found_S, new, history[name]) if new.dim() == 1 else new
+            for name, new in answer.history.items()
+        }
+        return Decision(thresholds_S, targets_S, PolicyState({**kept, "count": counts_S})), above_S
+
+    def _begun(self, scopes: int, device: torch.device) -> History:
+        counts_S = torch.zeros(scopes, dtype=torch.int64, device=device)
+        return {**self.initial_history(scopes, device), "count": counts_S}
+
+    @property
+    def _judges_total(self) -> bool:
+        return self.on_spike == "skip" and self.scope == "tensor"
+
+
+def _finite(norms: Tensor) -> Tensor:
+    """Return norms with 0 for those that are no number: of such a step nothing is remembered."""
+    return torch.nan_to_num(norms, nan=0.0, posinf=0.0)
