@@ -116,7 +116,7 @@ def test_what_cannot_be_meant_is_refused_in_our_words(fields, said):
         GradientClippingHookConfig(policy=inf),
         GradientClippingHookConfig(policy=ObserveClip()),
         GradientClippingHookConfig(policy=ZScoreClip(cap=inf, on_spike="skip")),
-        GradientClippingHookConfig(policy={"z": EMAClip(warmup_max_norm=1.0), "*": 1.0}),
+        GradientClippingHookConfig(policy={"z": EMAClip(warmup_max_norm=1.0), "*": ZScoreClip()}),
         GradientClippingHookConfig(policy={"*.bias": None, "*": ValueClip(clip_value=inf)}),
     ],
     ids=str,
