@@ -9,7 +9,7 @@ would stay there.
 from abc import abstractmethod
 from dataclasses import dataclass
 from math import inf
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from pydantic import Field
@@ -29,12 +29,14 @@ class Sight:
     Args:
         norms_S: Norm of each scope, finite: float64 (S,). Where it is 0 the answer does not count.
         counts_S: How many norms above 0 each scope has had, with this one: int64 (S,).
-        total_norm: Norm of all parameters of the pattern: 0-d float64, finite.
+        early_S: Whether this norm is one of warm-up: bool (S,).
+        total_norm: Norm of all parameters of the pattern, on all ranks: 0-d float64.
         step: How many steps were made before this one: 0-d int64.
     """
 
     norms_S: Tensor
     counts_S: Tensor
+    early_S: Tensor
     total_norm: Tensor
     step: Tensor
 
@@ -45,7 +47,8 @@ class Limits:
 
     Args:
         thresholds_S: Norm above which a scope is scaled once its warm-up is over: float64 (S,).
-        targets_S: Norm that such a scope gets; elsewhere any number: float64 (S,).
+        targets_S: Norm that such a scope gets; elsewhere any number: float64 (S,). The thresholds
+            themselves, where it is those.
         history: What is remembered after this step.
         early_S: Norm that a scope may have during its warm-up: float64 (S,); None for any.
     """
@@ -94,42 +97,41 @@ class AdaptiveClip(Policy):
 
     def decide(self, seen: Measurement, state: PolicyState) -> Decision:
         """Scale what is above its limit, or ask not to make the step."""
-        norms_S, total_norm = _finite(seen.norms_S), _finite(seen.total_norm)
-        sight = Sight(norms_S, state.per_scope["count"], total_norm, seen.step)
-        decision, above_S = self._followed(sight, state.per_scope)
-        shared: History = {}
+        judged = self._judge(seen.norms_S, seen, state.per_scope)
+        above_S, of_total = judged.above_S, History()
         if self._judges_total:
-            sight = Sight(total_norm.reshape(1), state.shared["count"], total_norm, seen.step)
-            of_total, above_S = self._followed(sight, state.shared)
-            shared = of_total.state.per_scope
+            total = self._judge(seen.total_norm.reshape(1), seen, state.shared)
+            above_S, of_total = total.above_S, total.history
+        skips = self.on_spike == "skip"
         return Decision(
-            decision.thresholds,
-            decision.targets,
-            PolicyState(decision.state.per_scope, shared),
-            self.on_spike == "skip" and above_S.any() & (seen.skips < self.max_spikes),
+            judged.thresholds_S,
+            judged.targets_S,
+            PolicyState(judged.history, of_total),
+            above_S.any() & (seen.skips < self.max_spikes) if skips else False,
         )
 
-    def _followed(self, seen: Sight, history: History) -> tuple[Decision, Tensor]:
-        """Return a decision about some scopes, and which of them are above their limit."""
-        found_S = seen.norms_S > 0
-        counts_S = seen.counts_S + found_S
-        seen = Sight(seen.norms_S, counts_S, seen.total_norm, seen.step)
-        answer = self.limits(seen, history)
-        is_warm_S = counts_S > self.warmup
-        early_S = inf if answer.early_S is None else answer.early_S
-        thresholds_S = torch.where(is_warm_S, answer.thresholds_S, early_S)
-        above_S = (seen.norms_S > answer.thresholds_S) & is_warm_S
-        targets_S = torch.where(above_S, answer.targets_S, thresholds_S)
+    def _judge(self, norms_S: Tensor, seen: Measurement, history: History) -> "_Judged":
+        """Return what the rule says of some norms, each with a history."""
+        norms_S = finite(norms_S)
+        found_S = norms_S > 0
+        counts_S = history["count"] + found_S
+        early_S = counts_S <= self.warmup
+        answer = self.limits(Sight(norms_S, counts_S, early_S, seen.total_norm, seen.step), history)
+        thresholds_S = torch.where(early_S, inf, answer.thresholds_S)
+        targets_S, above_S = thresholds_S, norms_S > thresholds_S
+        if answer.targets_S is not answer.thresholds_S:
+            targets_S = torch.where(above_S, answer.targets_S, thresholds_S)
+        bounds = [thresholds_S, targets_S]
+        if answer.early_S is not None:
+            bounds = [torch.where(early_S, answer.early_S, each) for each in bounds]
         if self.cap is not None:
-            thresholds_S, targets_S = (
-                each.clamp(max=self.cap) for each in (thresholds_S, targets_S)
-            )
+            bounds = [each.clamp(max=self.cap) for each in bounds]
         kept = {
             # Norms that are kept in a row are large, and ``pushed`` keeps 0 from them.
             name: torch.where(found_S, new, history[name]) if new.dim() == 1 else new
             for name, new in answer.history.items()
         }
-        return Decision(thresholds_S, targets_S, PolicyState({**kept, "count": counts_S})), above_S
+        return _Judged(bounds[0], bounds[1], above_S, {**kept, "count": counts_S})
 
     def _begun(self, scopes: int, device: torch.device) -> History:
         counts_S = torch.zeros(scopes, dtype=torch.int64, device=device)
@@ -140,6 +142,22 @@ class AdaptiveClip(Policy):
         return self.on_spike == "skip" and self.scope == "tensor"
 
 
-def _finite(norms: Tensor) -> Tensor:
+class _Judged(NamedTuple):
+    """What is said of some norms.
+
+    Attributes:
+        thresholds_S: Norm above which each is scaled.
+        targets_S: What it gets then.
+        above_S: Whether it is above the limit of the rule.
+        history: After this step.
+    """
+
+    thresholds_S: Tensor
+    targets_S: Tensor
+    above_S: Tensor
+    history: History
+
+
+def finite(norms: Tensor) -> Tensor:
     """Return norms with 0 for those that are no number: of such a step nothing is remembered."""
     return torch.nan_to_num(norms, nan=0.0, posinf=0.0)

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gradclip.clipping.policies.adaptive import AdaptiveClip, History, Limits, Sight
+from gradclip.clipping.policies.adaptive import AdaptiveClip, History, Limits, Sight, finite
 from gradclip.clipping.policies.order_statistics import pushed, quantile, renewed
 
 _MOST_KEPT = 100
@@ -55,29 +55,27 @@ class EMAClip(AdaptiveClip):
         bounded_S = torch.minimum(norms_S, thresholds_S)
         later_S = torch.lerp(bounded_S, average_S, self.decay)
         early_S, early_norms_S = self._early(seen)
-        is_early_S = seen.counts_S <= self.warmup
-        begun = self._started(seen.counts_S, is_early_S, early_norms_S, history)
-        begun["average"] = torch.where(is_early_S, begun["average"], later_S)
+        begun = self._started(seen, early_norms_S, history)
+        begun["average"] = torch.where(seen.early_S, begun["average"], later_S)
         return Limits(thresholds_S, thresholds_S, begun, early_S)
 
     def _early(self, seen: Sight) -> tuple[Tensor | None, Tensor]:
         """Return what norms may be during warm-up, and what they are then."""
         if self.warmup_max_norm is None:
             return None, seen.norms_S
-        shrunk_S = seen.norms_S * (self.warmup_max_norm / seen.total_norm)
-        is_above = seen.total_norm > self.warmup_max_norm
+        total_norm = finite(seen.total_norm)
+        shrunk_S = seen.norms_S * (self.warmup_max_norm / total_norm)
+        is_above = total_norm > self.warmup_max_norm
         early_S = torch.where(is_above, shrunk_S, torch.inf)
         return early_S, torch.minimum(seen.norms_S, early_S)
 
-    def _started(
-        self, counts_S: Tensor, is_early_S: Tensor, norms_S: Tensor, history: History
-    ) -> History:
+    def _started(self, seen: Sight, norms_S: Tensor, history: History) -> History:
         """Return the average of warm-up, once it is known, and the norms it comes from."""
-        average_S = history["average"]
+        average_S, counts_S = history["average"], seen.counts_S
         if self.start == "smallest":
             return {"average": torch.minimum(average_S, norms_S)}
         kept_SK = history["first"]
-        kept_SK = torch.where(is_early_S[:, None], pushed(kept_SK, counts_S, norms_S), kept_SK)
+        kept_SK = torch.where(seen.early_S[:, None], pushed(kept_SK, counts_S, norms_S), kept_SK)
         average_S = renewed(
             average_S,
             counts_S == self.warmup,

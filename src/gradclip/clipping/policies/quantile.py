@@ -40,21 +40,22 @@ class QuantileClip(AdaptiveClip):
         """Return no norms."""
         none_SW = torch.full((scopes, self.window), torch.inf, dtype=torch.float64, device=device)
         turns_S = torch.zeros(scopes, dtype=torch.int64, device=device)
-        return {"norms": none_SW, "quantile": none_SW[:, 0], "turn": turns_S}
+        turned = {} if self.scope == "group" else {"quantile": none_SW[:, 0], "turn": turns_S}
+        return {"norms": none_SW, **turned}
 
     def limits(self, seen: Sight, history: History) -> Limits:
         """Bound norms by their quantile."""
         counts_S = seen.counts_S
         kept_SW = pushed(history["norms"], counts_S, seen.norms_S)
-        turns_S = torch.where(counts_S == 1, _turns(seen.norms_S), history["turn"])
-        if len(counts_S) == 1:
+        if self.scope == "group":
             found_S = quantile(kept_SW, counts_S, self.q)
-        else:
-            found_S = renewed(
-                history["quantile"],
-                turns_S == seen.step % _TURNS,
-                lambda rows: quantile(kept_SW[rows], counts_S[rows], self.q),
-            )
+            return Limits(found_S, found_S, {"norms": kept_SW})
+        turns_S = torch.where(counts_S == 1, _turns(seen.norms_S), history["turn"])
+        found_S = renewed(
+            history["quantile"],
+            turns_S == seen.step % _TURNS if len(counts_S) > 1 else counts_S > 0,
+            lambda rows: quantile(kept_SW[rows], counts_S[rows], self.q),
+        )
         return Limits(found_S, found_S, {"norms": kept_SW, "quantile": found_S, "turn": turns_S})
 
 

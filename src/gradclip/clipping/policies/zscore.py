@@ -78,7 +78,7 @@ class ZScoreClip(AdaptiveClip):
 
     def _averaged(self, seen: Sight, mean_S: Tensor, deviation_S: Tensor, fed_S: Tensor) -> History:
         """Return mean and deviation with this norm: of all so far in warm-up, then exponential."""
-        early_S = seen.counts_S <= self.warmup
+        early_S = seen.early_S
         weights_S = torch.where(
             early_S, seen.counts_S.to(torch.float64).reciprocal(), 1 - self.decay
         )
@@ -86,8 +86,8 @@ class ZScoreClip(AdaptiveClip):
         rest_S = 1 - weights_S
         # Of the first n norms the last adds away^2 (n - 1) / n^2 to the variance. After warm-up it
         # is the distance from the new mean, rest * away. hypot: squares may be beyond float64.
-        factors_S = weights_S * torch.where(early_S, rest_S, rest_S * rest_S)
+        added_S = (weights_S * torch.where(early_S, 1.0, rest_S)).sqrt() * away_S
         return {
             "mean": torch.addcmul(mean_S, weights_S, away_S),
-            "deviation": torch.hypot(rest_S.sqrt() * deviation_S, factors_S.sqrt() * away_S),
+            "deviation": rest_S.sqrt() * torch.hypot(deviation_S, added_S),
         }
