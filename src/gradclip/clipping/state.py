@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from gradclip.clipping import flags
 from gradclip.clipping.flags import Flag, negated
 from gradclip.clipping.measure.scopes import ScopeNames
 from gradclip.clipping.policies import Policy, PolicyState, Scopes
@@ -60,6 +61,7 @@ class Histories:
         self._loaded_counts = 0, 0
         self._counts: Tensor | None = None
         self._before: list[tuple[Tensor, Tensor]] = []
+        self._copies: dict[int, tuple[Tensor, Tensor, int]] = {}
 
     def prepare(self, pattern: str, policy: Policy, scopes: Scopes, *, named: bool) -> None:
         """Make the buffers of a pattern, where there are none for these scopes yet.
@@ -96,6 +98,7 @@ class Histories:
             # Parameters were added or replaced during the run: positions are names then.
             _restore(pattern, replace(known, named=True), replace(made, named=True))
         self._kept[pattern], self._of[pattern] = made, scopes
+        self._copies = {}
 
     def of(self, pattern: str) -> PolicyState:
         """Return a copy of the history of a pattern, which was prepared.
@@ -103,7 +106,29 @@ class Histories:
         A policy may answer with a tensor of its history, and a result is read after the history
         was written.
         """
-        return self._kept[pattern].state.copy()
+        state = self._kept[pattern].state
+        return PolicyState(
+            {name: self._copied(buffer) for name, buffer in state.per_scope.items()},
+            {name: self._copied(buffer) for name, buffer in state.shared.items()},
+        )
+
+    def _copied(self, buffer: Tensor) -> Tensor:
+        """Return the last copy again where neither was written to since: histories may be large.
+
+        A captured CUDA graph would find the copy as it was, so only on the CPU.
+        """
+        if flags.host_waits_for(buffer.device) or buffer.is_inference():
+            return buffer.clone()
+        of, copy, version = self._copies.get(id(buffer), (None, buffer, 0))
+        if of is not buffer or copy._version != version:  # noqa: SLF001 - there is no other way
+            copy = buffer.clone()
+            self._copies[id(buffer)] = buffer, copy, copy._version  # noqa: SLF001
+        return copy
+
+    def _is_unchanged(self, buffer: Tensor, new: Tensor) -> bool:
+        """Return whether a policy returned what it was given."""
+        of, copy, version = self._copies.get(id(buffer), (None, None, 0))
+        return of is buffer and copy is new and new._version == version  # noqa: SLF001
 
     @property
     def step(self) -> Tensor:
@@ -147,15 +172,20 @@ class Histories:
         """
         if self._counts is None:
             return
-        buffers = [self._counts, *(t for each in self.tensors().values() for t in each.values())]
+        written = [
+            (buffer, theirs[name], made_here)
+            for pattern, (state, made_here) in new.items()
+            for _, mine, theirs in _pairs(self._kept[pattern].state, state)
+            for name, buffer in mine.items()
+            if made_here is not False and not self._is_unchanged(buffer, theirs[name])
+        ]
+        buffers = [self._counts, *(buffer for buffer, _, _ in written)]
         self._before = [(buffer, buffer.clone()) for buffer in buffers]
-        for pattern, (state, made_here) in new.items():
-            for _, mine, theirs in _pairs(self._kept[pattern].state, state):
-                for name, buffer in mine.items():
-                    if isinstance(made_here, Tensor):
-                        buffer.copy_(torch.where(made_here, theirs[name], buffer))
-                    elif made_here:
-                        buffer.copy_(theirs[name])
+        for buffer, after, made_here in written:
+            if isinstance(made_here, Tensor):
+                after = torch.where(made_here, after, buffer)  # noqa: PLW2901
+            buffer.copy_(after)
+            self._copies.pop(id(buffer), None)
         steps, skips = self._counts
         steps += made
         skips += asked
@@ -165,6 +195,7 @@ class Histories:
         """Put back what the last ``commit`` wrote over."""
         for buffer, before in self._before:
             buffer.copy_(before)
+            self._copies.pop(id(buffer), None)
         self._before = []
 
     def tensors(self) -> dict[str, dict[tuple[str, str], Tensor]]:

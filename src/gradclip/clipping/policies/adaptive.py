@@ -7,7 +7,7 @@ would stay there.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -49,13 +49,16 @@ class Limits:
         thresholds_S: Norm above which a scope is scaled once its warm-up is over: float64 (S,).
         targets_S: Norm that such a scope gets; elsewhere any number: float64 (S,). The thresholds
             themselves, where it is those.
-        history: What is remembered after this step.
+        followed: What is remembered that follows this norm, (S,) each. Where the norm is 0, what
+            was remembered before stays.
+        kept: What else is remembered: the rule itself leaves it as it is where the norm is 0.
         early_S: Norm that a scope may have during its warm-up: float64 (S,); None for any.
     """
 
     thresholds_S: Tensor
     targets_S: Tensor
-    history: History
+    followed: History
+    kept: History = field(default_factory=dict)
     early_S: Tensor | None = None
 
 
@@ -126,12 +129,11 @@ class AdaptiveClip(Policy):
             bounds = [torch.where(early_S, answer.early_S, each) for each in bounds]
         if self.cap is not None:
             bounds = [each.clamp(max=self.cap) for each in bounds]
-        kept = {
-            # Norms that are kept in a row are large, and ``pushed`` keeps 0 from them.
-            name: torch.where(found_S, new, history[name]) if new.dim() == 1 else new
-            for name, new in answer.history.items()
+        followed = {
+            name: torch.where(found_S, new, history[name]) for name, new in answer.followed.items()
         }
-        return _Judged(bounds[0], bounds[1], above_S, {**kept, "count": counts_S})
+        after = {**followed, **answer.kept, "count": counts_S}
+        return _Judged(bounds[0], bounds[1], above_S, after)
 
     def _begun(self, scopes: int, device: torch.device) -> History:
         counts_S = torch.zeros(scopes, dtype=torch.int64, device=device)

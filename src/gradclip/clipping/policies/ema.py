@@ -55,9 +55,9 @@ class EMAClip(AdaptiveClip):
         bounded_S = torch.minimum(norms_S, thresholds_S)
         later_S = torch.lerp(bounded_S, average_S, self.decay)
         early_S, early_norms_S = self._early(seen)
-        begun = self._started(seen, early_norms_S, history)
-        begun["average"] = torch.where(seen.early_S, begun["average"], later_S)
-        return Limits(thresholds_S, thresholds_S, begun, early_S)
+        begun_S, kept = self._started(seen, early_norms_S, history)
+        followed = {"average": torch.where(seen.early_S, begun_S, later_S)}
+        return Limits(thresholds_S, thresholds_S, followed, kept, early_S)
 
     def _early(self, seen: Sight) -> tuple[Tensor | None, Tensor]:
         """Return what norms may be during warm-up, and what they are then."""
@@ -69,11 +69,11 @@ class EMAClip(AdaptiveClip):
         early_S = torch.where(is_above, shrunk_S, torch.inf)
         return early_S, torch.minimum(seen.norms_S, early_S)
 
-    def _started(self, seen: Sight, norms_S: Tensor, history: History) -> History:
+    def _started(self, seen: Sight, norms_S: Tensor, history: History) -> tuple[Tensor, History]:
         """Return the average of warm-up, once it is known, and the norms it comes from."""
         average_S, counts_S = history["average"], seen.counts_S
         if self.start == "smallest":
-            return {"average": torch.minimum(average_S, norms_S)}
+            return torch.minimum(average_S, norms_S), {}
         kept_SK = history["first"]
         kept_SK = torch.where(seen.early_S[:, None], pushed(kept_SK, counts_S, norms_S), kept_SK)
         average_S = renewed(
@@ -81,4 +81,4 @@ class EMAClip(AdaptiveClip):
             counts_S == self.warmup,
             lambda rows: quantile(kept_SK[rows], counts_S[rows], 0.5),
         )
-        return {"average": average_S, "first": kept_SK}
+        return average_S, {"first": kept_SK}

@@ -22,6 +22,23 @@ def pushed(kept_SW: Tensor, counts_S: Tensor, norms_S: Tensor) -> Tensor:
     return kept_SW.scatter(1, places_S1, norms_S1)
 
 
+def merged(kept_SW: Tensor, recent_SB: Tensor, counts_S: Tensor) -> Tensor:
+    """Return the last W norms of each scope, of which the newest wait in blocks of B.
+
+    Args:
+        kept_SW: The last norms, without those that wait.
+        recent_SB: The norms of the block that is being filled; B is at most W.
+        counts_S: How many norms there were.
+    """
+    width, block = kept_SW.shape[1], recent_SB.shape[1]
+    waiting_S1 = ((counts_S - 1) % block + 1)[:, None]
+    numbers_B = torch.arange(block, device=counts_S.device)
+    places_SB = (counts_S[:, None] - waiting_S1 + numbers_B) % width
+    waits_SB = numbers_B < waiting_S1
+    values_SB = torch.where(waits_SB, recent_SB, kept_SW.gather(1, places_SB))
+    return kept_SW.scatter(1, places_SB, values_SB)
+
+
 def quantile(kept_SW: Tensor, counts_S: Tensor, q: float) -> Tensor:
     """Return a quantile of the norms that each scope has kept, linear between two of them: (S,).
 
@@ -43,12 +60,13 @@ def renewed(old_S: Tensor, due_S: Tensor, of_rows: Callable[[Tensor | slice], Te
     """Return numbers of which those that are due are computed anew.
 
     Args:
-        old_S: The numbers before.
+        old_S: The numbers before, or rows of them: returned itself where none is due on the CPU.
         due_S: Which are due.
         of_rows: Computes those of some scopes. On the CPU it is told which are due; a device,
             where to ask that would make the host wait, computes all.
     """
     if flags.host_waits_for(old_S.device):
-        return torch.where(due_S, of_rows(slice(None)), old_S)
+        due = due_S.view(-1, *[1] * (old_S.dim() - 1))
+        return torch.where(due, of_rows(slice(None)), old_S)
     rows = due_S.nonzero()[:, 0]
     return old_S.index_copy(0, rows, of_rows(rows)) if len(rows) else old_S

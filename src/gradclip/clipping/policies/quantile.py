@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gradclip.clipping.policies.adaptive import AdaptiveClip, History, Limits, Sight
-from gradclip.clipping.policies.order_statistics import pushed, quantile, renewed
+from gradclip.clipping.policies.order_statistics import merged, pushed, quantile, renewed
 
 _TURNS = 16
 """Steps in which the quantile of each scope is found once: to sort many norms takes long."""
@@ -39,24 +39,43 @@ class QuantileClip(AdaptiveClip):
     def initial_history(self, scopes: int, device: torch.device) -> History:
         """Return no norms."""
         none_SW = torch.full((scopes, self.window), torch.inf, dtype=torch.float64, device=device)
+        if self.scope == "group":
+            return {"norms": none_SW}
         turns_S = torch.zeros(scopes, dtype=torch.int64, device=device)
-        turned = {} if self.scope == "group" else {"quantile": none_SW[:, 0], "turn": turns_S}
-        return {"norms": none_SW, **turned}
+        recent_SB = none_SW[:, :_TURNS]
+        return {
+            "norms": none_SW,
+            "recent": recent_SB,
+            "quantile": none_SW[:, 0],
+            "turn": turns_S,
+        }
 
     def limits(self, seen: Sight, history: History) -> Limits:
         """Bound norms by their quantile."""
-        counts_S = seen.counts_S
-        kept_SW = pushed(history["norms"], counts_S, seen.norms_S)
+        counts_S, kept_SW = seen.counts_S, history["norms"]
         if self.scope == "group":
+            kept_SW = pushed(kept_SW, counts_S, seen.norms_S)
             found_S = quantile(kept_SW, counts_S, self.q)
-            return Limits(found_S, found_S, {"norms": kept_SW})
+            return Limits(found_S, found_S, {}, {"norms": kept_SW})
         turns_S = torch.where(counts_S == 1, _turns(seen.norms_S), history["turn"])
+        recent_SB = pushed(history["recent"], counts_S, seen.norms_S)
+
+        def last(rows: Tensor | slice) -> Tensor:
+            return merged(kept_SW[rows], recent_SB[rows], counts_S[rows])
+
+        is_due_S = counts_S > 0
+        if len(counts_S) > 1:
+            is_due_S &= turns_S == seen.step % _TURNS
         found_S = renewed(
             history["quantile"],
-            turns_S == seen.step % _TURNS if len(counts_S) > 1 else counts_S > 0,
-            lambda rows: quantile(kept_SW[rows], counts_S[rows], self.q),
+            is_due_S,
+            lambda rows: quantile(last(rows), counts_S[rows], self.q),
         )
-        return Limits(found_S, found_S, {"norms": kept_SW, "quantile": found_S, "turn": turns_S})
+        # All norms of many tensors are copied only where a block is full.
+        is_full_S = (counts_S % recent_SB.shape[1] == 0) & (seen.norms_S > 0)
+        norms_SW = renewed(kept_SW, is_full_S, last)
+        kept = {"norms": norms_SW, "recent": recent_SB, "quantile": found_S}
+        return Limits(found_S, found_S, {"turn": turns_S}, kept)
 
 
 def _turns(norms_S: Tensor) -> Tensor:

@@ -96,6 +96,22 @@ class TestFormulas:
         found = replay(norms, presets.adagc_paper())
         assert np.allclose(found.norms_post, expected, rtol=1e-6, atol=0)
 
+    @pytest.mark.parametrize("window", [1, 5, 16, 40])
+    def test_quantiles_of_tensors_are_those_of_the_last_norms(self, window):
+        """Each is found anew at every 16th step; an idle tensor has its own last norms."""
+        norms = lognormal(200, 40)
+        norms[np.random.default_rng(1).random(norms.shape) < 0.3] = 0
+        policy = QuantileClip(scope="tensor", q=0.7, window=window, warmup=0)
+        thresholds = replay(norms, policy).thresholds.numpy()
+        renewed = np.zeros(40, dtype=int)
+        for step in range(1, 200):
+            for tensor in np.nonzero(thresholds[step] != thresholds[step - 1])[0]:
+                shown = norms[: step + 1, tensor]
+                last = shown[shown > 0][-window:]
+                assert thresholds[step, tensor] == pytest.approx(np.quantile(last, 0.7), rel=1e-12)
+                renewed[tensor] += 1
+        assert renewed.min() >= 4
+
     def test_an_average_begins_as_the_median_of_warm_up(self):
         norms = lognormal(26)
         found = replay(norms, EMAClip(ratio=3.0, warmup=25))
@@ -132,26 +148,26 @@ class TestWhatIsNotRemembered:
         spike = replay(np.concatenate([bad, bad[-1:] * 1000]), policy)
         assert spike.norms_post[-1].max() < 3 * norms.max()
 
-    def test_an_idle_tensor_has_a_limit_of_its_own_when_it_wakes(self, name):
-        """The norm of what has no gradient is 0, for 200 steps."""
-        policy = POLICIES[name]()
-        if policy.scope == "group":
-            pytest.skip("it has no tensors")
-        norms = of_shape(policy, lognormal(600))
-        norms[:200, 0] = 0
-        found = replay(norms, policy)
-        if name == "adagc":
-            assert found.norms_post[-1, 0] > 0.1
-            return
-        assert found.coefficients[200:].min() > 0.3
-        assert found.coefficients[-50:, 0].mean() > 0.95
-
     def test_the_first_norms_are_not_set_to_zero(self, name):
         """bitsandbytes began with zeros: 95 gradients were zeroed."""
         policy = POLICIES[name]()
         found = replay(of_shape(policy, lognormal(100)), policy)
         assert (found.coefficients[0] > 0.2).all()
         assert (found.coefficients > 0.1).all()
+
+
+@pytest.mark.parametrize("name", [each for each in POLICIES if "tensor" in each or each == "adagc"])
+def test_an_idle_tensor_has_a_limit_of_its_own_when_it_wakes(name):
+    """The norm of what has no gradient is 0, for 200 steps; an expert froze for 5000."""
+    policy = POLICIES[name]()
+    norms = of_shape(policy, lognormal(600))
+    norms[:200, 0] = 0
+    found = replay(norms, policy)
+    if name == "adagc":
+        assert found.norms_post[-1, 0] > 0.1
+    else:
+        assert found.coefficients[200:].min() > 0.3
+        assert found.coefficients[-50:, 0].mean() > 0.95
 
 
 @either

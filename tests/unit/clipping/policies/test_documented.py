@@ -466,6 +466,25 @@ class TestPoliciesThatErr:
         other = parameter(30.0, 40.0)
         assert float(GradientClipper([other], 1.0).clip().norm_post) == pytest.approx(1.0)
 
+    @pytest.mark.parametrize("skips", [False, True])
+    def test_writing_into_its_history_is_as_good_as_returning_another(self, skips):
+        class Counting(Policy):
+            clip_mode: str = "counting"
+
+            def initial_state(self, scopes):
+                return PolicyState(shared={"n": torch.zeros((), dtype=torch.int64)})
+
+            def decide(self, seen, state):
+                state.shared["n"] += 1
+                skip = torch.tensor(skips) & (state.shared["n"] == 2)
+                return Decision(1.0, 1.0, state, skip=skip)
+
+        weight = parameter(3.0, 4.0)
+        clipper = GradientClipper([weight], Counting())
+        for _ in range(3):
+            clipper.clip()
+        assert int(clipper.state_dict()["states"]["*"]["shared"]["n"]) == (1 if skips else 3)
+
     @pytest.mark.parametrize(
         "answer",
         [
