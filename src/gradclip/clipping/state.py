@@ -179,6 +179,8 @@ class Histories:
             for name, buffer in mine.items()
             if made_here is not False and not self._is_unchanged(buffer, theirs[name])
         ]
+        steps, skips = self._counts
+        counts = torch.stack([steps + made, (skips + asked) * negated(made)])
         buffers = [self._counts, *(buffer for buffer, _, _ in written)]
         self._before = [(buffer, buffer.clone()) for buffer in buffers]
         for buffer, after, made_here in written:
@@ -186,10 +188,7 @@ class Histories:
                 after = torch.where(made_here, after, buffer)  # noqa: PLW2901
             buffer.copy_(after)
             self._copies.pop(id(buffer), None)
-        steps, skips = self._counts
-        steps += made
-        skips += asked
-        skips *= negated(made)
+        self._counts.copy_(counts)
 
     def take_back(self) -> None:
         """Put back what the last ``commit`` wrote over."""

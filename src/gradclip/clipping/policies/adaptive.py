@@ -8,7 +8,6 @@ would stay there.
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from math import inf
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -46,7 +45,7 @@ class Limits:
     """What a rule answers.
 
     Args:
-        thresholds_S: Norm above which a scope is scaled once its warm-up is over: float64 (S,).
+        thresholds_S: Norm above which a scope is scaled: float64 (S,); infinite during warm-up.
         targets_S: Norm that such a scope gets; elsewhere any number: float64 (S,). The thresholds
             themselves, where it is those.
         followed: What is remembered that follows this norm, (S,) each. Where the norm is 0, what
@@ -120,8 +119,8 @@ class AdaptiveClip(Policy):
         counts_S = history["count"] + found_S
         early_S = counts_S <= self.warmup
         answer = self.limits(Sight(norms_S, counts_S, early_S, seen.total_norm, seen.step), history)
-        thresholds_S = torch.where(early_S, inf, answer.thresholds_S)
-        targets_S, above_S = thresholds_S, norms_S > thresholds_S
+        thresholds_S = targets_S = answer.thresholds_S
+        above_S = norms_S > thresholds_S
         if answer.targets_S is not answer.thresholds_S:
             targets_S = torch.where(above_S, answer.targets_S, thresholds_S)
         bounds = [thresholds_S, targets_S]

@@ -51,7 +51,7 @@ class EMAClip(AdaptiveClip):
     def limits(self, seen: Sight, history: History) -> Limits:
         """Bound norms by their average."""
         norms_S, average_S = seen.norms_S, history["average"]
-        thresholds_S = self.ratio * average_S
+        thresholds_S = torch.where(seen.early_S, torch.inf, self.ratio * average_S)
         bounded_S = torch.minimum(norms_S, thresholds_S)
         later_S = torch.lerp(bounded_S, average_S, self.decay)
         early_S, early_norms_S = self._early(seen)

@@ -55,8 +55,8 @@ class QuantileClip(AdaptiveClip):
         counts_S, kept_SW = seen.counts_S, history["norms"]
         if self.scope == "group":
             kept_SW = pushed(kept_SW, counts_S, seen.norms_S)
-            found_S = quantile(kept_SW, counts_S, self.q)
-            return Limits(found_S, found_S, {}, {"norms": kept_SW})
+            limits_S = torch.where(seen.early_S, torch.inf, quantile(kept_SW, counts_S, self.q))
+            return Limits(limits_S, limits_S, {}, {"norms": kept_SW})
         turns_S = torch.where(counts_S == 1, _turns(seen.norms_S), history["turn"])
         recent_SB = pushed(history["recent"], counts_S, seen.norms_S)
 
@@ -75,7 +75,8 @@ class QuantileClip(AdaptiveClip):
         is_full_S = (counts_S % recent_SB.shape[1] == 0) & (seen.norms_S > 0)
         norms_SW = renewed(kept_SW, is_full_S, last)
         kept = {"norms": norms_SW, "recent": recent_SB, "quantile": found_S}
-        return Limits(found_S, found_S, {"turn": turns_S}, kept)
+        limits_S = torch.where(seen.early_S, torch.inf, found_S)
+        return Limits(limits_S, limits_S, {"turn": turns_S}, kept)
 
 
 def _turns(norms_S: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ class ZScoreClip(AdaptiveClip):
         mean_S, deviation_S = history["mean"], history["deviation"]
         sigma_S = torch.maximum(deviation_S, _LEAST * mean_S)
         width_S = sigma_S + _EPSILON
-        thresholds_S = torch.add(mean_S, width_S, alpha=self.z)
+        limits_S = torch.add(mean_S, width_S, alpha=self.z)
+        thresholds_S = torch.where(seen.early_S, torch.inf, limits_S)
         targets_S = self._targets(seen.norms_S, mean_S, sigma_S, width_S, thresholds_S)
         fed_S = self._fed(seen.norms_S, thresholds_S, targets_S)
         history = self._averaged(seen, mean_S, deviation_S, fed_S)
@@ -82,7 +83,7 @@ class ZScoreClip(AdaptiveClip):
         weights_S = torch.where(
             early_S, seen.counts_S.to(torch.float64).reciprocal(), 1 - self.decay
         )
-        away_S = torch.where(early_S, seen.norms_S, fed_S) - mean_S
+        away_S = fed_S - mean_S
         rest_S = 1 - weights_S
         # Of the first n norms the last adds away^2 (n - 1) / n^2 to the variance. After warm-up it
         # is the distance from the new mean, rest * away. hypot: squares may be beyond float64.
