@@ -8,7 +8,16 @@ from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from documented_policies import documented
-from gradclip import AGCClip, GradientClipper, GuardClip, NormClip, Schedule
+from gradclip import (
+    AGCClip,
+    EMAClip,
+    GradientClipper,
+    GuardClip,
+    NormClip,
+    QuantileClip,
+    Schedule,
+    ZScoreClip,
+)
 from gradclip.clipping.policies import Decision, Policy, PolicyState
 from gradclip.config import NormOrder
 from gradclip.errors import ArgumentValueError, StateError
@@ -282,3 +291,50 @@ def damaged_on_one_rank(rank):
 
 def test_a_history_that_fits_on_some_ranks_alone_is_refused_on_all():
     together(damaged_on_one_rank, 2)
+
+
+ADAPTIVE = [
+    ZScoreClip(warmup=5, on_spike="skip"),
+    QuantileClip(warmup=5, window=20, q=0.99, scope="tensor", on_spike="skip"),
+    EMAClip(warmup=5, on_spike="skip"),
+    EMAClip(warmup=5, warmup_max_norm=0.5),
+]
+
+
+def adaptive(rank):
+    """Return the histories that each policy has on this rank, of shards and of a stage."""
+    states = []
+    for policy in ADAPTIVE:
+        module, gradients = made("linear")
+        whole = GradientClipper(module, policy)
+        split, _ = made("linear")
+        sharded(split, gradients, 0)
+        parts = GradientClipper(split, policy)
+        pairs, groups = stages(rank)
+        stage = GradientClipper(pairs, policy, partitioned=groups)
+        for step in range(30):
+            # The second rank's stage has the spike: the first skips with it.
+            factor = (1 + step % 3) * (1e3 if step == 20 else 1.0)
+            for alone, part, gradient in zip(
+                module.parameters(), split.parameters(), gradients, strict=True
+            ):
+                alone.grad = gradient * factor
+                part.grad = distribute_tensor(gradient * factor, line(2), part.grad.placements)
+            pairs[0][1].grad = torch.tensor([3.0, 4.0]) * (factor if rank else 1.0)
+            expected, found, there = whole.clip(), parts.clip(), stage.clip()
+            torch.testing.assert_close(
+                found.coefficients_S, expected.coefficients_S, rtol=1e-6, atol=0
+            )
+            skips = step == 20 and policy.on_spike == "skip"
+            assert bool(found.skipped) == bool(there.skipped) == skips
+        state = parts.state_dict()["states"]["*"]
+        common = stage.state_dict()["states"]["*"]["shared"]
+        states += [state["per_scope"], common, state["shared"]]
+    return states
+
+
+def test_adaptive_policies_remember_the_same_on_all_ranks():
+    first, second = together(adaptive, 2)
+    for here, there in zip(first, second, strict=True):
+        assert here.keys() == there.keys()
+        assert all(torch.equal(here[name], there[name]) for name in here)

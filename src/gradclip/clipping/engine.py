@@ -345,6 +345,7 @@ class Engine:
             total_norm=total.clone(),
             committed=as_flag(committed, norms_S.device).clone(),
             step=self._histories.step,
+            skips=self._histories.skips,
             weight_norms_S=None if found.weights is None else found.weights.norms(),
         )
         state = self._histories.of(pattern.name)
@@ -368,7 +369,8 @@ class Engine:
             )
             if group.of.limit is None
         }
-        self._histories.commit(new, made)
+        asked = all_of([decided.committed, decided.unwanted])
+        self._histories.commit(new, made, asked)
 
     # apply
 
@@ -470,6 +472,7 @@ class Engine:
             "step": self.step,
             "committed_steps": steps,
             "consecutive_skips": self._judge.skips.in_a_row,
+            "policy_skips": self._histories.skips_in_a_row,
             "clip_modes": {
                 pattern: None if policy is None else policy.clip_mode
                 for pattern, policy in self.policies.items()
@@ -482,7 +485,7 @@ class Engine:
         saved = read_state(state, self.state_dict())
         self._binding.peers.forget()
         self.step, self._judge.skips.in_a_row = saved.step, saved.consecutive_skips
-        self._histories.load(saved.committed_steps, saved.histories)
+        self._histories.load(saved.committed_steps, saved.policy_skips, saved.histories)
 
 
 def _is_zero(pattern: Pattern, decision: Decision) -> bool:

@@ -13,13 +13,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gradclip.clipping.flags import Flag
+from gradclip.clipping import flags
+from gradclip.clipping.flags import Flag, negated
 from gradclip.clipping.measure.scopes import ScopeNames
 from gradclip.clipping.policies import Policy, PolicyState, Scopes
 from gradclip.errors import ArgumentValueError, StateError, warn
 
 STATE_VERSION = 2
 _SHOWN = 4
+_COUNTS = ("step", "committed_steps", "consecutive_skips", "policy_skips")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +58,10 @@ class Histories:
         self._kept: dict[str, SavedHistory] = {}
         self._of: dict[str, Scopes] = {}
         self._loaded: dict[str, SavedHistory | None] = {}
-        self._steps = 0
-        self._step: Tensor | None = None
+        self._loaded_counts = 0, 0
+        self._counts: Tensor | None = None
         self._before: list[tuple[Tensor, Tensor]] = []
+        self._copies: dict[int, tuple[Tensor, Tensor, int]] = {}
 
     def prepare(self, pattern: str, policy: Policy, scopes: Scopes, *, named: bool) -> None:
         """Make the buffers of a pattern, where there are none for these scopes yet.
@@ -73,8 +76,11 @@ class Histories:
             StateError: GC030, for a history that was loaded and does not fit.
             ArgumentValueError: GC010, for an ``initial_state`` that has not one row per scope.
         """
-        if self._step is None or self._step.device != scopes.device:
-            self._step = torch.full((), self.steps, dtype=torch.int64, device=scopes.device)
+        if self._counts is None or self._counts.device != scopes.device:
+            counts = self.steps, self.skips_in_a_row
+            self._counts = torch.stack(
+                [torch.full((), n, dtype=torch.int64, device=scopes.device) for n in counts]
+            )
         if self._of.get(pattern) is scopes and pattern not in self._loaded:
             return
         initial = policy.initial_state(scopes)
@@ -92,6 +98,7 @@ class Histories:
             # Parameters were added or replaced during the run: positions are names then.
             _restore(pattern, replace(known, named=True), replace(made, named=True))
         self._kept[pattern], self._of[pattern] = made, scopes
+        self._copies = {}
 
     def of(self, pattern: str) -> PolicyState:
         """Return a copy of the history of a pattern, which was prepared.
@@ -99,13 +106,41 @@ class Histories:
         A policy may answer with a tensor of its history, and a result is read after the history
         was written.
         """
-        return self._kept[pattern].state.copy()
+        state = self._kept[pattern].state
+        return PolicyState(
+            {name: self._copied(buffer) for name, buffer in state.per_scope.items()},
+            {name: self._copied(buffer) for name, buffer in state.shared.items()},
+        )
+
+    def _copied(self, buffer: Tensor) -> Tensor:
+        """Return the last copy again where neither was written to since: histories may be large.
+
+        A captured CUDA graph would find the copy as it was, so only on the CPU.
+        """
+        if flags.host_waits_for(buffer.device) or buffer.is_inference():
+            return buffer.clone()
+        of, copy, version = self._copies.get(id(buffer), (None, buffer, 0))
+        if of is not buffer or copy._version != version:  # noqa: SLF001 - there is no other way
+            copy = buffer.clone()
+            self._copies[id(buffer)] = buffer, copy, copy._version  # noqa: SLF001
+        return copy
+
+    def _is_unchanged(self, buffer: Tensor, new: Tensor) -> bool:
+        """Return whether a policy returned what it was given."""
+        of, copy, version = self._copies.get(id(buffer), (None, None, 0))
+        return of is buffer and copy is new and new._version == version  # noqa: SLF001
 
     @property
     def step(self) -> Tensor:
         """How many steps were made: a copy, 0-d int64 on the device."""
-        assert self._step is not None
-        return self._step.clone()
+        assert self._counts is not None
+        return self._counts[0].clone()
+
+    @property
+    def skips(self) -> Tensor:
+        """How many steps in a row policies kept from being made: a copy, 0-d int64."""
+        assert self._counts is not None
+        return self._counts[1].clone()
 
     def check(self, pattern: str, policy: Policy, new: PolicyState) -> None:
         """Refuse what a policy returned, if it does not fit its buffers.
@@ -127,30 +162,39 @@ class Histories:
                         f"{tuple(other.shape)} {other.dtype} on {other.device}",
                     )
 
-    def commit(self, new: Mapping[str, tuple[PolicyState, Flag]], made: Flag) -> None:
+    def commit(self, new: Mapping[str, tuple[PolicyState, Flag]], made: Flag, asked: Flag) -> None:
         """Write what policies returned, each where its step is made.
 
         Args:
             new: By pattern the state that its policy returned, and whether its step is made.
             made: Whether the step of the optimizer is made.
+            asked: Whether a policy asked that it is not made, and nothing else forbids it.
         """
-        if self._step is None:
+        if self._counts is None:
             return
-        buffers = [self._step, *(t for each in self.tensors().values() for t in each.values())]
+        written = [
+            (buffer, theirs[name], made_here)
+            for pattern, (state, made_here) in new.items()
+            for _, mine, theirs in _pairs(self._kept[pattern].state, state)
+            for name, buffer in mine.items()
+            if made_here is not False and not self._is_unchanged(buffer, theirs[name])
+        ]
+        steps, skips = self._counts
+        counts = torch.stack([steps + made, (skips + asked) * negated(made)])
+        buffers = [self._counts, *(buffer for buffer, _, _ in written)]
         self._before = [(buffer, buffer.clone()) for buffer in buffers]
-        for pattern, (state, made_here) in new.items():
-            for _, mine, theirs in _pairs(self._kept[pattern].state, state):
-                for name, buffer in mine.items():
-                    if isinstance(made_here, Tensor):
-                        buffer.copy_(torch.where(made_here, theirs[name], buffer))
-                    elif made_here:
-                        buffer.copy_(theirs[name])
-        self._step += made
+        for buffer, after, made_here in written:
+            if isinstance(made_here, Tensor):
+                after = torch.where(made_here, after, buffer)  # noqa: PLW2901
+            buffer.copy_(after)
+            self._copies.pop(id(buffer), None)
+        self._counts.copy_(counts)
 
     def take_back(self) -> None:
         """Put back what the last ``commit`` wrote over."""
         for buffer, before in self._before:
             buffer.copy_(before)
+            self._copies.pop(id(buffer), None)
         self._before = []
 
     def tensors(self) -> dict[str, dict[tuple[str, str], Tensor]]:
@@ -175,11 +219,17 @@ class Histories:
     @property
     def steps(self) -> int:
         """How many steps were made, on the host; waits for the device."""
-        return self._steps if self._step is None else int(self._step)
+        return self._loaded_counts[0] if self._counts is None else int(self._counts[0])
 
-    def load(self, steps: int, states: Mapping[str, SavedHistory]) -> None:
+    @property
+    def skips_in_a_row(self) -> int:
+        """How many steps in a row policies kept from being made; waits for the device."""
+        return self._loaded_counts[1] if self._counts is None else int(self._counts[1])
+
+    def load(self, steps: int, skips: int, states: Mapping[str, SavedHistory]) -> None:
         """Take over what ``saved`` returned; histories are fitted to scopes at the next step."""
-        self._steps, self._step = steps, None
+        self._loaded_counts = steps, skips
+        self._counts = None
         self._loaded = {pattern: states.get(pattern) for pattern in {*self._kept, *states}}
 
 
@@ -340,12 +390,14 @@ class SavedState:
         step: How many calls there were.
         committed_steps: How many steps were made.
         consecutive_skips: Skips in a row.
+        policy_skips: How many steps in a row policies kept from being made.
         histories: Of each pattern.
     """
 
     step: int
     committed_steps: int
     consecutive_skips: int
+    policy_skips: int
     histories: dict[str, SavedHistory] = field(default_factory=dict)
 
 
@@ -364,6 +416,7 @@ def read_state(state: object, own: Mapping[str, Any]) -> SavedState:
     version = state.get("version")
     if version == 1 and "committed_steps" not in state:
         state = _of_version_1(state)
+    state = {"policy_skips": 0, **state}  # as it was saved before policies were told
     if state.keys() != own.keys():
         raise _damaged(f"expected a mapping with {sorted(own)}, seen {sorted(map(str, state))}")
     if state["version"] != own["version"]:
@@ -372,16 +425,14 @@ def read_state(state: object, own: Mapping[str, Any]) -> SavedState:
     # In order: the first pattern that matches wins.
     if not isinstance(modes, Mapping) or list(modes.items()) != list(own["clip_modes"].items()):
         raise _damaged(f"it is of {state['clip_modes']!r}, the clipper of {own['clip_modes']}")
-    counts = [state["step"], state["committed_steps"], state["consecutive_skips"]]
+    counts = [state[name] for name in _COUNTS]
     if not all(type(count) is int and count >= 0 for count in counts):
-        raise _damaged(f"step, committed_steps and consecutive_skips are counts, seen {counts!r}")
+        raise _damaged(f"{', '.join(_COUNTS)} are counts, seen {counts!r}")
     states = state["states"]
     if not isinstance(states, Mapping) or not states.keys() <= own["clip_modes"].keys():
         raise _damaged(f"states has a history for each pattern, seen {states!r}")
-    step, committed, skips = counts
-    return SavedState(
-        step, committed, skips, {p: _read_history(p, each) for p, each in states.items()}
-    )
+    histories = {p: _read_history(p, each) for p, each in states.items()}
+    return SavedState(**dict(zip(_COUNTS, counts, strict=True)), histories=histories)
 
 
 def _of_version_1(state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
-"""What a run did: recorded as JSONL, read back, summed up, drawn. Nothing here needs torch.
+"""What a run did: recorded as JSONL, read back, summed up, drawn.
 
-Importing this package is light; matplotlib is imported when a figure is made.
+Importing this package is light, without torch; matplotlib is imported when a figure is made. Only
+``gradclip.diagnostics.replay``, which is ``gradclip.replay``, needs torch.
 """
 
 from gradclip.diagnostics.figure import clipping_figure as clipping_figure

@@ -15,7 +15,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import backend_registration
 
-from gradclip import AGCClip, GradientClipper, GuardClip, NormClip, ObserveClip, Schedule, ValueClip
+from gradclip import (
+    AGCClip,
+    EMAClip,
+    GradientClipper,
+    GuardClip,
+    NormClip,
+    ObserveClip,
+    QuantileClip,
+    Schedule,
+    ValueClip,
+    ZScoreClip,
+)
 from gradclip.clipping import Policy
 from gradclip.clipping.collect import gradients as collected
 from gradclip.clipping.collect import overlap
@@ -61,6 +72,9 @@ POLICIES = {
     "tensors": NormClip(max_norm=1.0, scope="tensor", skip_above=4.0),
     "schedule": NormClip(max_norm=Schedule(points=((0, 1.0), (4, 0.5)), shape="linear")),
     "skips": NormClip(max_norm=inf, skip_above=4.0),
+    "z-score": ZScoreClip(on_spike="skip"),
+    "quantiles": QuantileClip(scope="tensor", on_spike="skip"),
+    "averages": {"a": EMAClip(warmup_max_norm=1.0, cap=2.0), "b": EMAClip(scope="group")},
     "rows": RowClip(),
     "observed rows": RowObserver(),
     "rows and norm": {"a": RowClip(), "b": 1.0},

@@ -10,7 +10,18 @@ import fake_device
 import pytest
 import torch
 
-from gradclip import AGCClip, GradientClipper, GuardClip, NormClip, ObserveClip, Schedule, ValueClip
+from gradclip import (
+    AGCClip,
+    EMAClip,
+    GradientClipper,
+    GuardClip,
+    NormClip,
+    ObserveClip,
+    QuantileClip,
+    Schedule,
+    ValueClip,
+    ZScoreClip,
+)
 from gradclip.clipping import flags
 from gradclip.clipping.kernels import foreach
 from gradclip.clipping.step.nonfinite import SkipCounter
@@ -40,6 +51,8 @@ POLICIES = {
     "patterns": {"a": 1.0, "b": ValueClip(clip_value=0.25)},
     "value first": {"a": ValueClip(clip_value=5.0), "b": 1.0},
     "to zero": {"a": ValueClip(clip_value=0.0), "b": 1.0},
+    "adaptive": {"a": ZScoreClip(cap=0.5), "b": EMAClip(warmup_max_norm=0.1)},
+    "quantile": QuantileClip(warmup=0, cap=0.5, on_spike="skip"),
     "orders": {"a": NormClip(max_norm=1.0, norm_type=1.0), "b": NormClip(max_norm=0.5)},
 }
 

@@ -13,20 +13,33 @@ from gradclip.clipping.policies.base import Policy as Policy
 from gradclip.clipping.policies.base import PolicyState as PolicyState
 from gradclip.clipping.policies.base import Scope as Scope
 from gradclip.clipping.policies.base import Scopes as Scopes
+from gradclip.clipping.policies.ema import EMAClip as EMAClip
 from gradclip.clipping.policies.guard import GuardClip as GuardClip
 from gradclip.clipping.policies.norm import NormClip as NormClip
 from gradclip.clipping.policies.observe import ObserveClip as ObserveClip
+from gradclip.clipping.policies.quantile import QuantileClip as QuantileClip
 from gradclip.clipping.policies.schedule import Schedule as Schedule
 from gradclip.clipping.policies.value import ValueClip as ValueClip
+from gradclip.clipping.policies.zscore import ZScoreClip as ZScoreClip
 from gradclip.config import as_ceiling
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
 
 AnyPolicy: TypeAlias = Annotated[
-    NormClip | ValueClip | ObserveClip | GuardClip | AGCClip, Field(discriminator="clip_mode")
+    NormClip | ValueClip | ObserveClip | GuardClip | AGCClip | QuantileClip | ZScoreClip | EMAClip,
+    Field(discriminator="clip_mode"),
 ]
 """Every policy, told apart by ``clip_mode``: what a configuration file may name."""
 
-BUILT_IN = (NormClip, ValueClip, ObserveClip, GuardClip, AGCClip)
+BUILT_IN = (
+    NormClip,
+    ValueClip,
+    ObserveClip,
+    GuardClip,
+    AGCClip,
+    QuantileClip,
+    ZScoreClip,
+    EMAClip,
+)
 """The same as a tuple: policies that need no ``class_type`` in a file."""
 
 PolicyLike: TypeAlias = Policy | float

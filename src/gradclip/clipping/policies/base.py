@@ -41,6 +41,8 @@ class Measurement:
         total_norm: Norm of all parameters of the pattern, on all ranks: 0-d float64.
         committed: Whether, as far as is known, this step will be made: 0-d bool.
         step: How many steps were made before this one: 0-d int64, on the device.
+        skips: How many steps in a row, up to this one, were not made because a policy asked for it:
+            0-d int64, on the device.
         weight_norms_S: Norm of the weights of each scope, with the same p: float64 (S,); only for
             a policy with ``needs_weight_norms``.
     """
@@ -49,6 +51,7 @@ class Measurement:
     total_norm: Tensor
     committed: Tensor
     step: Tensor
+    skips: Tensor
     weight_norms_S: Tensor | None = None
 
 

@@ -1,6 +1,7 @@
 """Mistakes of a loop that its norms give away: each is said once."""
 
 import gc
+from collections import deque
 from collections.abc import Iterator, Mapping
 from math import inf, isfinite
 from typing import Any
@@ -18,13 +19,17 @@ _AT_LEAST = 5
 _FAR = 100.0
 """A norm so many times the limit may still be multiplied by a loss scale."""
 
+_LONG, _OFTEN = 100, 95
+"""More clipped steps of so many: the limit is no longer one of exceptions."""
+
 
 class LoopWatch:
     """Looks at the norms of steps before clipping: a reader of a ``StepRing``.
 
     Something clips first: no norm is ever beyond the limit, and some are just at it. A loop forgot
     to unscale: the first norms are all far beyond the limit, and there is a ``GradScaler`` that
-    has a scale and has unscaled nothing.
+    has a scale and has unscaled nothing. The limit is stuck below the norms: nearly all steps are
+    clipped.
 
     Args:
         called: What clips, as its user knows it.
@@ -36,12 +41,20 @@ class LoopWatch:
         self._seen = self._touching = 0
         self._within = self._far = True
         self._limit = inf
+        self._last: float | None = None
+        self._clipped: deque[bool] | None = deque(maxlen=_LONG)
+        self._times = 0
+        self._often: tuple[int, float] | None = None
         self._suspects_other = self._suspects_scale = False
 
     def add(self, numbers: StepNumbers) -> None:
         """Take the numbers of a step."""
+        self._count(numbers)
         if self._seen >= FIRST and not self._within:
             return  # nothing is left to find
+        if self._last not in (None, numbers.threshold):
+            self._within = False  # a limit that moves may follow the norms, and be just at one
+        self._last = numbers.threshold
         if not (isfinite(numbers.norm) and 0 < numbers.threshold < inf):
             return
         ratio, self._limit = numbers.norm / numbers.threshold, numbers.threshold
@@ -54,6 +67,17 @@ class LoopWatch:
             self._within = False
         if self._within and self._seen >= FIRST and self._touching >= _AT_LEAST:
             self._within, self._suspects_other = False, True
+
+    def _count(self, numbers: StepNumbers) -> None:
+        """Find that nearly all of many steps were clipped, where one limit is for all."""
+        if self._clipped is None or numbers.skipped or not 0 < numbers.threshold <= inf:
+            return
+        if len(self._clipped) == _LONG:
+            self._times -= self._clipped[0]
+        self._clipped.append(numbers.clipped)
+        self._times += numbers.clipped
+        if self._times > _OFTEN and len(self._clipped) == _LONG:
+            self._clipped, self._often = None, (self._times, numbers.threshold)
 
     def speak(self, *, unscaled: bool) -> None:
         """Warn of what was found: in a call to clip, which comes where a scaler has unscaled.
@@ -69,6 +93,14 @@ class LoopWatch:
                 "these gradients before it does. Remove that call from the loop: "
                 "torch.nn.utils.clip_grad_norm_(...), or one that makes it, such as "
                 "accelerator.clip_grad_norm_(...) or fabric.clip_gradients(...)."
+            )
+        if self._often is not None:
+            (clipped, limit), self._often = self._often, None
+            warn(
+                f"{self._called} clipped {clipped} of {_LONG} steps in a row, at last to a norm of "
+                f"{limit:g}: that is below the usual norm, so the limit sets the size of every "
+                "update, as a learning rate does. Raise it, or filter this warning if it is meant. "
+                "gradclip.ObserveClip() shows which norms are usual."
             )
         if self._suspects_scale:
             self._suspects_scale = False

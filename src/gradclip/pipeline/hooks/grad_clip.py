@@ -253,7 +253,7 @@ def _write_none(policies: dict[str, Any], write: SerializerFunctionWrapHandler) 
     return {pattern: "none" if each is None else each for pattern, each in written.items()}
 
 
-_NAMING = {"class_type", "clip_mode"}
+_SAYS_WHICH = {"clip_mode", "class_type"}
 _FIELDS = {"class_type", *(name for policy in BUILT_IN for name in policy.model_fields)}
 
 
@@ -267,9 +267,11 @@ def _kind(value: Any) -> str:
 
 
 def _kind_or_patterns(value: Any) -> str:
-    # A pattern may be called like a field, such as that of a parameter ``scope``.
-    named = isinstance(value, Mapping) and bool(_NAMING & value.keys() or value.keys() <= _FIELDS)
-    by_pattern = isinstance(value, Mapping) and not named
+    if not isinstance(value, Mapping):
+        return _kind(value)
+    # A parameter may be called "z" or "q": one name of a field makes no policy of patterns.
+    names = value.keys()
+    by_pattern = not (_SAYS_WHICH & names or (names and names <= _FIELDS))
     return "patterns" if by_pattern else _kind(value)
 
 

@@ -11,7 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from documented_policies import documented
-from gradclip import GradientClipper, GuardClip, NormClip, ObserveClip, ValueClip, attach
+from gradclip import (
+    EMAClip,
+    GradientClipper,
+    GuardClip,
+    NormClip,
+    ObserveClip,
+    QuantileClip,
+    ValueClip,
+    ZScoreClip,
+    attach,
+)
 from gradclip.clipping.policies import Decision, Measurement, Policy, PolicyState
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, StateError, TooManySkipsError
 
@@ -237,7 +247,17 @@ def everything(optimizer):
 
 @pytest.mark.parametrize("reading", ["read", "unread"])
 @pytest.mark.parametrize("kind", ["fused", "plain"])
-def test_a_skip_leaves_weights_moments_and_history_as_they_are(kind, reading, request):
+@pytest.mark.parametrize(
+    "rule",
+    [
+        SpikeSkip(max_norm=1.0, skip_above=50.0),
+        ZScoreClip(warmup=2, on_spike="skip"),
+        QuantileClip(warmup=2, on_spike="skip", scope="tensor"),
+        EMAClip(warmup=2, on_spike="skip"),
+    ],
+    ids=lambda rule: rule.clip_mode,
+)
+def test_a_skip_leaves_weights_moments_and_history_as_they_are(rule, kind, reading, request):
     """A fused optimizer is told on the device; for any other one number is read."""
     if reading == "unread":
         request.getfixturevalue("unread")
@@ -248,7 +268,7 @@ def test_a_skip_leaves_weights_moments_and_history_as_they_are(kind, reading, re
         optimizer = torch.optim.AdamW(named, lr=0.1, fused=True)
     else:
         optimizer = torch.optim.SGD(named, lr=0.1, momentum=0.9)
-    handle = attach(optimizer, {"w0": SpikeSkip(max_norm=1.0, skip_above=50.0), "*": UsualNorm()})
+    handle = attach(optimizer, {"w0": rule, "*": UsualNorm()})
 
     def step(norm):
         for weight in weights:
@@ -471,6 +491,25 @@ class TestPoliciesThatErr:
         assert clipper.state_dict()["committed_steps"] == 1
         other = parameter(30.0, 40.0)
         assert float(GradientClipper([other], 1.0).clip().norm_post) == pytest.approx(1.0)
+
+    @pytest.mark.parametrize("skips", [False, True])
+    def test_writing_into_its_history_is_as_good_as_returning_another(self, skips):
+        class Counting(Policy):
+            clip_mode: str = "counting"
+
+            def initial_state(self, scopes):
+                return PolicyState(shared={"n": torch.zeros((), dtype=torch.int64)})
+
+            def decide(self, seen, state):
+                state.shared["n"] += 1
+                skip = torch.tensor(skips) & (state.shared["n"] == 2)
+                return Decision(1.0, 1.0, state, skip=skip)
+
+        weight = parameter(3.0, 4.0)
+        clipper = GradientClipper([weight], Counting())
+        for _ in range(3):
+            clipper.clip()
+        assert int(clipper.state_dict()["states"]["*"]["shared"]["n"]) == (1 if skips else 3)
 
     @pytest.mark.parametrize(
         "answer",

@@ -1,6 +1,7 @@
 """Mistakes of a loop that its norms give away, each said once; and no false alarm."""
 
 import math
+import re
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 import gradclip
-from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip, attach
+from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip, attach, presets
 from gradclip.clipping.step.loop import LoopWatch
 from gradclip.record.ring import BATCH, FIRST, StepNumbers
 
@@ -107,6 +108,34 @@ def test_what_has_not_one_limit_says_nothing(policy):
             model.zero_grad()
 
     assert said(run) == []
+
+
+# A limit is stuck below the norms.
+
+
+@pytest.mark.parametrize(("policy", "steps"), [(1.0, 100), (presets.zclip_paper(), 230)])
+def test_a_limit_that_clips_nearly_every_step_is_named_once(policy, steps):
+    """The paper's ZClip does not follow a level that rises for good."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    clipper = GradientClipper([weight], policy)
+
+    def run():
+        for step in range(steps + BATCH):
+            usual = 10.0 + step % 5
+            weight.grad = torch.tensor([usual if step < 60 else 10 * usual])
+            clipper.clip()
+            clipper.stats  # noqa: B018 - reads every step
+        clipper.clip()
+
+    (message,) = said(run)
+    assert re.search(r"GradientClipper clipped \d+ of 100 steps in a row", message)
+
+
+def test_a_limit_of_exceptions_is_not_named():
+    watch = LoopWatch("it", owned=True)
+    for step in range(400):
+        watch.add(StepNumbers(step, 2.0, 1.0, step % 20 != 0, False, False))
+    assert said(lambda: watch.speak(unscaled=False)) == []
 
 
 # A loop forgets scaler.unscale_.

@@ -5,7 +5,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from gradclip import AGCClip, GuardClip, NormClip, ObserveClip, Schedule, ValueClip
+from gradclip import (
+    AGCClip,
+    EMAClip,
+    GuardClip,
+    NormClip,
+    ObserveClip,
+    QuantileClip,
+    Schedule,
+    ValueClip,
+    ZScoreClip,
+)
 from gradclip.config import dump, load
 from gradclip.errors import ConfigError
 from gradclip.pipeline.hooks import (
@@ -59,6 +69,11 @@ def test_overrides_by_keyword_are_checked():
         ),
         ({"a": "none", "*": 1.0}, {"a": None, "*": 1.0}),
         ({"scope": 2.0, "*": 1.0}, {"scope": 2.0, "*": 1.0}),  # a parameter called like a field
+        ({"clip_mode": "zscore", "z": 2.5}, ZScoreClip(z=2.5)),
+        (
+            {"q": {"clip_mode": "quantile", "q": 0.5}, "*": {"clip_mode": "ema"}},
+            {"q": QuantileClip(q=0.5), "*": EMAClip()},
+        ),
     ],
 )
 def test_a_policy_takes_the_place_of_the_mode(policy, expected):
@@ -129,6 +144,8 @@ def test_what_cannot_be_meant_is_refused_in_our_words(fields, said):
         GradientClippingHookConfig(policy=1.0, max_consecutive_skips=0),
         GradientClippingHookConfig(policy=inf),
         GradientClippingHookConfig(policy=ObserveClip()),
+        GradientClippingHookConfig(policy=ZScoreClip(cap=inf, on_spike="skip")),
+        GradientClippingHookConfig(policy={"z": EMAClip(warmup_max_norm=1.0), "*": ZScoreClip()}),
         GradientClippingHookConfig(policy={"*.bias": None, "*": ValueClip(clip_value=inf)}),
         GradientClippingHookConfig(policy=NormClip(max_norm=inf, scope="tensor", skip_above=9.0)),
         GradientClippingHookConfig(

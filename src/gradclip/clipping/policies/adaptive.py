@@ -1,0 +1,164 @@
+"""What policies share whose limit follows the norms of the run: the frame around their rules.
+
+A rule is told norms and what it remembers, and answers with limits and what it will remember. The
+frame keeps from it what would poison a history: a norm that is not finite, or 0, leaves the history
+of its scope as it is. 0 is the norm of what has no gradient, and an average that has once become 0
+would stay there.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gradclip.clipping.policies.base import Decision, Measurement, Policy, PolicyState, Scopes
+from gradclip.config import Ceiling
+
+History: TypeAlias = dict[str, Tensor]
+"""Tensors of shape (S,), or (S, W) for norms that are kept, by name: float64 or int64."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """What a rule is told at a step.
+
+    Args:
+        norms_S: Norm of each scope, finite: float64 (S,). Where it is 0 the answer does not count.
+        counts_S: How many norms above 0 each scope has had, with this one: int64 (S,).
+        early_S: Whether this norm is one of warm-up: bool (S,).
+        total_norm: Norm of all parameters of the pattern, on all ranks: 0-d float64.
+        step: How many steps were made before this one: 0-d int64.
+    """
+
+    norms_S: Tensor
+    counts_S: Tensor
+    early_S: Tensor
+    total_norm: Tensor
+    step: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Limits:
+    """What a rule answers.
+
+    Args:
+        thresholds_S: Norm above which a scope is scaled: float64 (S,); infinite during warm-up.
+        targets_S: Norm that such a scope gets; elsewhere any number: float64 (S,). The thresholds
+            themselves, where it is those.
+        followed: What is remembered that follows this norm, (S,) each. Where the norm is 0, what
+            was remembered before stays.
+        kept: What else is remembered: the rule itself leaves it as it is where the norm is 0.
+        early_S: Norm that a scope may have during its warm-up: float64 (S,); None for any.
+    """
+
+    thresholds_S: Tensor
+    targets_S: Tensor
+    followed: History
+    kept: History = field(default_factory=dict)
+    early_S: Tensor | None = None
+
+
+class AdaptiveClip(Policy):
+    """A policy whose limit follows the norms of the run: a rule of its own, in the common frame."""
+
+    scope: Literal["group", "tensor"] = "group"  # type: ignore[misc]  # a field here
+    """What has a limit of its own: all gradients of a pattern together, or each tensor."""
+    cap: Ceiling | None = None
+    """A fixed ceiling besides, of the norm of each scope: the smaller coefficient counts."""
+    warmup: int = Field(default=25, ge=1)
+    """Norms of a scope before its limit counts; until then there is only ``cap``."""
+    on_spike: Literal["clip", "skip"] = "clip"
+    """What is done about a norm above the limit: "clip", or "skip", which does not make the step.
+    With scope "tensor" the norm of all tensors together decides on that, by the same rule."""
+    max_spikes: int = Field(default=3, ge=1)
+    """Skips in a row, after which a step is clipped and remembered: a level that has changed for
+    good is no spike."""
+
+    @abstractmethod
+    def initial_history(self, scopes: int, device: torch.device) -> History:
+        """Return what the rule remembers before the first step, of so many scopes."""
+
+    @abstractmethod
+    def limits(self, seen: Sight, history: History) -> Limits:
+        """Return the limits of this step, and what is remembered after it.
+
+        Args:
+            seen: What was measured.
+            history: What was remembered. It must not be changed.
+        """
+
+    def initial_state(self, scopes: Scopes) -> PolicyState:
+        """Return the history of each scope, and that of their total where it decides on skips."""
+        count, device = len(scopes.names), scopes.device
+        return PolicyState(
+            self._begun(count, device), self._begun(1, device) if self._judges_total else {}
+        )
+
+    def decide(self, seen: Measurement, state: PolicyState) -> Decision:
+        """Scale what is above its limit, or ask not to make the step."""
+        judged = self._judge(seen.norms_S, seen, state.per_scope)
+        above_S, of_total = judged.above_S, History()
+        if self._judges_total:
+            total = self._judge(seen.total_norm.reshape(1), seen, state.shared)
+            above_S, of_total = total.above_S, total.history
+        skips = self.on_spike == "skip"
+        return Decision(
+            judged.thresholds_S,
+            judged.targets_S,
+            PolicyState(judged.history, of_total),
+            above_S.any() & (seen.skips < self.max_spikes) if skips else False,
+        )
+
+    def _judge(self, norms_S: Tensor, seen: Measurement, history: History) -> "_Judged":
+        """Return what the rule says of some norms, each with a history."""
+        norms_S = finite(norms_S)
+        found_S = norms_S > 0
+        counts_S = history["count"] + found_S
+        early_S = counts_S <= self.warmup
+        answer = self.limits(Sight(norms_S, counts_S, early_S, seen.total_norm, seen.step), history)
+        thresholds_S = targets_S = answer.thresholds_S
+        above_S = norms_S > thresholds_S
+        if answer.targets_S is not answer.thresholds_S:
+            targets_S = torch.where(above_S, answer.targets_S, thresholds_S)
+        bounds = [thresholds_S, targets_S]
+        if answer.early_S is not None:
+            bounds = [torch.where(early_S, answer.early_S, each) for each in bounds]
+        if self.cap is not None:
+            bounds = [each.clamp(max=self.cap) for each in bounds]
+        followed = {
+            name: torch.where(found_S, new, history[name]) for name, new in answer.followed.items()
+        }
+        after = {**followed, **answer.kept, "count": counts_S}
+        return _Judged(bounds[0], bounds[1], above_S, after)
+
+    def _begun(self, scopes: int, device: torch.device) -> History:
+        counts_S = torch.zeros(scopes, dtype=torch.int64, device=device)
+        return {**self.initial_history(scopes, device), "count": counts_S}
+
+    @property
+    def _judges_total(self) -> bool:
+        return self.on_spike == "skip" and self.scope == "tensor"
+
+
+class _Judged(NamedTuple):
+    """What is said of some norms.
+
+    Attributes:
+        thresholds_S: Norm above which each is scaled.
+        targets_S: What it gets then.
+        above_S: Whether it is above the limit of the rule.
+        history: After this step.
+    """
+
+    thresholds_S: Tensor
+    targets_S: Tensor
+    above_S: Tensor
+    history: History
+
+
+def finite(norms: Tensor) -> Tensor:
+    """Return norms with 0 for those that are no number: of such a step nothing is remembered."""
+    return torch.nan_to_num(norms, nan=0.0, posinf=0.0)

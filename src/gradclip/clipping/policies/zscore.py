@@ -1,0 +1,94 @@
+"""Clip by z-score: a limit some standard deviations above the usual norm."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gradclip.clipping.policies.adaptive import AdaptiveClip, History, Limits, Sight
+
+_EPSILON = 1e-6
+"""Added to the standard deviation, as the paper has it."""
+_LEAST = 1e-3
+"""The least standard deviation, as a share of the mean: norms without any scatter, such as those
+of a constant gradient, would allow no other norm ever again."""
+
+
+class ZScoreClip(AdaptiveClip):
+    """Bound norms whose z-score is above ``z``, by an exponential mean and variance of the norms.
+
+    ``score = (norm - mean) / (sigma + 1e-6)`` with the standard deviation ``sigma``. A norm with a
+    score above ``z`` is brought to ``mean + z * sigma / (score / z)``. Then ``mean = decay * mean
+    + (1 - decay) * fed`` and ``variance = decay * variance + (1 - decay) * (fed - mean)^2``, where
+    ``fed`` is the norm, but for one above the limit what ``feedback`` says. They begin as mean and
+    population variance of the norms of warm-up.
+
+    References:
+        Kumar et al. 2025, ZClip, arXiv:2504.02507.
+
+    >>> ZScoreClip(z=3.0).z
+    3.0
+    """
+
+    clip_mode: Literal["zscore"] = "zscore"
+    z: float = Field(default=2.5, gt=0)
+    """Standard deviations above the mean that a norm may have."""
+    decay: float = Field(default=0.97, ge=0, lt=1)
+    """How much of the mean and of the variance stays at each step."""
+    target: Literal["reciprocal", "threshold", "mean"] = "reciprocal"
+    """What a spike gets: a norm nearer to the mean the higher it was, or the limit, or the mean."""
+    feedback: Literal["bounded", "clipped", "raw"] = "bounded"
+    """What is remembered of a spike: the limit, or the norm it got, or its own norm. The second
+    never follows a level that has risen for good, the third lets spikes raise the limit. A spike
+    that ``max_spikes`` lets pass is remembered as the limit in any case."""
+
+    def initial_history(self, scopes: int, device: torch.device) -> History:
+        """Return no mean and no deviation yet."""
+        zeros_S = torch.zeros(scopes, dtype=torch.float64, device=device)
+        return {"mean": zeros_S, "deviation": zeros_S}
+
+    def limits(self, seen: Sight, history: History) -> Limits:
+        """Bound the z-score."""
+        mean_S, deviation_S = history["mean"], history["deviation"]
+        sigma_S = torch.maximum(deviation_S, _LEAST * mean_S)
+        width_S = sigma_S + _EPSILON
+        limits_S = torch.add(mean_S, width_S, alpha=self.z)
+        thresholds_S = torch.where(seen.early_S, torch.inf, limits_S)
+        targets_S = self._targets(seen.norms_S, mean_S, sigma_S, width_S, thresholds_S)
+        fed_S = self._fed(seen.norms_S, thresholds_S, targets_S)
+        history = self._averaged(seen, mean_S, deviation_S, fed_S)
+        return Limits(thresholds_S, targets_S, history)
+
+    def _targets(
+        self, norms_S: Tensor, mean_S: Tensor, sigma_S: Tensor, width_S: Tensor, limits_S: Tensor
+    ) -> Tensor:
+        if self.target == "threshold":
+            return limits_S
+        if self.target == "mean":
+            return mean_S
+        scores_S = (norms_S - mean_S) / width_S
+        return torch.addcdiv(mean_S, sigma_S, scores_S, value=self.z * self.z)
+
+    def _fed(self, norms_S: Tensor, thresholds_S: Tensor, targets_S: Tensor) -> Tensor:
+        if self.feedback == "bounded" or self.on_spike == "skip":
+            return torch.minimum(norms_S, thresholds_S)
+        if self.feedback == "clipped":
+            return torch.where(norms_S > thresholds_S, targets_S, norms_S)
+        return norms_S
+
+    def _averaged(self, seen: Sight, mean_S: Tensor, deviation_S: Tensor, fed_S: Tensor) -> History:
+        """Return mean and deviation with this norm: of all so far in warm-up, then exponential."""
+        early_S = seen.early_S
+        weights_S = torch.where(
+            early_S, seen.counts_S.to(torch.float64).reciprocal(), 1 - self.decay
+        )
+        away_S = fed_S - mean_S
+        rest_S = 1 - weights_S
+        # Of the first n norms the last adds away^2 (n - 1) / n^2 to the variance. After warm-up it
+        # is the distance from the new mean, rest * away. hypot: squares may be beyond float64.
+        added_S = (weights_S * torch.where(early_S, 1.0, rest_S)).sqrt() * away_S
+        return {
+            "mean": torch.addcmul(mean_S, weights_S, away_S),
+            "deviation": rest_S.sqrt() * torch.hypot(deviation_S, added_S),
+        }
