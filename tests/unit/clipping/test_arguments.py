@@ -124,6 +124,19 @@ OTHERS = {
     "eps": 0.1,
     "units": {"experts.*": 2},
     "max_norm": gradclip.Schedule(points=((0, 1.0), (10, 0.5))),
+    "cap": 2.0,
+    "warmup": 10,
+    "on_spike": "skip",
+    "max_spikes": 5,
+    "q": 0.5,
+    "window": 500,
+    "z": 3.0,
+    "decay": 0.9,
+    "target": "mean",
+    "feedback": "raw",
+    "ratio": 3.0,
+    "warmup_max_norm": 1.0,
+    "start": "smallest",
 }
 NEEDED = {"max_norm": 1.0, "clip_value": 1.0}
 """What a policy cannot be made without."""
@@ -131,7 +144,7 @@ NEEDED = {"max_norm": 1.0, "clip_value": 1.0}
 
 def every_other_field():
     for policy in BUILT_IN:
-        for name in policy.model_fields.keys() - {"clip_mode"}:
+        for name in sorted(policy.model_fields.keys() - {"clip_mode"}):
             yield pytest.param(policy, name, id=f"{policy.__name__}.{name}")
 
 

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 
 import gradclip
-from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
+from gradclip import GradientClipper, GuardClip, NormClip, ObserveClip, ValueClip
 from gradclip.clipping import engine, flags, kernels, short
 from gradclip.clipping.apply import fused
 from gradclip.clipping.kernels import device, tables, triton_launch
@@ -82,6 +82,8 @@ COUNTED = {
     "one pattern": (1.0, torch.float32, 4),
     "observe": (ObserveClip(), torch.float32, 3),
     "value": (ValueClip(clip_value=0.5), torch.float32, 4),
+    "skips": (NormClip(max_norm=1.0, skip_above=9.0), torch.float32, 4),
+    "guard": (GuardClip(), torch.float32, 4),
     "two patterns": ({"w0": 1.0, "*": 2.0}, torch.float32, 4),
     "two patterns, norm and value": ({"w0": 1.0, "*": ValueClip(clip_value=0.5)}, torch.float32, 6),
     "two dtypes": (1.0, torch.bfloat16, 6),
