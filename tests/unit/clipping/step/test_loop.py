@@ -1,5 +1,6 @@
 """Mistakes of a loop that its norms give away, each said once; and no false alarm."""
 
+import gc
 import math
 import re
 import warnings
@@ -14,6 +15,14 @@ from gradclip.clipping.step.loop import LoopWatch
 from gradclip.record.ring import BATCH, FIRST, StepNumbers
 
 LEFT = "Remove that call from the loop: torch.nn.utils.clip_grad_norm_"
+
+
+@pytest.fixture(autouse=True)
+def no_other_scaler():
+    """Scalers are looked for among all objects: those of other tests may wait for the collector."""
+    gc.collect()
+
+
 SCALED = r"a GradScaler with the scale 65536 has unscaled nothing"
 
 
