@@ -15,15 +15,13 @@ from gradclip.clipping.step.loop import LoopWatch
 from gradclip.record.ring import BATCH, FIRST, StepNumbers
 
 LEFT = "Remove that call from the loop: torch.nn.utils.clip_grad_norm_"
+SCALED = r"a GradScaler with the scale 65536 has unscaled nothing"
 
 
 @pytest.fixture(autouse=True)
 def no_other_scaler():
     """Scalers are looked for among all objects: those of other tests may wait for the collector."""
     gc.collect()
-
-
-SCALED = r"a GradScaler with the scale 65536 has unscaled nothing"
 
 
 def said(function):
