@@ -116,7 +116,7 @@ class _Run:
         self._backends = choose("auto")
         names = [f"norms[{number}]" for number in range(scopes)]
         of = ScopeNames(policy.scope, _PATTERN, names, [1] * scopes)
-        sizes_S = torch.ones(scopes, dtype=torch.int64)
+        sizes_S = torch.ones(scopes, dtype=torch.int64, device=_CPU)
         self._scopes = Scopes(of, sizes_S, _CPU)
         self._histories = Histories()
 
@@ -141,9 +141,11 @@ class _Run:
             new = {_PATTERN: (decision.state, all_of([made, is_sound]))}
             self._histories.commit(new, made, all_of([is_sound, unwanted]))
         values_S = found.values_S
-        thresholds_S = torch.as_tensor(decision.thresholds, dtype=torch.float64).expand_as(norms_S)
+        thresholds_S = torch.as_tensor(
+            decision.thresholds, dtype=torch.float64, device=_CPU
+        ).expand_as(norms_S)
         left_S = torch.where(values_S == 0, 0.0, norms_S * values_S)
-        return thresholds_S, values_S, left_S, torch.as_tensor(negated(made))
+        return thresholds_S, values_S, left_S, torch.as_tensor(negated(made), device=_CPU)
 
     def _decide(self, norms_S: Tensor, is_sound: bool) -> Decision:
         total_norm = combine(norms_S, self._policy.order)
@@ -154,7 +156,7 @@ class _Run:
         seen = Measurement(
             norms_S=norms_S.clone(),
             total_norm=total_norm.clone(),
-            committed=torch.tensor(is_sound),
+            committed=torch.tensor(is_sound, device=_CPU),
             step=self._histories.step,
             skips=self._histories.skips,
         )
