@@ -64,6 +64,13 @@ def test_the_total_is_that_of_all_elements(place, dtype, p, scale, odd, probed, 
         torch.testing.assert_close(parameter.grad, value, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squares_that_float32_loses_are_counted_in_float64(dtype):
+    values = [(oracle.randn(*shape, seed=1) * 1e-30).to(dtype) for shape in ((64, 32), (130, 130))]
+    clipper = GradientClipper(oracle.parameters(*values), NormClip(max_norm=inf))
+    assert float(clipper.clip().norm_pre) == pytest.approx(oracle.norm(values), rel=3e-7)
+
+
 @pytest.mark.parametrize("order", [list, reversed])
 def test_adjacent_gradients_are_read_and_written_as_one(order):
     parameters = [torch.nn.Parameter(torch.zeros(10)) for _ in range(100)]
@@ -88,10 +95,10 @@ def test_memory_that_is_adjacent_by_chance_is_not_joined():
     memory = np.ones(30, dtype=np.float32)
     tensors = [torch.from_numpy(memory[:10]), torch.from_numpy(memory[10:])]
     assert len(Batch.of(tensors).joined().tensors) == 2
-    buffer = torch.zeros(8)
+    buffer = torch.zeros(20)
     mixed = [buffer[:3], buffer[3:5].view(torch.bfloat16), buffer[5:7]]
     assert len(Batch.of(mixed).joined().tensors) == 3
-    with_hole = [buffer[:3], buffer[3:3], buffer[3:5], buffer[6:]]
+    with_hole = [buffer[:3], buffer[3:3], buffer[3:5], buffer[6:8]]
     assert [len(each) for each in Batch.of(with_hole).joined().tensors] == [5, 2]
 
 
