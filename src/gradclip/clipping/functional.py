@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.apply.coefficients import Coefficients
-from gradclip.clipping.apply.fused import Fused
-from gradclip.clipping.apply.lean import FEW, Lean
 from gradclip.clipping.apply.scaling import scaling
 from gradclip.clipping.arguments import Nonfinite, Options
 from gradclip.clipping.collect.gradients import collect, warn_of_none
@@ -30,7 +28,10 @@ from gradclip.clipping.kernels.device import result_device_of, untraced
 from gradclip.clipping.measure.norm import reduced as reduced_norms
 from gradclip.clipping.policies import Decision, NormClip, ObserveClip, Policy, ValueClip
 from gradclip.clipping.ranks import may_be_shared
-from gradclip.clipping.result import ClipResult, FusedResult
+from gradclip.clipping.result import ClipResult
+from gradclip.clipping.short.fused import Fused
+from gradclip.clipping.short.lean import FEW, Lean
+from gradclip.clipping.short.results import FusedResult
 from gradclip.clipping.step.ownership import Guest
 from gradclip.config import as_ceiling, as_norm_order
 from gradclip.errors import ArgumentTypeError, ArgumentValueError

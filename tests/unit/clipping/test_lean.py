@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 import gradclip
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
-from gradclip.clipping import flags, functional, short
+from gradclip.clipping import flags, functional
 from gradclip.clipping.apply.coefficients import OneCoefficient
 from gradclip.clipping.kernels import SpecsCache
+from gradclip.clipping.short import ways
 from gradclip.clipping.step import ownership
 from gradclip.errors import DoubleClippingError
 
@@ -280,7 +281,7 @@ def test_a_sound_step_ends_a_row_of_skips():
 def test_a_captured_step_computes_what_it_reports(monkeypatch):
     clipper = GradientClipper(made(few()), 1.0)
     clipper.clip()
-    monkeypatch.setattr(short, "is_capturing", lambda device: True)
+    monkeypatch.setattr(ways, "is_capturing", lambda device: True)
     result = clipper.clip()
     assert was_lean(result)
     assert "norm_post" in vars(result)
