@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from math import nan
+from math import isnan, nan
 from typing import Any
 
 import torch
@@ -171,13 +171,20 @@ class _SmallResult(ClipResult):
     """The result of a small model, of which the host knows all: a tensor is made when asked for."""
 
     coefficients: OneCoefficient
-    withheld, tensor_sums_T = False, None
-    norm_type, dtype = 2.0, torch.float32
+    withheld, tensor_sums_T, dtype = False, None, torch.float32
+    left: float | None
 
     @cached_property
     def measured_S(self) -> Tensor:
         """Norm of the one scope before clipping, float64 (1,)."""
         return torch.full((1,), self.coefficients.norm, dtype=torch.float64, device="cpu")
+
+    @cached_property
+    def left_S(self) -> Tensor | None:
+        """Where elements were clamped, the norm afterwards, float64 (1,)."""
+        if self.left is None:
+            return None
+        return torch.full((1,), self.left, dtype=torch.float64, device="cpu")
 
 
 def of_small(small: LeanStep, scopes: Sequence[str]) -> ClipResult:
@@ -189,7 +196,16 @@ def of_small(small: LeanStep, scopes: Sequence[str]) -> ClipResult:
     """
     one = OneCoefficient(small.norm, small.number)
     result = _SmallResult.__new__(_SmallResult)
-    vars(result).update(thresholds=small.threshold, coefficients=one, scopes=scopes, groups={})
+    vars(result).update(
+        thresholds=small.threshold,
+        coefficients=one,
+        scopes=scopes,
+        groups={},
+        norm_type=small.order,
+        one_threshold=small.one_threshold,
+        clamped=small.ceiling is not None if isnan(small.one_threshold) else None,
+        left=small.left,
+    )
     return result
 
 
