@@ -14,6 +14,9 @@ from gradclip.diagnostics.record import read_record as read_record
 from gradclip.diagnostics.summary import RunSummary as RunSummary
 from gradclip.diagnostics.summary import finding as finding
 from gradclip.diagnostics.summary import summarise as summarise
+from gradclip.record.reader import read_events as read_events
+from gradclip.record.reader import read_norms as read_norms
+from gradclip.record.reader import read_steps as read_steps
 
 __all__ = [
     "GroupRecord",
@@ -22,8 +25,11 @@ __all__ = [
     "StepRecord",
     "clipping_figure",
     "finding",
+    "read_events",
     "read_header",
+    "read_norms",
     "read_record",
+    "read_steps",
     "save_figure",
     "summarise",
 ]

@@ -7,6 +7,7 @@ from statistics import mean
 
 from gradclip.diagnostics.record import GroupRecord, StepRecord
 from gradclip.errors import ArgumentValueError
+from gradclip.record.columns import Steps
 
 __all__ = ["FINAL_STEPS", "RunSummary", "compact", "decimal", "finding", "summarise"]
 
@@ -59,27 +60,31 @@ class RunSummary:
 def summarise(records: Sequence[StepRecord]) -> RunSummary:
     """Summarise a run.
 
+    Args:
+        records: Its steps; those of ``read_steps`` take the least time and memory.
+
     Raises:
         ArgumentValueError: There is no step.
     """
     if not records:
         raise ArgumentValueError("a run without a step has no summary: the record is empty.")
-    losses = [(record.step, record.loss) for record in records if record.loss is not None]
-    last = [loss for _, loss in losses[-FINAL_STEPS:] if math.isfinite(loss)]
-    diverged_at = _diverged_at(losses)
+    steps = records if isinstance(records, Steps) else Steps.of(records)
+    losses = steps.column("loss")
+    measured = steps.measured("loss")
+    last = [losses[at] for at in measured[-FINAL_STEPS:] if math.isfinite(losses[at])]
+    diverged_at = _diverged_at(steps, measured)
     if diverged_at is not None:
-        last = [losses[-1][1]]
+        last = [losses[measured[-1]]]
     # NaN does not sort: a norm that is not finite counts as the largest there is.
+    pre = steps.column("norm_pre")
     norms = sorted(
-        record.norm_pre if math.isfinite(record.norm_pre) else math.inf
-        for record in records
-        if record.norm_pre is not None
+        pre[at] if math.isfinite(pre[at]) else math.inf for at in steps.measured("norm_pre")
     )
-    end = records[-1]
+    end = steps[-1]
     return RunSummary(
-        steps=len(records),
-        clipped=sum(record.clipped for record in records),
-        nonfinite=sum(record.nonfinite > 0 for record in records),
+        steps=len(steps),
+        clipped=sum(steps.column("clipped")),
+        nonfinite=sum(count > 0 for count in steps.column("nonfinite")),
         threshold=_limit(end),
         thresholds={pattern: _limit(group) for pattern, group in end.groups.items()},
         final_loss=float(mean(last)) if last else None,  # exact: a sum might overflow
@@ -129,10 +134,10 @@ def _limits(run: RunSummary) -> str:
     return f" at max_norm {named}" if named else ""
 
 
-def _diverged_at(losses: Sequence[tuple[int, float]]) -> int | None:
-    first = None
-    for step, loss in reversed(losses):
-        if math.isfinite(loss):
+def _diverged_at(steps: Steps, measured: Sequence[int]) -> int | None:
+    first, losses = None, steps.column("loss")
+    for at in reversed(measured):
+        if math.isfinite(losses[at]):
             break
-        first = step
+        first = steps.step[at]
     return first

@@ -1,0 +1,241 @@
+"""Reads a record: a folder that ``record=`` wrote, or one file of ``RunRecorder``.
+
+A last line or row that a killed run left unfinished is left out, and fields that this version does
+not know are ignored.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from math import inf, nan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from gradclip.errors import ArgumentValueError, MissingDependencyError
+from gradclip.record.columns import Steps
+from gradclip.record.lines import complete_lines, ranked, segments
+from gradclip.record.norms import row_size
+from gradclip.record.schema import (
+    FOLDER_SCHEMA,
+    SCHEMA,
+    StepRecord,
+    not_a_record,
+    parsed,
+    read_step,
+    short,
+)
+from gradclip.whole_file import read_whole
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Norms", "read_events", "read_header", "read_norms", "read_record", "read_steps"]
+
+
+class Norms(NamedTuple):
+    """The norm of each parameter at some steps.
+
+    Attributes:
+        steps: Which, int64 (n,).
+        names: Of the parameters.
+        norms: float64 (n, parameters); right to half a per cent.
+    """
+
+    steps: "np.ndarray[Any, Any]"
+    names: list[str]
+    norms: "np.ndarray[Any, Any]"
+
+
+def read_record(path: str | Path) -> list[StepRecord]:
+    """Read the steps of a run, in the order they were written.
+
+    Raises:
+        ArgumentValueError: GC010, this is not a record, or of a newer schema.
+    """
+    return [read_step(*place, entry) for place, entry in _lines(Path(path))]
+
+
+def read_steps(path: str | Path) -> Steps:
+    """Read the steps of a run into columns, which take much less memory than ``read_record``.
+
+    Raises:
+        ArgumentValueError: GC010, this is not a record, or of a newer schema.
+    """
+    steps = Steps()
+    for place, entry in _lines(Path(path)):
+        try:
+            steps.add(entry)
+        except ValueError as error:
+            raise not_a_record(*place, str(error)) from None
+    return steps
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """Read what a record says about the run: ``run.json``, or the first line of a file.
+
+    Raises:
+        ArgumentValueError: GC010, this is not a record, or of a newer schema.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _header_of(path, complete_lines(path))
+    return _about(path, 0)
+
+
+def read_events(path: str | Path) -> list[dict[str, Any]]:
+    """Read what happened in a run, on all ranks, in the order of steps.
+
+    Args:
+        path: A folder; a record that is one file has no events.
+
+    Raises:
+        ArgumentValueError: GC010, this is not a record.
+    """
+    events: list[dict[str, Any]] = []
+    for file in sorted(Path(path).glob("events*.jsonl")):
+        for number, line in complete_lines(file):
+            entry = parsed(file, number, line)
+            if type(entry.get("step")) is not int or not isinstance(entry.get("event"), str):
+                raise not_a_record(file, number, "an event has a step and a kind")
+            events.append(entry)
+    return sorted(events, key=lambda event: event["step"])
+
+
+def read_norms(path: str | Path, *, optimizer: int = 0) -> Norms:
+    """Read the norm of each parameter, at those steps that the record has them of.
+
+    Where ranks hold parts of a parameter, the parts are added up, at steps that all of them have.
+
+    Args:
+        path: A folder; a record that is one file has no such norms.
+        optimizer: Which, where several are recorded together.
+
+    Raises:
+        ArgumentValueError: GC010, this is not a record, or has no such optimizer.
+        MissingDependencyError: GC401, numpy is not installed.
+    """
+    np, folder = _numpy(), Path(path)
+    ranks = []
+    for rank in _ranks(folder):
+        entries = _about(folder, rank)["optimizers"]
+        parts = [part for e in entries if e["optimizer"] == optimizer for part in e["norms"]]
+        ranks += [_of_rank(folder, parts)] if parts else []
+    if not ranks:
+        raise ArgumentValueError(f"{folder} has no norms of an optimizer {optimizer}")
+    steps = ranks[0].steps
+    for each in ranks[1:]:
+        steps = np.intersect1d(steps, each.steps)
+    names = list(dict.fromkeys(name for each in ranks for name in each.columns))
+    norms = np.empty((len(steps), len(names)))
+    for at, name in enumerate(names):
+        having = [each for each in ranks if name in each.columns]
+        order = having[0].orders[name]
+        found = np.stack([each.columns[name][np.isin(each.steps, steps)] for each in having])
+        if order == inf:
+            norms[:, at] = found.max(0)
+        elif len(having) == 1:  # what this rank answers for is all there is
+            norms[:, at] = found[0]
+        else:
+            weights = np.array([each.weights[name] for each in having])[:, None]
+            largest = found.max(0)
+            scale = np.where(np.isfinite(largest) & (largest > 0), largest, 1.0)
+            norms[:, at] = scale * (weights * (found / scale) ** order).sum(0) ** (1 / order)
+    return Norms(steps, names, norms)
+
+
+class _OfRank(NamedTuple):
+    """The norms that one rank wrote: of each parameter a column, its p, and its weight."""
+
+    steps: "np.ndarray[Any, Any]"
+    columns: dict[str, "np.ndarray[Any, Any]"]
+    orders: dict[str, float]
+    weights: dict[str, float]
+
+
+def _of_rank(folder: Path, parts: Iterable[Mapping[str, Any]]) -> _OfRank:
+    np = _numpy()
+    steps, tables, orders, weights = [], [], dict[str, float](), dict[str, float]()
+    for part in parts:
+        names = part["names"]
+        row = np.dtype([("step", "<i8"), ("norms", "<f2", (len(names),))])
+        for path in (folder / part["file"], folder / part["events"]):
+            rows = path.stat().st_size // row_size(len(names)) if path.exists() else 0
+            table = np.fromfile(path, row, rows) if rows else np.empty(0, row)
+            steps.append(table["step"])
+            tables.append((names, table["norms"]))
+        orders.update(zip(names, map(float, _of_each(part["orders"], names)), strict=True))
+        weights.update(zip(names, map(float, _of_each(part["weights"], names)), strict=True))
+    every, first = np.unique(np.concatenate(steps), return_index=True)
+    columns = {}
+    for name in orders:
+        pieces = [
+            10.0 ** table[:, names.index(name)].astype(np.float64)
+            if name in names
+            else np.full(len(table), nan)
+            for names, table in tables
+        ]
+        columns[name] = np.concatenate(pieces)[first]
+    return _OfRank(every, columns, orders, weights)
+
+
+def _of_each(values: list[Any], names: list[str]) -> list[Any]:
+    return values * len(names) if len(values) == 1 else values
+
+
+def _ranks(folder: Path) -> list[int]:
+    """Return which ranks wrote, in order."""
+    found = [path.name.split(".")[1] for path in folder.glob("run*.json")]
+    numbers = (name.removeprefix("rank") for name in found)
+    return sorted({int(number) if number.isdecimal() else 0 for number in numbers})
+
+
+def _about(folder: Path, rank: int) -> dict[str, Any]:
+    """Return what a rank says about the run."""
+    path = folder / ranked("run.json", rank)
+    try:
+        text = read_whole(path)
+    except (OSError, ValueError) as error:
+        found = "is no file" if isinstance(error, ValueError) else error.strerror
+        raise ArgumentValueError(
+            f"{folder} is no gradclip record: {path.name}, which says what the rest is of, {found}."
+        ) from None
+    return _checked(path, parsed(path, 1, text), FOLDER_SCHEMA)
+
+
+def _checked(path: Path, header: dict[str, Any], schema: int) -> dict[str, Any]:
+    if type(header.get("schema")) is not int or header["schema"] != schema:
+        found = f"schema {short.repr(header['schema'])}" if "schema" in header else "no schema"
+        raise not_a_record(path, 1, f"the header has {found}; this version reads {schema}")
+    if schema == FOLDER_SCHEMA and not isinstance(header.get("optimizers"), list):
+        raise not_a_record(path, 1, "it has no list of optimizers")
+    return header
+
+
+def _header_of(path: Path, lines: Iterator[tuple[int, bytes]]) -> dict[str, Any]:
+    number, line = next(lines, (1, None))
+    if line is None:
+        raise not_a_record(path, 1, "the file is empty")
+    return _checked(path, parsed(path, number, line), SCHEMA)
+
+
+def _lines(path: Path) -> Iterator[tuple[tuple[Path, int], dict[str, Any]]]:
+    """Yield the place and the object of every line that is a step."""
+    if path.is_dir():
+        _about(path, 0)
+        for file in segments(path):
+            for number, line in complete_lines(file):
+                yield (file, number), parsed(file, number, line)
+        return
+    lines = complete_lines(path)
+    _header_of(path, lines)
+    for number, line in lines:
+        yield (path, number), parsed(path, number, line)
+
+
+def _numpy() -> Any:
+    try:
+        import numpy  # noqa: PLC0415, ICN001 - reading steps needs none
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the norms of parameters are read with numpy, which is not installed.\n  pip install "
+            '"gradclip[report]"'
+        ) from error
+    return numpy
