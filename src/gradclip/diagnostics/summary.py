@@ -83,7 +83,7 @@ def summarise(records: Sequence[StepRecord]) -> RunSummary:
     end = steps[-1]
     return RunSummary(
         steps=len(steps),
-        clipped=sum(steps.column("clipped")),
+        clipped=sum(map(bool, steps.column("clipped"))),
         nonfinite=sum(count > 0 for count in steps.column("nonfinite")),
         threshold=_limit(end),
         thresholds={pattern: _limit(group) for pattern, group in end.groups.items()},

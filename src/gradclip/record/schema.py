@@ -28,7 +28,7 @@ FOLDER_SCHEMA = 2
 _DIGITS = 9
 _TOO_LARGE = 2**63
 _DEFAULTS = (None, False, 0)
-_scan = json.JSONDecoder().scan_once
+_scan: Any = vars(json.JSONDecoder())["scan_once"]
 short = Repr()
 short.maxstring = short.maxother = short.maxlong = 60
 
