@@ -19,6 +19,9 @@ READING = RLock()
 
 _Note = TypeVar("_Note")
 _Row = TypeVar("_Row")
+_Told = TypeVar("_Told")
+_TakesTold = TypeVar("_TakesTold", contravariant=True)
+_GivesTold = TypeVar("_GivesTold", covariant=True)
 
 
 class Pending(Protocol):
@@ -89,15 +92,15 @@ class StepNumbers(NamedTuple):
     expected: bool
 
 
-class Reader(Protocol):
+class Reader(Protocol[_TakesTold]):
     """What is told of every step, once its numbers are on the host."""
 
-    def add(self, numbers: StepNumbers, /) -> None:
+    def add(self, numbers: _TakesTold, /) -> None:
         """Take the numbers of the next step."""
         ...
 
 
-class Copied(Protocol):
+class Copied(Protocol[_GivesTold]):
     """The numbers of several steps, on their way to the host."""
 
     @property
@@ -105,12 +108,12 @@ class Copied(Protocol):
         """Whether to read them now would make the host wait."""
         ...
 
-    def read(self) -> list[StepNumbers]:
+    def read(self) -> list[_GivesTold]:
         """Return the numbers; waits until they are there."""
         ...
 
 
-class StepRing(Generic[_Row]):
+class StepRing(Generic[_Row, _Told]):
     """Keeps a row for each step where it is, and brings many rows to the host together.
 
     A row is what a step left behind anyway: nothing is computed at the step itself. On an
@@ -123,15 +126,17 @@ class StepRing(Generic[_Row]):
     """
 
     def __init__(
-        self, copy: Callable[[Sequence[_Row], bool], Sequence[Copied]], *readers: Reader
+        self,
+        copy: Callable[[Sequence[_Row], bool], Sequence[Copied[_Told]]],
+        *readers: Reader[_Told],
     ) -> None:
         self._copy = copy
-        self.readers: list[Reader] = list(readers)
+        self.readers: list[Reader[_Told]] = list(readers)
         self._rows: list[_Row] = []
         self._held = 0
         self._size = FIRST
         self._pushed = 0
-        self._copied: deque[tuple[int, Copied]] = deque()
+        self._copied: deque[tuple[int, Copied[_Told]]] = deque()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without what is on its way: it is read before."""

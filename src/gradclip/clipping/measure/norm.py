@@ -216,6 +216,46 @@ def spread_over(values_S: Tensor, rows: RowMap, count: int) -> Tensor:
     return values_R if len(values_R) == count else values_R.expand(count)
 
 
+@dataclass(frozen=True, eq=False)
+class TensorSums:
+    """What was found of each tensor of a pattern, for a record.
+
+    Args:
+        order: p of its norms, > 0 or inf.
+        sums_RA: Of each row that has a gradient here: sums of powers for p = 1, 2, else maxima.
+        rows: How many rows each tensor has; None for one.
+        present: Which parameters have a gradient; None for all.
+        count: How many parameters there are.
+    """
+
+    order: float
+    sums_RA: Tensor
+    rows: Sequence[int] | None
+    present: Sequence[bool] | None
+    count: int
+
+    def norms(self, sums_BRA: Tensor) -> Tensor:
+        """Return the norm of each tensor from the sums of several steps: float64 (B, T)."""
+        if self.order in {1.0, _EUCLIDEAN}:
+            norms_BR = _root(sums_BRA.flatten(0, 1), self.order).view(sums_BRA.shape[:2])
+        else:
+            norms_BR = sums_BRA[:, :, 0]
+        if self.rows is None:
+            return norms_BR
+        of_tensors = norms_BR.split(list(self.rows), 1)
+        order = shown_order(self.order)
+        norms = [
+            torch.linalg.vector_norm(of_one, order, dim=1) if of_one.shape[1] else of_one.sum(1)
+            for of_one in of_tensors
+        ]
+        return torch.stack(norms, 1)
+
+
+def shown_order(order: float) -> float:
+    """Return p of the norms of single tensors: where p is read twice, that of the maximum."""
+    return inf if reads_twice(order) else order
+
+
 def per_tensor(row_sums_R: Tensor, specs: TensorSpecs) -> Tensor:
     """Return a number for each tensor, (T,): not finite just where one of its rows is not."""
     if specs.one_row_each:

@@ -88,7 +88,9 @@ class ReportRow(NamedTuple):
         )
 
 
-def copy_rows(rows: Sequence[StepRow | ReportRow | StepNumbers], waiting: bool) -> list[Copied]:
+def copy_rows(
+    rows: Sequence[StepRow | ReportRow | StepNumbers], waiting: bool
+) -> list[Copied[StepNumbers]]:
     """Begin to bring rows to the host: together, as far as they are on one device.
 
     Args:
@@ -136,7 +138,7 @@ class CopiedRows:
         norms = [row.norms_S for row in rows]
         kept = [row.kept if isinstance(row.kept, Tensor) else row.kept < 1 for row in rows]
         columns: list[tuple[list[Any], Callable[[Tensor], Tensor]]] = [
-            (norms, partial(_norms_of_all, order=rows[0].order)),
+            (norms, partial(norms_of_all, order=rows[0].order)),
             ([row.threshold for row in rows], torch.flatten),
             (kept, _any_below_one),
             ([row.clamped for row in rows], torch.flatten),
@@ -195,7 +197,7 @@ def _any_below_one(kept_BS: Tensor) -> Tensor:
     return (kept_BS < 1).any(1)
 
 
-def _norms_of_all(norms_BS: Tensor, order: float) -> Tensor:
+def norms_of_all(norms_BS: Tensor, order: float) -> Tensor:
     """Return the p-norm of the norms of each step, (B,), without leaving float64's range."""
     if norms_BS.shape[1] <= 1:
         return norms_BS.sum(1)
@@ -248,7 +250,7 @@ class StepLog:
             self._ring.push(row, 2 * row.norms_S.numel())
         self._loop.speak(unscaled=unscaled)
 
-    def follow(self, reader: Reader) -> None:
+    def follow(self, reader: Reader[StepNumbers]) -> None:
         """Tell a reader of every step from now on, once its numbers are on the host.
 
         A copy of this log, and a pickled one, has a copy of the reader.
