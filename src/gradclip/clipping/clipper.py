@@ -16,6 +16,7 @@ from gradclip.clipping.result import ClipResult
 from gradclip.clipping.step.loop import warn_of_zero
 from gradclip.clipping.step.ownership import Guest, Role
 from gradclip.clipping.step.rows import StepLog
+from gradclip.errors import ArgumentTypeError
 from gradclip.record.stats import Stats
 
 ParametersLike: TypeAlias = (
@@ -231,4 +232,9 @@ def _engine(
         policies, division = as_policies(given)
         warn_of_zero(called, policies)
         source = as_source(params)
+        if division == "by group" and source.group_sizes() is None:
+            raise ArgumentTypeError(
+                f"policy={given!r} is a list, with an entry for each param_group, and {called} was "
+                "given no optimizer. Give the optimizer, or limits by name: a mapping of patterns."
+            )
         return Engine(source, policies, checked, role, division=division, called=called)

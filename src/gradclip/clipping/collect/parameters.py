@@ -173,11 +173,7 @@ class Parameters:
 
     def _group_of_each(self, sizes: list[int] | None) -> list[str]:
         patterns = self._patterns or ()
-        if sizes is None:
-            raise ArgumentValueError(
-                "policy is a list, one entry for each param_group, and what was given has no "
-                "param_groups. Give the optimizer, or limits by name: a mapping of name patterns."
-            )
+        assert sizes is not None  # a list for anything but an optimizer was refused
         if len(sizes) != len(patterns):
             raise ArgumentValueError(
                 f"policy is a list of {len(patterns)}, and the optimizer has {len(sizes)} "
