@@ -88,7 +88,7 @@ class Engine:
             self._backends, skips=self._skips, raises=raises, together=self._by_pattern
         )
         owned = isinstance(role, Owner)
-        self._judge = Judge(options, self._binding.total_order, called=called, owned=owned)
+        self._judge = Judge(options, self._binding, called=called, owned=owned)
         self.step_log = StepLog(called or "gradclip", owned=owned)
         self._histories = Histories()
         self._short = None
@@ -126,7 +126,6 @@ class Engine:
         if self._binding.asks and not asked:  # so nothing has counted the steps that were made
             self._histories.count_from(self.step - self.step_log.stats.skipped)
         self.policies = policies
-        self._judge.total_order = self._binding.total_order
         self._asked.clear()
         if self._short is not None:
             self._short.assign(policies)

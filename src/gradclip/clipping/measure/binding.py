@@ -76,9 +76,7 @@ class Binding:
         return Parameters(self._source, patterns, units, by_group=by_group)
 
     def _take(self, policies: Mapping[str, Policy | None]) -> None:
-        self.policies = policies
-        """What bounds gradients, by name."""
-        self._rules = _rules_of(policies)
+        self.policies, self._rules = policies, _rules_of(policies)
         orders = {policy.order for policy in policies.values() if policy}
         self.total_order = next(iter(orders)) if len(orders) == 1 else _EUCLIDEAN
         """p of the norm of all patterns together."""
@@ -101,9 +99,9 @@ class Binding:
             self._sorted(policies)
         told = {pattern.name: pattern.told(_CPU) for pattern in self.patterns}
         rules = _rules_of(policies)
-        for name in filter(policies.__contains__, names):
+        for name in filter(policies.__contains__, self._groups or ()):  # others have no history
             check_change(name, self.policies[name], policies[name], told.get(name))
-            old, new = self._rules[name], rules[name]
+            old, new = self._rules.get(name), rules[name]
             changes = old and new and old.exchanged != new.exchanged
             if changes and not self.peers.is_single:
                 raise refused(
@@ -113,13 +111,13 @@ class Binding:
 
     def change(self, policies: Mapping[str, Policy | None]) -> None:
         """Bind other policies, which were checked, to the same parameters."""
-        have_groups_changed = list(policies) != list(self.policies)
-        self._take(policies)
-        if have_groups_changed:
+        if list(policies) != list(self.policies):
             self._parameters = self._sorted(policies)
-            return  # the next ``find`` binds them
+        self.policies = policies
+        if self._groups is None or list(policies) != list(self._groups):
+            return  # groups were added: the next ``find`` binds them, on all ranks
+        self._take(policies)
         self.peers.assign(in_words(self._rules, self._options.in_words))
-        assert self._groups is not None
         self._bind(self._groups)
 
     def find(self, *, anew: bool) -> Peers:
@@ -149,6 +147,7 @@ class Binding:
             awaited: Whether other ranks do so now, and wait for this one.
         """
         groups = self._parameters.groups()
+        self._take(self.policies)
         self.peers = self._find_peers(groups, awaited=awaited)
         if self._groups is None and self.peers.is_single and self._meet is None:
             pass_by(self._rules, self._options.in_words)

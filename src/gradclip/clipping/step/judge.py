@@ -12,6 +12,7 @@ from gradclip.clipping.apply.fused import FusedClip
 from gradclip.clipping.arguments import Options
 from gradclip.clipping.flags import Flag, all_of, any_of, negated
 from gradclip.clipping.kernels.fused import Report
+from gradclip.clipping.measure.binding import Binding
 from gradclip.clipping.measure.group import Found, Group
 from gradclip.clipping.measure.norm import combine
 from gradclip.clipping.measure.pattern import Pattern
@@ -68,17 +69,17 @@ class Judge:
 
     Args:
         options: The checked keywords.
-        total_order: p of the norms that an error quotes.
+        binding: Has p of the norms that an error quotes.
         called: What clips, as its user knows it; None for a function.
         owned: Whether a step that is skipped is kept from being made.
     """
 
     def __init__(
-        self, options: Options, total_order: float, *, called: str | None, owned: bool
+        self, options: Options, binding: Binding, *, called: str | None, owned: bool
     ) -> None:
         self.skips = SkipCounter(options.max_consecutive_skips)
         self._nonfinite = options.nonfinite
-        self.total_order = total_order
+        self._binding = binding
         self._called, self._owned = called, owned
         self._recent: deque[Tensor | Report | float] = deque(maxlen=32)
 
@@ -162,7 +163,7 @@ class Judge:
                     self._first_skip_of, clip, _present(clip, found), patterns, step, peers.rank
                 )
             if self.skips.record_late(on_host, overflow_expected, describe, waits=on_host.waits):
-                groups = [Group.collect(pattern, self.total_order) for pattern in patterns]
+                groups = [Group.collect(pattern, self._binding.total_order) for pattern in patterns]
                 limits = [each.of.decision for each in groups if each.of.decision is not None]
                 said = self._report(groups, limits, peers, step, self.skips.by_policy)
                 raise too_many_skips(said, self.skips.limit)
@@ -180,7 +181,7 @@ class Judge:
         self._recent.append(norms_S)
 
     def _norm_of_all(self, seen: Tensor | Report) -> Tensor:
-        return seen.norm if isinstance(seen, Report) else combine(seen, self.total_order)
+        return seen.norm if isinstance(seen, Report) else combine(seen, self._binding.total_order)
 
     def _describing(
         self, groups: list[Group], found: list[Found], peers: Peers, step: int
