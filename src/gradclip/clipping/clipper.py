@@ -178,7 +178,7 @@ clipped=True, skipped=False, nonfinite=0)
             DoubleClippingError: GC101, for the clipper of an attachment, a callback or a hook, if
                 another clipper came first.
             NonFiniteGradientError: GC201, with ``nonfinite="raise"``.
-            RankError: GC210, if another rank could not clip.
+            RankError: GC210, if another rank could not clip, or was assigned another policy.
             ReplicaError: GC211, if gradients that ranks should hold alike differ.
             CollectiveError: GC212, if another rank is gone.
             TooManySkipsError: GC202, after ``max_consecutive_skips``; on an accelerator four steps

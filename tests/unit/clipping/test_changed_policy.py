@@ -146,10 +146,14 @@ REFUSED = {
     "window": (QuantileClip(), QuantileClip(window=5), "window"),
     "warmup": (ZScoreClip(), ZScoreClip(warmup=5), "warmup"),
     "start": (EMAClip(), EMAClip(start="smallest"), "start"),
-    "patterns": (1.0, {"*": 1.0}, "was given for whole"),
-    "other patterns": ({"a": 1.0, "*": 2.0}, {"b": 1.0, "*": 2.0}, "was given for by name"),
+    "patterns": (1.0, {"*": 1.0}, "is one for all, and would be a mapping"),
+    "other patterns": (
+        {"a": 1.0, "*": 2.0},
+        {"b": 1.0, "*": 2.0},
+        "is a mapping of .*a.*would be a mapping of .*b",
+    ),
     "none": ({"a": 1.0, "*": 2.0}, {"a": None, "*": 2.0}, "'a' has NormClip.* would have None"),
-    "a list": (1.0, [1.0], "would be for by group"),
+    "a list": (1.0, [1.0], "would be a list"),
 }
 
 
@@ -222,7 +226,7 @@ def test_each_group_has_its_limit_without_names():
         "group 0": 5.0,
         "group 1": 10.0,
     }
-    handle.policy = (None, 1.0) if handle.policy[0] is None else (2.0, ValueClip(clip_value=1.0))
+    handle.policy = [2.0, ValueClip(clip_value=1.0)]
     again(optimizer)
     optimizer.step()
     assert norms(optimizer) == pytest.approx([2.0, math.hypot(1.0, 1.0)])

@@ -91,10 +91,9 @@ class Binding:
         """
         names = list(self.policies)
         if division != self._division or (list(policies) != names and division != "by group"):
-            raise refused(
-                f"policy was given for {self._division}: {names}, and would be for {division}: "
-                f"{list(policies)}"
-            )
+            kinds = {"whole": "one for all", "by name": "a mapping of {}", "by group": "a list"}
+            before, after = kinds[self._division].format(names), kinds[division]
+            raise refused(f"it is {before}, and would be {after.format(list(policies))}")
         if list(policies) != names:  # groups were added, or will not fit
             self._sorted(policies)
         told = {pattern.name: pattern.told(_CPU) for pattern in self.patterns}
