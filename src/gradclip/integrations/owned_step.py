@@ -176,21 +176,22 @@ class OwnedStep:
         Raises:
             DoubleClippingError: GC101.
         """
-        self._require_held()
+        if self._released:
+            raise self._gone()
         if self._admits is not None:
             self._admits(policy)
         if self._claims and any_writes(as_policies(policy)[0]):
             claim(self.optimizer, self._owner, self.label)
 
-    def _require_held(self) -> None:
-        if self._released:
-            raise DoubleClippingError(
-                f"this {self.label} was removed, or another one took its place, so it clips "
-                "nothing any more: make a new one. No gradient was changed."
-            )
+    def _gone(self) -> DoubleClippingError:
+        return DoubleClippingError(
+            f"this {self.label} was removed, or another one took its place, so it clips "
+            "nothing any more: make a new one. No gradient was changed."
+        )
 
     def _begin(self) -> None:
-        self._require_held()
+        if self._released:
+            raise self._gone()
         if self._taken is not None:  # the last step may have raised
             self._give_back()
         if not self._claims and self.clipper.writes:
