@@ -29,6 +29,7 @@ class Feature:
             first one saved; None for one run.
         told: What the way in says of these steps besides: ``"stats"``, or ``"logged"`` for what
             reaches the framework's loggers; with the right values, by name.
+        assigned: The number of a step, and the policy that is assigned after it.
     """
 
     name: str
@@ -37,6 +38,12 @@ class Feature:
     gradients: Sequence[Gradient]
     interrupted_after: int | None = None
     told: tuple[str, dict[str, float]] | None = None
+    assigned: tuple[int, Any] | None = None
+
+    def assign(self, way_in: Any, after: Sequence[object]) -> None:
+        """Assign the policy to the object of a way in, if so many steps are over."""
+        if self.assigned is not None and len(after) == self.assigned[0]:
+            way_in.policy = self.assigned[1]
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -95,6 +102,13 @@ def by_layer(gradients: Sequence[Gradient], limits: dict[str, float]) -> list[Gr
     ]
 
 
+def together_later(
+    gradients: Sequence[Gradient], limit: float, later: float, after: int
+) -> list[Gradient | None]:
+    """All layers have one norm, and after some steps another limit."""
+    return [*together(gradients[:after], limit), *together(gradients[after:], later)]
+
+
 def by_element(gradients: Sequence[Gradient], limit: float) -> list[Gradient | None]:
     return [
         {name: [max(-limit, min(limit, value)) for value in layer] for name, layer in each.items()}
@@ -135,6 +149,19 @@ FEATURES = [
         {"policy": {"head.*": 0.5, "*": 3.0}},
         partial(by_layer, limits={"head": 0.5, "body": 3.0}),
         STEPS,
+    ),
+    Feature(
+        "list by `param_group`",
+        {"policy": [3.25, 0.55]},
+        partial(by_layer, limits={"body": 3.25, "head": 0.55}),
+        STEPS,
+    ),
+    Feature(
+        "`policy` assigned",
+        {"policy": 2.25},
+        partial(together_later, limit=2.25, later=1.75, after=3),
+        STEPS,
+        assigned=(3, 1.75),
     ),
     Feature(
         "`NormClip`",

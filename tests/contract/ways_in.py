@@ -109,6 +109,7 @@ ONE_NORM = Refusal(
     "GC101",
     "DeepSpeed clips inside its own step, by one fixed 2-norm of all gradients",
 )
+EACH_CALL = Absent("each call has its own limit")
 NO_MEMORY = Absent("a function remembers nothing: `GradientClipper` counts")
 NO_LOGGER = Absent("nothing logs in a loop of your own: `stats` and `last` have the numbers")
 NO_TRACKER = Absent("the trainer has no tracker: `RecordHook` writes the numbers to a file")
@@ -116,8 +117,21 @@ NOT_THEIRS = Absent("its loggers ask no hook: `arg.clip_result` and `stats` have
 NOT_SAVED = Fault(AssertionError, "RoboOrchardLab's checkpoints do not hold the history")
 
 _no_logger = {"log names": NO_LOGGER}
-_refused_by_function = ["name patterns", "`ValueClip`", "`ObserveClip`", *OWN]
-_refused_by_deepspeed = ["name patterns", "`NormClip`, p = inf", "`ValueClip`", *OWN]
+_refused_by_function = [
+    "name patterns",
+    "list by `param_group`",
+    "`ValueClip`",
+    "`ObserveClip`",
+    *OWN,
+]
+_refused_by_deepspeed = [
+    "name patterns",
+    "list by `param_group`",
+    "`policy` assigned",
+    "`NormClip`, p = inf",
+    "`ValueClip`",
+    *OWN,
+]
 
 WAYS = [
     Way(
@@ -125,6 +139,7 @@ WAYS = [
         ("ways_by_loop", "function"),
         cells={
             **dict.fromkeys(_refused_by_function, ONLY_NUMBERS),
+            "`policy` assigned": EACH_CALL,
             "NaN withheld": NO_STEP,
             "`stats`": NO_MEMORY,
             **_no_logger,

@@ -20,6 +20,31 @@ if TYPE_CHECKING:
 Nonfinite: TypeAlias = Literal["skip", "raise", "propagate"]
 
 
+class HasPolicy:
+    """What has a ``policy`` to assign: to assign any other argument would change nothing."""
+
+
+class _ReadOnce:
+    """Stands for an argument that was read once, and is no attribute: nobody would see it change.
+
+    Args:
+        name: What it is called.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, kind: type | None = None) -> object:
+        raise AttributeError(self._name)
+
+    def __set__(self, instance: object, value: object) -> None:
+        raise ArgumentValueError(
+            f"to assign {self._name} would change nothing: the limit of this "
+            f"{type(instance).__name__} is changed by policy, such as policy = 0.5, and its other "
+            "arguments only where it is made. Nothing was changed."
+        )
+
+
 class ClipOptions(TypedDict, total=False):
     """The keywords of ``GradientClipper``; every way in takes all of them.
 
@@ -47,6 +72,10 @@ class ClipOptions(TypedDict, total=False):
     partitioned: "Mapping[str, GroupLike] | None"
     duplicated: "Mapping[str, GroupLike] | None"
     backend: str
+
+
+for _name in (*ClipOptions.__annotations__, "clip_value", "norm_type", "clip_mode"):
+    setattr(HasPolicy, _name, _ReadOnce(_name))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What one call did: tensors that stay on the device, and their copy on the host."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import nan
 from typing import ClassVar, Literal, TypeAlias
@@ -34,6 +34,8 @@ class ClipStats:
     skip_reason: SkipReason | None = None
     """Why the step was skipped: a NaN or an infinity, a policy that asked for it, or another rank
     that failed; None where it was not skipped."""
+    new_policy: str | None = None
+    """The policy in words, at the first step after another one was assigned; else None."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -76,6 +78,8 @@ class ClipResult:
     nonfinite_on_ranks: Tensor | None = None
     deferred: bool = False
     by_policy: Flag = False
+    new_policy: ClassVar[str | None] = None
+    """The policy in words, at the first step after another one was assigned; else None."""
     on_host: ClassVar[HostReport | None] = None
     """The numbers on their way to the host, where they are since the clip."""
 
@@ -173,9 +177,8 @@ class ClipResult:
             reason = reason or result._reason(values, by_policy=bool(by_policy))  # noqa: SLF001
             stats.append(result._unpacked(values[:size], reason))  # noqa: SLF001
             values = values[size:]
-        return ClipStats(
-            **{**vars(stats[0]), "groups": dict(zip(self.groups, stats[1:], strict=True))}
-        )
+        groups = dict(zip(self.groups, stats[1:], strict=True))
+        return replace(stats[0], groups=groups, new_policy=self.new_policy)
 
     def compute(self) -> None:
         """Compute every tensor now: inside a captured CUDA graph, so that replays refresh them."""

@@ -14,6 +14,7 @@ from gradclip.record.schema import (
     FLAGS,
     FLOATS,
     STEP_FLOATS,
+    TEXTS,
     GroupRecord,
     StepRecord,
     as_count,
@@ -86,7 +87,7 @@ class Steps(Sequence[StepRecord]):
     def __init__(self) -> None:
         self.step, self.optimizer = array("q"), array("q")
         self._columns = _Columns(STEP_FLOATS)
-        self._reasons: dict[int, str] = {}
+        self._texts: dict[str, dict[int, str]] = {name: {} for name in TEXTS}
         self._groups: dict[str, tuple[array[int], _Columns]] = {}
 
     @classmethod
@@ -116,8 +117,9 @@ class Steps(Sequence[StepRecord]):
         number = entry.get("optimizer")
         self.optimizer.append(0 if number is None else as_count("optimizer", number))
         self._columns.add(entry)
-        if (reason := entry.get("reason")) is not None:
-            self._reasons[at] = as_text("reason", reason)
+        for name in TEXTS:
+            if (text := entry.get(name)) is not None:
+                self._texts[name][at] = as_text(name, text)
         if groups := entry.get("groups"):
             for pattern, of_group in as_groups(groups).items():
                 if pattern not in self._groups:
@@ -158,8 +160,9 @@ class Steps(Sequence[StepRecord]):
         return StepRecord(
             step=self.step[at],
             optimizer=self.optimizer[at],
-            reason=self._reasons.get(at),
             groups=groups,
+            reason=self._texts["reason"].get(at),
+            new_policy=self._texts["new_policy"].get(at),
             **self._columns.values(at),
         )
 

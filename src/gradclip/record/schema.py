@@ -70,7 +70,9 @@ class StepRecord(GroupRecord):
         elapsed_ms: Time since the previous step ended, or since the run began.
         reason: Why the step was skipped: "nonfinite", "overflow" (of a loss scale), "policy" (that
             asked for it), or "rank" (another one failed).
-        groups: The same numbers for each name pattern, where limits were given by pattern.
+        groups: The same numbers for each name pattern or ``param_group``, where limits were given
+            by these.
+        new_policy: The policy in words, at the first step after another one was assigned.
     """
 
     step: int
@@ -80,6 +82,7 @@ class StepRecord(GroupRecord):
     elapsed_ms: float | None = None
     reason: str | None = None
     groups: Mapping[str, GroupRecord] = field(default_factory=dict, hash=False)
+    new_policy: str | None = None
 
     @classmethod
     def from_stats(
@@ -109,12 +112,14 @@ class StepRecord(GroupRecord):
             elapsed_ms=elapsed_ms,
             reason=stats.skip_reason,
             groups={name: GroupRecord(**_measured(each)) for name, each in stats.groups.items()},
+            new_policy=stats.new_policy,
             **_measured(stats),
         )
 
 
 _Record = TypeVar("_Record", bound=GroupRecord)
 FLOATS = ("norm_pre", "norm_post", "threshold", "coefficient")
+TEXTS = ("reason", "new_policy")
 FLAGS = ("clipped", "skipped")
 STEP_FLOATS = (*FLOATS, "loss", "lr", "elapsed_ms")
 
@@ -178,7 +183,7 @@ def _value(of: Field[Any], value: Any) -> Any:
         return as_count(of.name, value)
     if of.name == "groups":
         return {pattern: _read(GroupRecord, each) for pattern, each in as_groups(value).items()}
-    if of.name == "reason":
+    if of.name in TEXTS:
         return as_text(of.name, value)
     return as_number(of.name, value)
 
@@ -238,7 +243,7 @@ def not_a_record(path: Path, number: int, found: str) -> ArgumentValueError:
 def step_line(record: StepRecord) -> str:
     """Return a line with all that is known of a step, as a record of one file has it."""
     entry = {"step": record.step, "loss": record.loss, **asdict(record)}
-    for name in ("groups", "optimizer", "reason"):
+    for name in ("groups", "optimizer", *TEXTS):  # of most runs, and of most steps
         if not entry[name]:
             del entry[name]
     return line(entry)

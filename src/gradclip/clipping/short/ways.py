@@ -45,13 +45,20 @@ class ShortWays:
         *,
         by_pattern: bool,
     ) -> None:
-        self._binding, self._backends = binding, backends
+        self._binding, self._backends, self._options = binding, backends, options
         self._role, self._judge = role, judge
         self._by_pattern = by_pattern
-        lean = backends.are_portable and not by_pattern
-        self._lean = Lean.of(policies["*"]) if lean else None
-        self._fused = Fused.of(policies, options, backends, role, by_pattern=by_pattern)
         self._fuses = False
+        self.assign(policies)
+
+    def assign(self, policies: Mapping[str, Policy | None]) -> None:
+        """Find the ways that these policies have."""
+        backends = self._backends
+        lean = backends.are_portable and not self._by_pattern
+        self._lean = Lean.of(policies["*"]) if lean else None
+        self._fused = Fused.of(
+            policies, self._options, backends, self._role, by_pattern=self._by_pattern
+        )
 
     def follow(self, device: torch.device) -> None:
         """Take the ways that a device has, once gradients were seen there."""
