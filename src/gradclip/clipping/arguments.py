@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from math import inf, isfinite
 from numbers import Real
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 import torch
@@ -62,6 +64,8 @@ class ClipOptions(TypedDict, total=False):
             in none.
         duplicated: Likewise, for a parameter of which several ranks among those have a copy, as
             stages have that tie weights: it is counted once.
+        record: A folder that every step is written to, as ``docs/records.md`` says; the one of an
+            earlier run is gone on with after ``load_state_dict``.
         backend: "auto" (the fastest of each device), "foreach", "triton" (CUDA), or "reference"
             (float64, slow, for comparison).
     """
@@ -71,6 +75,7 @@ class ClipOptions(TypedDict, total=False):
     max_consecutive_skips: int
     partitioned: "Mapping[str, GroupLike] | None"
     duplicated: "Mapping[str, GroupLike] | None"
+    record: "str | PathLike[str] | None"
     backend: str
 
 
@@ -86,6 +91,7 @@ class Options:
     max_consecutive_skips: int = 25
     partitioned: "Mapping[str, GroupLike] | None" = None
     duplicated: "Mapping[str, GroupLike] | None" = None
+    record: "str | PathLike[str] | None" = None
     backend: str = "auto"
 
     @property
@@ -96,6 +102,12 @@ class Options:
     def __post_init__(self) -> None:
         check_nonfinite(self.nonfinite)
         check_count(self.max_consecutive_skips)
+        check_folder(self.record)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the record goes."""
+        return None if self.record is None else Path(self.record)
 
 
 def read_options(name: str, policy: object, given: Mapping[str, Any]) -> tuple[Any, Options]:
@@ -150,6 +162,20 @@ def check_nonfinite(nonfinite: object) -> Nonfinite:
     )
 
 
+def check_folder(record: object) -> None:
+    """Check where a record goes; nothing is made there yet."""
+    if record is None:
+        return
+    if not isinstance(record, str | PathLike):
+        raise ArgumentTypeError(f"record={record!r}: expected a path, such as 'runs/1'")
+    path = Path(record)
+    if path.suffix == ".jsonl" or path.is_file():
+        raise ArgumentValueError(
+            f"record={str(record)!r} is a file: expected a folder, such as 'runs/1'. A record in "
+            "one file is written by RecordHookConfig(path=...) or gradclip.diagnostics.RunRecorder"
+        )
+
+
 def check_count(count: object) -> int:
     """Check how many skipped steps in a row are tolerated."""
     if isinstance(count, bool) or not isinstance(count, int):
@@ -180,10 +206,10 @@ def check_grad_scale(scale: object) -> float | Tensor | None:
     return number
 
 
-def check_one_number(scale: Tensor) -> None:
-    """Check as much of what gradients are multiplied by as a device does not have to be asked."""
+def check_one_number(scale: Tensor, name: str = "grad_scale") -> None:
+    """Check as much of a tensor that is a number as a device does not have to be asked."""
     if scale.numel() != 1 or not scale.is_floating_point():
         raise ArgumentValueError(
-            f"grad_scale is a tensor of shape {tuple(scale.shape)} and {scale.dtype}: expected "
+            f"{name} is a tensor of shape {tuple(scale.shape)} and {scale.dtype}: expected "
             "one positive floating-point number"
         )

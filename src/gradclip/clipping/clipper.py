@@ -40,7 +40,7 @@ class GradientClipper(HasPolicy):
             match wins) to those; of an optimizer also a list, one entry for each ``param_group``.
             None as an entry leaves its parameters alone.
         options: The keywords of ``ClipOptions``: ``max_norm`` in place of a policy, ``nonfinite``,
-            ``max_consecutive_skips``, ``partitioned``, ``duplicated``, ``backend``.
+            ``max_consecutive_skips``, ``partitioned``, ``duplicated``, ``record``, ``backend``.
 
     Raises:
         ArgumentTypeError: GC011, for an argument of the wrong kind, or an unknown keyword.
@@ -146,6 +146,18 @@ clipped=True, skipped=False, nonfinite=0)
         """Whether gradients can change, or steps be skipped; else gradients are only measured."""
         return any_writes(self._engine.policies)
 
+    def note(self, *, loss: float | Tensor | None = None, lr: float | Tensor | None = None) -> None:
+        """Tell the record, if there is one, the loss and the rate of the next step, before it.
+
+        Of several losses (of a window) it has the mean. Without a rate it has that of the
+        optimizer's first group, if there is one. Nothing waits for a device.
+        """
+        self._engine.recorder.note(loss, lr)
+
+    def close(self) -> None:
+        """Write to the record whatever is waiting, and close it; the next step goes on with it."""
+        self._engine.recorder.close()
+
     @untraced
     def clip(
         self,
@@ -181,28 +193,24 @@ clipped=True, skipped=False, nonfinite=0)
             RankError: GC210, if another rank could not clip, or was assigned another policy.
             ReplicaError: GC211, if gradients that ranks should hold alike differ.
             CollectiveError: GC212, if another rank is gone.
-            TooManySkipsError: GC202, after ``max_consecutive_skips``; on an accelerator four steps
-                later.
+            TooManySkipsError: GC202, after ``max_consecutive_skips``; on a GPU four steps later.
+            RecordError: GC302, at the first step, for a folder that cannot be recorded in.
 
-        All are raised before any gradient is changed, but for the last on an accelerator.
+        All are raised before any gradient is changed, but for GC202 on an accelerator.
         """
         return self._engine.clip(
             grad_scale, overflow_expected=overflow_expected, defer_scaling=defer_scaling
         )
 
     def take_back(self) -> None:
-        """Take the last call back from the histories: its step was not made, and comes again.
-
-        For what owns the step, where an error came between clipping and stepping.
-        """
+        """Take the last call back from the histories: its step was not made, and comes again."""
         with torch.no_grad():
             self._engine.take_back()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on: numbers, strings and tensors.
 
-        The history of each scope is saved with its name. Where ranks hold different parameters,
-        each rank saves its own.
+        A history has the name of its scope. Where ranks hold different parameters, each saves its.
         """
         return self._engine.state_dict()
 

@@ -22,7 +22,7 @@ from gradclip.clipping.kernels import SpecsCache, Write, carry_out, choose
 from gradclip.clipping.kernels.device import is_capturing, result_device_of
 from gradclip.clipping.measure.binding import Binding
 from gradclip.clipping.measure.exchange import exchange_maxima, exchange_sums
-from gradclip.clipping.measure.group import Found, Group, read, read_again
+from gradclip.clipping.measure.group import Found, Group, read, read_again, tensor_sums
 from gradclip.clipping.measure.step import Step, is_small
 from gradclip.clipping.policies import (
     Decision,
@@ -40,12 +40,11 @@ from gradclip.clipping.short import ShortWays
 from gradclip.clipping.state import STATE_VERSION, Histories, read_state
 from gradclip.clipping.step.judge import Decided, Judge
 from gradclip.clipping.step.ownership import Owner, Role
+from gradclip.clipping.step.recorder import recorder_of
 from gradclip.clipping.step.rows import StepLog
 
 if TYPE_CHECKING:
     from gradclip.clipping.ranks import Meet
-
-_CPU = torch.device("cpu")
 
 
 class Engine:
@@ -90,6 +89,7 @@ class Engine:
         owned = isinstance(role, Owner)
         self._judge = Judge(options, self._binding, called=called, owned=owned)
         self.step_log = StepLog(called or "gradclip", owned=owned)
+        self.recorder = recorder_of(self, options.folder, called, source)
         self._histories = Histories()
         self._short = None
         if not once:
@@ -129,7 +129,8 @@ class Engine:
         self._asked.clear()
         if self._short is not None:
             self._short.assign(policies)
-        self._assigned = repr(self.policy)
+        now = self.policy
+        self._assigned = repr(dict(now) if isinstance(now, Mapping) else now)
 
     def clip(
         self,
@@ -140,18 +141,20 @@ class Engine:
     ) -> ClipResult:
         """Clip the gradients that exist now; see ``GradientClipper.clip``."""
         last = None
-        if self._settled and self._short is not None:
+        if self._settled and self._short is not None and self.recorder.is_open:
             last = self._short.clip(
                 grad_scale, self.step, expected=overflow_expected, defer=defer_scaling
             )
         if last is None:
-            with torch.no_grad():
+            with torch.no_grad(), self.recorder.watching(self.step):
                 last = self._clip(grad_scale, expected=overflow_expected, defer=defer_scaling)
         if self._assigned is not None:
             vars(last)["new_policy"], self._assigned = self._assigned, None
         self.step += 1
         self.last = last
         self.step_log.push(last, self.step - 1, overflow_expected, grad_scale is not None)
+        at = self.step - 1, self._binding.patterns
+        self.recorder.push(last, *at, overflow_expected, grad_scale)
         return last
 
     def _clip(
@@ -234,7 +237,10 @@ class Engine:
         known = self._binding.peers
         with telling_others() if known.is_single else known.guarding():
             # Since the engine was made, FSDP1 may have put the same parameters into shards.
-            return self._binding.find(anew=not self._settled)
+            peers = self._binding.find(anew=not self._settled)
+            if not self.recorder.is_open:
+                self.recorder.open(self.step, self._binding.patterns, self.policies)
+            return peers
         return known
 
     def _collect(self, grad_scale: float | Tensor | None, peers: Peers) -> Step:
@@ -295,7 +301,7 @@ class Engine:
         with peers.guarding():
             for group in step.groups:
                 clamped = self._clamping.read(group, step.scale, step.device)
-                each = read(group, self._backends, step.device, clamped)
+                each = read(group, self._backends, step.device, clamped, self.recorder.asks)
                 if not peers.is_single:
                     each = self._clamping.foresee(group, each, step.scale, step.device)
                 found.append(each)
@@ -449,6 +455,7 @@ class Engine:
             deferred=deferred,
             by_policy=all_of([committed, unwanted]),
         )
+        vars(result)["tensors"] = tensor_sums(group, found) if self.recorder.asks else None
         return result, writes
 
     def _summed_up(
@@ -458,13 +465,9 @@ class Engine:
         if not self._by_pattern:
             return results[0]
         on_ranks = [each.nonfinite for each in found if each.nonfinite is not None]
-        names = [group.of.name for group in step.groups]
-        return over_all(
-            dict(zip(names, results, strict=True)),
-            step.totals(found, norms),
-            self._binding.total_order,
-            torch.stack(on_ranks).sum() if on_ranks else None,
-        )
+        everywhere = torch.stack(on_ranks).sum() if on_ranks else None
+        named = dict(zip([group.of.name for group in step.groups], results, strict=True))
+        return over_all(named, step.totals(found, norms), self._binding.total_order, everywhere)
 
     # state
 
@@ -492,5 +495,6 @@ class Engine:
         """Restore what ``state_dict`` returned; see ``GradientClipper.load_state_dict``."""
         saved = read_state(state, self.state_dict())
         self._binding.peers.forget()
+        self.recorder.resume()
         self.step, self._judge.skips.in_a_row = saved.step, saved.consecutive_skips
         self._histories.load(saved.committed_steps, saved.policy_skips, saved.histories)

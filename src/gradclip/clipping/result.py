@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gradclip.clipping.apply.coefficients import Coefficients, OneCoefficient
 from gradclip.clipping.flags import Flag, as_flag
-from gradclip.clipping.kernels.fused import HostReport
-from gradclip.clipping.measure.norm import combine
+from gradclip.clipping.kernels.fused import HostReport, Report
+from gradclip.clipping.measure.norm import TensorSums, combine
 
 SkipReason: TypeAlias = Literal["nonfinite", "policy", "rank"]
 
@@ -80,6 +80,10 @@ class ClipResult:
     by_policy: Flag = False
     new_policy: ClassVar[str | None] = None
     """The policy in words, at the first step after another one was assigned; else None."""
+    tensors: ClassVar[TensorSums | None] = None
+    """What was summed of each tensor, where a record asks for it."""
+    report: ClassVar[Report | None] = None
+    """All numbers in one piece of memory, where a clip in few launches left them there."""
     on_host: ClassVar[HostReport | None] = None
     """The numbers on their way to the host, where they are since the clip."""
 

@@ -160,6 +160,7 @@ class OwnedStep:
 
     def release(self) -> None:
         """Let the optimizer go; twice is harmless. The clipper stays, with its history."""
+        self.clipper.close()
         self._released = self._role.released = True
         self._give_back()
         self._kept.close()

@@ -152,8 +152,19 @@ class Attachment(HasPolicy):
         """
         return self.clipper.last
 
+    def note(self, *, loss: float | Tensor | None = None, lr: float | Tensor | None = None) -> None:
+        """Tell the record the loss and the learning rate of the next step; see ``GradientClipper``.
+
+        .. code-block:: python
+
+            loss.backward()
+            handle.note(loss=loss)
+            optimizer.step()
+        """
+        self.clipper.note(loss=loss, lr=lr)
+
     def remove(self) -> None:
-        """Take it off: the optimizer is as it was before; twice is harmless."""
+        """Take it off: the optimizer is as it was before; twice is harmless. Closes its record."""
         self._removed = True
         self._step.release()
 

@@ -20,8 +20,7 @@ READING = RLock()
 _Note = TypeVar("_Note")
 _Row = TypeVar("_Row")
 _Told = TypeVar("_Told")
-_TakesTold = TypeVar("_TakesTold", contravariant=True)
-_GivesTold = TypeVar("_GivesTold", covariant=True)
+_Taken_contra = TypeVar("_Taken_contra", contravariant=True)
 
 
 class Pending(Protocol):
@@ -92,15 +91,15 @@ class StepNumbers(NamedTuple):
     expected: bool
 
 
-class Reader(Protocol[_TakesTold]):
+class Reader(Protocol[_Taken_contra]):
     """What is told of every step, once its numbers are on the host."""
 
-    def add(self, numbers: _TakesTold, /) -> None:
+    def add(self, numbers: _Taken_contra, /) -> None:
         """Take the numbers of the next step."""
         ...
 
 
-class Copied(Protocol[_GivesTold]):
+class Copied(Protocol[_Told]):
     """The numbers of several steps, on their way to the host."""
 
     @property
@@ -108,7 +107,7 @@ class Copied(Protocol[_GivesTold]):
         """Whether to read them now would make the host wait."""
         ...
 
-    def read(self) -> list[_GivesTold]:
+    def read(self) -> list[_Told]:
         """Return the numbers; waits until they are there."""
         ...
 

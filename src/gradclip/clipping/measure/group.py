@@ -12,7 +12,7 @@ from gradclip.clipping import flags
 from gradclip.clipping.collect.gradients import Gradients
 from gradclip.clipping.flags import Flag, as_known
 from gradclip.clipping.kernels import Backends, Clamped, Write
-from gradclip.clipping.measure.norm import Sums, by_scope, per_tensor, spread_over
+from gradclip.clipping.measure.norm import Sums, TensorSums, by_scope, per_tensor, spread_over
 from gradclip.clipping.measure.norm import read as read_sums
 from gradclip.clipping.measure.norm import read_again as read_sums_again
 from gradclip.clipping.measure.pattern import Pattern
@@ -135,7 +135,11 @@ class Found:
 
 
 def read(
-    group: Group, backends: Backends, device: torch.device, clamped: Clamped | None = None
+    group: Group,
+    backends: Backends,
+    device: torch.device,
+    clamped: Clamped | None = None,
+    each: bool = False,
 ) -> Found:
     """Read the gradients of a pattern, and the weights if its policy asks for them.
 
@@ -144,14 +148,15 @@ def read(
         backends: The choice of backend.
         device: That of the results.
         clamped: What clamping finds, which spares the read for p = 2.
+        each: Whether somebody asks for what is found of each gradient.
     """
     order, gradients, rows = group.of.order, group.gradients, group.rows
     # On the CPU the sum over all gradients shows that all are finite, and then nobody asks for
     # those of each. Where it is not finite they are taken at once, before anything is written.
     waits = any(map(flags.host_waits_for, (device, *gradients.devices)))
-    together = rows.is_one and not waits
+    together = rows.is_one and not (waits or each)
     norm, total = _norms(group, backends, device, clamped, together=together)
-    if together and not all(each.are_finite for each in {norm, total}):
+    if together and not all(sums.are_finite for sums in {norm, total}):
         together = False
         norm, total = _norms(group, backends, device, clamped, together=False)
     weights = None
@@ -168,6 +173,14 @@ def read(
         weights=weights,
         clamped=clamped,
     )
+
+
+def tensor_sums(group: Group, found: Found) -> TensorSums:
+    """Return what was found of each tensor of a pattern, where that was asked for."""
+    specs = group.gradients.specs
+    rows = None if specs.one_row_each else specs.rows
+    count = len(group.of.parameters.parameters)
+    return TensorSums(found.norm.order, found.norm.rows_RA, rows, group.gradients.present, count)
 
 
 def _norms(

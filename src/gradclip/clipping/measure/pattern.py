@@ -69,6 +69,12 @@ class Pattern:
         """Whether parameters were given other shapes, so that there are other units."""
         return self.by_unit and self.parameters.rows("unit") != self.scopes.rows
 
+    @property
+    def portions(self) -> list[float]:
+        """How much of each parameter this process answers for: less than 1 of a copy."""
+        count = len(self.parameters.parameters)
+        return [1.0] * count if self._share is None else list(self._share.weights)
+
     @cached_property
     def scope_names(self) -> ScopeNames:
         """What the scopes are called that have a part on this process."""

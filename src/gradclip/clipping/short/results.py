@@ -25,6 +25,7 @@ from gradclip.clipping.kernels.fused import (
     FusedClip,
     Report,
 )
+from gradclip.clipping.measure.norm import TensorSums
 from gradclip.clipping.result import ClipResult
 from gradclip.clipping.short.lean import LeanStep
 
@@ -224,3 +225,19 @@ def of_fused(
         return FusedResult(clip, 1, scopes[0])
     results = [FusedResult(clip, at, each) for at, each in enumerate(scopes)]
     return FusedResult(clip, len(results), (), dict(zip(names, results, strict=True)))
+
+
+def sums_of(clip: FusedClip, found: Sequence[Sequence[Tensor | None]]) -> TensorSums:
+    """Return what was summed of each tensor of all patterns, for a record.
+
+    Args:
+        clip: What it came to.
+        found: Of each pattern the gradient of each parameter, if it has one.
+    """
+    layout, count = clip.layout, sum(map(len, found))
+    tensors = layout.starts[-1]
+    sums_RA = clip.report.sums_T[:tensors, None]
+    present = None
+    if tensors != count:
+        present = [gradient is not None for of_one in found for gradient in of_one]
+    return TensorSums(layout.power, sums_RA, None, present, count)

@@ -14,7 +14,7 @@ from gradclip.clipping.policies import Policy
 from gradclip.clipping.result import ClipResult
 from gradclip.clipping.short.fused import Fused
 from gradclip.clipping.short.lean import FEW, Lean
-from gradclip.clipping.short.results import of_fused, of_small
+from gradclip.clipping.short.results import of_fused, of_small, sums_of
 from gradclip.clipping.step.judge import Judge
 from gradclip.clipping.step.ownership import Role
 
@@ -54,7 +54,8 @@ class ShortWays:
     def assign(self, policies: Mapping[str, Policy | None]) -> None:
         """Find the ways that these policies have."""
         backends = self._backends
-        lean = backends.are_portable and not self._by_pattern
+        # A record has what a lean step does not look at: each tensor for itself.
+        lean = backends.are_portable and not (self._by_pattern or self._options.record)
         self._lean = Lean.of(policies["*"]) if lean else None
         self._fused = Fused.of(
             policies, self._options, backends, self._role, by_pattern=self._by_pattern
@@ -127,4 +128,7 @@ class ShortWays:
         if clip is None:
             return None
         names, scopes = zip(*((each.name, each.scope_names) for each in patterns), strict=True)
-        return of_fused(clip, names, scopes, by_pattern=self._by_pattern)
+        last = of_fused(clip, names, scopes, by_pattern=self._by_pattern)
+        if self._options.record is not None:
+            vars(last).update(report=clip.report, tensors=sums_of(clip, found))
+        return last

@@ -207,8 +207,8 @@ class CopiedRecords:
         self.waits = flags.host_waits_for(device) and not waiting
         reports = [row.report for row in rows if row.report is not None]
         columns = [torch.stack([report.values for report in reports], 1)] if reports else []
-        for number in range(len(first.parts)):
-            columns.append(_columns([row.parts[number] for row in rows], device))
+        of_parts = zip(*(row.parts for row in rows), strict=True)
+        columns += [_columns(parts, device) for parts in of_parts]
         noted = list(zip(*((row.noted.lr, *row.noted.losses) for row in rows), strict=True))
         self._known = [None if isinstance(values[0], Tensor) else values for values in noted]
         columns += [_column(each, device)[None] for each in noted if isinstance(each[0], Tensor)]

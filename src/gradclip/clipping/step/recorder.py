@@ -1,0 +1,378 @@
+"""What turns the steps of one clipper into the lines, rows and events of a record."""
+
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from itertools import compress, islice
+from pathlib import Path
+from statistics import mean
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import finalize
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradclip.clipping.arguments import check_one_number
+from gradclip.clipping.collect.shards import local_part
+from gradclip.clipping.collect.sources import ParameterSource
+from gradclip.clipping.kernels.device import is_capturing
+from gradclip.clipping.measure.norm import shown_order
+from gradclip.clipping.measure.pattern import Pattern
+from gradclip.clipping.policies import Policy
+from gradclip.clipping.step.recorded import Noted, Numbers, RecordedStep, RecordRow, copy_recorded
+from gradclip.errors import ArgumentTypeError, GradClipError
+from gradclip.record.ring import READING, StepRing
+from gradclip.record.writer import Batch, Layout, Place, Writer
+
+if TYPE_CHECKING:
+    from gradclip.clipping.result import ClipResult
+
+Policies: TypeAlias = Mapping[str, Policy | None]
+
+SPIKE = 0.1
+"""A step is a spike where gradients were multiplied by less than this."""
+
+_NAMED = 8
+"""How many parameters at fault an event names."""
+
+_EXPONENT = 0x7C00
+"""The bits that are all set in a float16 that is infinite or a NaN."""
+
+_MINUS_INFINITY = 0xFC00
+"""A norm of 0: log10 of it."""
+
+
+class NoRecord:
+    """Records nothing."""
+
+    asks = False
+    """Whether it asks for what is found of each tensor."""
+    is_open = True
+    """Whether there is nothing to open before the first step writes."""
+
+    def open(self, step: int, patterns: Sequence[Pattern], policies: Policies) -> None:
+        """Open nothing."""
+
+    def note(self, loss: float | Tensor | None, lr: float | Tensor | None) -> None:
+        """Note nothing."""
+
+    def watching(self, step: int) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Watch nothing."""
+        return _NOTHING
+
+    def push(
+        self,
+        result: "ClipResult",
+        step: int,
+        patterns: Sequence[Pattern],
+        expected: bool,
+        scale: float | Tensor | None,
+    ) -> None:
+        """Take nothing."""
+
+    def close(self) -> None:
+        """Close nothing."""
+
+    def resume(self) -> None:
+        """Go on with nothing."""
+
+
+_NOTHING = nullcontext()
+
+
+def recorder_of(
+    owner: object, folder: Path | None, called: str | None, source: ParameterSource
+) -> NoRecord:
+    """Return what records, until its owner is gone, or Python ends.
+
+    Args:
+        owner: What is recorded.
+        folder: Where to; None for nowhere.
+        called: What clips, as its user knows it.
+        source: Its parameters.
+    """
+    if folder is None:
+        return NoRecord()
+    recorder = Recorder(folder, called or "gradclip", source)
+    finalize(owner, recorder.close)
+    return recorder
+
+
+class Recorder(NoRecord):
+    """Records the steps of one clipper, in a folder that is opened before the first one writes.
+
+    Args:
+        folder: Where to.
+        called: What clips, as its user knows it.
+        source: Its parameters; those of an optimizer tell the learning rate.
+    """
+
+    asks = True
+
+    def __init__(self, folder: Path, called: str, source: ParameterSource) -> None:
+        self._writer = Writer.of(folder)
+        self._number = self._writer.join()
+        self._called, self._process = called, os.getpid()
+        self._optimizer: Any = getattr(source, "optimizer", None)
+        self._ring: StepRing[RecordRow, RecordedStep] = StepRing(copy_recorded, self)
+        self._batch = Batch()
+        self._losses: list[float | Tensor] = []
+        self._lr: float | Tensor | None = None
+        self._place = Place()
+        self._patterns: Sequence[Pattern] | None = None
+        self._layout: Layout | None = None
+        self._since = perf_counter()
+        self._resumes = self.is_open = False
+
+    def __reduce__(self) -> tuple[type[NoRecord], tuple[()]]:
+        """Copy and pickle as none: a copy of a clipper records nothing."""
+        return NoRecord, ()
+
+    def open(self, step: int, patterns: Sequence[Pattern], policies: Policies) -> None:
+        """Open the folder, before the first step writes.
+
+        Args:
+            step: Which call that is.
+            patterns: What is clipped.
+            policies: What bounds it, by pattern.
+
+        Raises:
+            RecordError: GC302, it cannot be written, or has the steps of another run.
+            ArgumentValueError: GC010, it has something that is no record.
+        """
+        self._place = _place()
+        about = {
+            "called": self._called,
+            "kind": None if self._optimizer is None else type(self._optimizer).__name__,
+            "policies": {name: repr(policy) for name, policy in policies.items()},
+            "torch": torch.__version__,
+        }
+        self._writer.begin(self._number, step, self._place, about, resumes=self._resumes)
+        self._patterns = self._layout = None
+        self._lay_out(patterns, step)
+        self.is_open, self._since = True, perf_counter()
+
+    def note(self, loss: float | Tensor | None, lr: float | Tensor | None) -> None:
+        """Note what the next step has; a tensor on a device is not read now."""
+        if loss is not None:
+            self._losses.append(_checked("loss", loss))
+        if lr is not None:
+            self._lr = _checked("lr", lr)
+
+    def push(
+        self,
+        result: "ClipResult",
+        step: int,
+        patterns: Sequence[Pattern],
+        expected: bool,
+        scale: float | Tensor | None,
+    ) -> None:
+        """Take a step; nothing is computed or read now. One in a CUDA graph is not recorded.
+
+        Args:
+            result: What was measured and done.
+            step: Which call it was.
+            patterns: What was clipped.
+            expected: A loss scaler answers for an overflow.
+            scale: What gradients were still multiplied by.
+        """
+        now, losses, lr = perf_counter(), self._losses, self._lr
+        self._losses, self._lr = [], None
+        if is_capturing(
+            result.measured_S.device if result.report is None else result.report.device
+        ):
+            return
+        if lr is None and self._optimizer is not None and self._optimizer.param_groups:
+            lr = self._optimizer.param_groups[0].get("lr")
+            lr = lr.clone() if isinstance(lr, Tensor) else lr  # it is changed in place
+        elapsed = 1e3 * (now - self._since)
+        with READING:
+            self._lay_out(patterns, step)
+            row = RecordRow.of(result, Noted(step, expected, elapsed, losses, lr, scale))
+            self._ring.push(row, row.numbers)
+            self._write()
+        self._since = now
+
+    def add(self, found: RecordedStep, /) -> None:
+        """Take what a step came to, once it is on the host."""
+        row, batch, of_all = found.row, self._batch, found.numbers[0]
+        step, reason = row.noted.step, _reason(row, of_all)
+        spike = 0 < of_all.coefficient < SPIKE and reason is None
+        if found.norms:
+            batch.norms.append((step, found.norms))
+            if spike or reason is not None or of_all.nonfinite:
+                batch.event_norms.append((step, found.norms))
+        if of_all.nonfinite:
+            self._add_nonfinite(found)
+        if self._place.rank:
+            return
+        groups = {
+            name: _entry(numbers)
+            for name, numbers in zip(row.names, found.numbers[1:], strict=True)
+        }
+        batch.steps.append(
+            {
+                "step": step,
+                "loss": mean(found.losses) if found.losses else None,
+                "lr": found.lr,
+                **_entry(of_all),
+                "reason": reason,
+                "elapsed_ms": round(row.noted.elapsed_ms, 3),
+                "new_policy": row.new_policy,
+                "groups": groups,
+            }
+        )
+        if reason is not None:
+            batch.events.append({"event": "skip", "step": step, "reason": reason})
+        if spike:
+            entry = _entry(of_all)
+            names = ("norm_pre", "threshold", "coefficient")
+            batch.events.append({"event": "spike", "step": step, **{n: entry[n] for n in names}})
+        if row.new_policy is not None:
+            batch.events.append({"event": "limit", "step": step, "policy": row.new_policy})
+
+    @contextmanager
+    def watching(self, step: int) -> Iterator[None]:
+        """Write what there is before an error leaves a step."""
+        try:
+            yield
+        except BaseException as error:
+            if self.is_open:
+                self._fail(step, error)
+            raise
+
+    def _fail(self, step: int, error: BaseException) -> None:
+        with suppress(Exception), READING:  # the device may be gone
+            self._ring.flush()
+            if isinstance(error, GradClipError):
+                said = str(error).split("\n", 1)[0][:400]
+                entry = {"event": "error", "step": step, "code": error.code, "error": said}
+                self._batch.events.append(entry)
+            self._write()
+
+    def flush(self) -> None:
+        """Write every step that was made; waits for the device."""
+        if os.getpid() == self._process:  # a fork has a copy of what waits
+            with READING:
+                self._ring.flush()
+                self._write()
+
+    def close(self) -> None:
+        """Write every step that was made, and close the folder; the next step opens it again."""
+        if self.is_open and os.getpid() == self._process:
+            self.flush()
+            self.is_open, self._resumes = False, True
+            self._writer.leave(self._number)
+
+    def resume(self) -> None:
+        """Go on with the step of a state that was loaded: what was written beyond it is dropped."""
+        if self.is_open:
+            self.flush()
+        self.is_open, self._resumes = False, True
+
+    def _lay_out(self, patterns: Sequence[Pattern], step: int) -> None:
+        """Begin another file of norms where other parameters are clipped now."""
+        if patterns is self._patterns:
+            return
+        layout = _layout(patterns)
+        if layout != self._layout:
+            self._ring.flush()  # rows of the old ones
+            self._write()
+            self._writer.lay_out(self._number, layout, step)
+        self._patterns, self._layout = patterns, layout
+
+    def _write(self) -> None:
+        batch = self._batch
+        if batch.steps or batch.norms or batch.events:
+            self._batch = Batch()
+            at = [step for step, _ in batch.norms] or [
+                int(str(each["step"])) for each in (*batch.steps, *batch.events)
+            ]
+            self._writer.write(self._number, at[0], batch)
+
+    def _add_nonfinite(self, found: RecordedStep) -> None:
+        names: list[str] = []
+        if found.norms and self._layout is not None:
+            bits = struct.unpack(f"<{len(found.norms) // 2}H", found.norms)
+            odd = (b & _EXPONENT == _EXPONENT and b != _MINUS_INFINITY for b in bits)
+            names = list(islice(compress(self._layout.names, odd), _NAMED))
+        if names or not self._place.rank:
+            self._batch.events.append(
+                {
+                    "event": "nonfinite",
+                    "step": found.row.noted.step,
+                    "tensors": int(found.numbers[0].nonfinite),
+                    "parameters": names,
+                }
+            )
+
+
+def _checked(name: str, value: float | Tensor) -> float | Tensor:
+    """Return a number, or a tensor that is still on a device.
+
+    Raises:
+        ArgumentTypeError: GC011, for anything else.
+        ArgumentValueError: GC010, for a tensor of several numbers.
+    """
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            check_one_number(value, name)
+        value = value.detach()
+        # A copy: loops add up losses in place.
+        return float(value) if value.device.type == "cpu" else value.clone()
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ArgumentTypeError(
+            f"{name} is of type {type(value).__qualname__}: expected a number, or a tensor of one"
+        ) from None
+
+
+def _place() -> Place:
+    """Return which process this is, without asking others."""
+    if dist.is_available() and dist.is_initialized():
+        return Place(dist.get_rank(), dist.get_world_size())
+    rank, processes = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return (
+        Place(int(rank), int(processes)) if rank.isdecimal() and processes.isdecimal() else Place()
+    )
+
+
+def _layout(patterns: Sequence[Pattern]) -> Layout:
+    names: list[str] = []
+    sizes: list[int] = []
+    orders: list[float] = []
+    weights: list[float] = []
+    for pattern in patterns:
+        parameters = pattern.parameters.parameters
+        names += pattern.parameters.names
+        sizes += [local_part(each.detach()).numel() for each in parameters]
+        orders += [shown_order(pattern.order)] * len(parameters)
+        weights += pattern.portions
+    return Layout(names, sizes, orders, weights)
+
+
+def _reason(row: RecordRow, numbers: Numbers) -> str | None:
+    """Return why a step was skipped; None where it was not."""
+    if not numbers.skipped:
+        return None
+    if numbers.by_policy:
+        return "policy"
+    if row.ranked and not numbers.nonfinite:
+        return "rank"
+    return "overflow" if row.noted.expected else "nonfinite"
+
+
+def _entry(numbers: Numbers) -> dict[str, Any]:
+    return {
+        "norm_pre": numbers.norm_pre,
+        "norm_post": numbers.norm_post,
+        "threshold": numbers.threshold,
+        "coefficient": numbers.coefficient,
+        "clipped": bool(numbers.clipped),
+        "skipped": bool(numbers.skipped),
+        "nonfinite": int(numbers.nonfinite),
+    }
