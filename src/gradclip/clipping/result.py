@@ -80,12 +80,19 @@ class ClipResult:
     by_policy: Flag = False
     new_policy: ClassVar[str | None] = None
     """The policy in words, at the first step after another one was assigned; else None."""
+    left_norm: ClassVar[float | None] = None
+    """Of a small model whose elements were clamped, the norm afterwards."""
     tensors: ClassVar[TensorSums | None] = None
     """What was summed of each tensor, where a record asks for it."""
     report: ClassVar[Report | None] = None
     """All numbers in one piece of memory, where a clip in few launches left them there."""
     on_host: ClassVar[HostReport | None] = None
     """The numbers on their way to the host, where they are since the clip."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.measured_S.device
 
     @cached_property
     def one_threshold(self) -> float | Tensor:

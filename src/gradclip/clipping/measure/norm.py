@@ -234,6 +234,19 @@ class TensorSums:
     present: Sequence[bool] | None
     count: int
 
+    @classmethod
+    def of(cls, order: float, sums_RA: Tensor, found: Sequence[Tensor | None]) -> "TensorSums":
+        """Return what was found of tensors of one row each.
+
+        Args:
+            order: p of the norms.
+            sums_RA: Of each that exists.
+            found: Each parameter's, if it has one.
+        """
+        whole = len(sums_RA) == len(found)
+        present = None if whole else [each is not None for each in found]
+        return cls(order, sums_RA, None, present, len(found))
+
     def norms(self, sums_BRA: Tensor) -> Tensor:
         """Return the norm of each tensor from the sums of several steps: float64 (B, T)."""
         if self.order in {1.0, _EUCLIDEAN}:

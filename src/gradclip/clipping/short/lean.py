@@ -58,6 +58,7 @@ class LeanStep(NamedTuple):
         factor: The same in float32, which multiplies any of their dtypes; None for 1.
         ceiling: What elements are clamped to, as their dtype has it; None where none exceeds it.
         left: The norm of what is left behind that.
+        each_T: The norm of each gradient, float64 (T,), where a record asks for it.
     """
 
     gradients: list[Tensor]
@@ -70,6 +71,7 @@ class LeanStep(NamedTuple):
     factor: Tensor | None
     ceiling: float | None
     left: float | None
+    each_T: Tensor | None
 
     def write(self, role: Role) -> None:
         """Multiply or clamp the gradients, and let a role mark them."""
@@ -86,10 +88,11 @@ class Lean:
     Args:
         policy: What bounds them.
         limit: The policy as numbers.
+        each: Whether a record asks for the norm of each gradient.
     """
 
-    def __init__(self, policy: Policy, limit: FixedLimit) -> None:
-        self._policy = policy
+    def __init__(self, policy: Policy, limit: FixedLimit, *, each: bool) -> None:
+        self._policy, self._each = policy, each
         self._threshold, self._target = limit.threshold, limit.target
         self._order, self._element_limit = policy.order, policy.element_limit
         self._shown = limit.threshold, limit.threshold
@@ -98,14 +101,14 @@ class Lean:
         self._ceilings: dict[torch.dtype, float] = {}
 
     @classmethod
-    def of(cls, policy: Policy | None) -> "Lean | None":
+    def of(cls, policy: Policy | None, *, each: bool = False) -> "Lean | None":
         """Return what reads for a policy; None for one that needs more than one norm."""
         limit = None if policy is None else policy.fixed()
         if policy is None or limit is None:
             return None
         is_one_norm = policy.scope == "group" and policy.order in _ORDERS
         plain = limit.target > 0 and limit.skip_above == inf
-        return cls(policy, limit) if is_one_norm and plain else None
+        return cls(policy, limit, each=each) if is_one_norm and plain else None
 
     def read(self, found: Sequence[Tensor | None], known: SpecsCache) -> LeanStep | None:
         """Read gradients, and prepare to scale them; None where that takes the ordinary way.
@@ -119,7 +122,7 @@ class Lean:
             return None
         gradients, plan, dtype = there
         ceiling = None if self._element_limit is None else self._ceiling(dtype)
-        norm, left = plan.norms(gradients, self._order, ceiling)
+        norm, left, each_T = plan.norms(gradients, self._order, ceiling, each=self._each)
         if not norm <= _LARGEST:  # NaN, too
             return None
         number = quotient(norm, self._threshold, self._target, COARSE_GUARD)
@@ -132,7 +135,7 @@ class Lean:
             ceiling = None
         shown, one, order = *self._shown, self._order
         return LeanStep(
-            gradients, self._policy, shown, one, order, norm, number, factor, ceiling, left
+            gradients, self._policy, shown, one, order, norm, number, factor, ceiling, left, each_T
         )
 
     def clamp(self, found: Sequence[Tensor | None], known: SpecsCache, role: Role) -> bool:
@@ -199,17 +202,19 @@ class _Gathering:
         self._free: list[tuple[list[Tensor], Sequence[Tensor]]] = []
 
     def norms(
-        self, tensors: list[Tensor], order: float, ceiling: float | None
-    ) -> tuple[float, float | None]:
+        self, tensors: list[Tensor], order: float, ceiling: float | None, *, each: bool
+    ) -> tuple[float, float | None, Tensor | None]:
         """Return the norm of all, and of what is left of them: finite just where all elements are.
 
         Args:
             tensors: The gradients.
             order: p of the norms: 2, or inf.
             ceiling: What elements are clamped to.
+            each: Whether to return the norm of each, too.
 
         Returns:
             The norm, and that of the clamped elements; None for it where none exceeds the ceiling.
+            The norm of each, float64 (T,).
         """
         try:
             buffer = self._free.pop()
@@ -218,12 +223,13 @@ class _Gathering:
         places, pieces = buffer
         torch._foreach_copy_(places, tensors)
         norm, left = _norm(pieces, order), None
+        each_T = torch.stack(torch._foreach_norm(places, order)) if each else None  # noqa: SLF001
         if ceiling is not None and norm > ceiling and _norm(pieces, inf) > ceiling:
             for piece in pieces:
                 piece.clamp_(-ceiling, ceiling)
             left = _norm(pieces, order)
         self._free.append(buffer)
-        return norm, left
+        return norm, left, each_T
 
     def _buffer(self) -> tuple[list[Tensor], Sequence[Tensor]]:
         """Return the place of each tensor in memory of float64, and that memory in pieces.

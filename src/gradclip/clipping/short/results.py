@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from math import isnan, nan
+from math import inf, isnan, nan
 from typing import Any
 
 import torch
@@ -77,6 +77,11 @@ class FusedResult(ClipResult):
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle the report alone: views of it are made again."""
         return FusedResult, (self._clip, self._at, self.scopes, self.groups)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self._numbers.device
 
     @cached_property
     def thresholds(self) -> float | Tensor:
@@ -173,7 +178,7 @@ class _SmallResult(ClipResult):
 
     coefficients: OneCoefficient
     withheld, tensor_sums_T, dtype = False, None, torch.float32
-    left: float | None
+    device = torch.device("cpu")
 
     @cached_property
     def measured_S(self) -> Tensor:
@@ -183,9 +188,9 @@ class _SmallResult(ClipResult):
     @cached_property
     def left_S(self) -> Tensor | None:
         """Where elements were clamped, the norm afterwards, float64 (1,)."""
-        if self.left is None:
+        if self.left_norm is None:
             return None
-        return torch.full((1,), self.left, dtype=torch.float64, device="cpu")
+        return torch.full((1,), self.left_norm, dtype=torch.float64, device="cpu")
 
 
 def of_small(small: LeanStep, scopes: Sequence[str]) -> ClipResult:
@@ -205,7 +210,7 @@ def of_small(small: LeanStep, scopes: Sequence[str]) -> ClipResult:
         norm_type=small.order,
         one_threshold=small.one_threshold,
         clamped=small.ceiling is not None if isnan(small.one_threshold) else None,
-        left=small.left,
+        left_norm=small.left,
     )
     return result
 
@@ -234,10 +239,16 @@ def sums_of(clip: FusedClip, found: Sequence[Sequence[Tensor | None]]) -> Tensor
         clip: What it came to.
         found: Of each pattern the gradient of each parameter, if it has one.
     """
-    layout, count = clip.layout, sum(map(len, found))
-    tensors = layout.starts[-1]
-    sums_RA = clip.report.sums_T[:tensors, None]
-    present = None
-    if tensors != count:
-        present = [gradient is not None for of_one in found for gradient in of_one]
-    return TensorSums(layout.power, sums_RA, None, present, count)
+    layout = clip.layout
+    sums_RA = clip.report.sums_T[: layout.starts[-1], None]
+    return TensorSums.of(layout.power, sums_RA, [each for of_one in found for each in of_one])
+
+
+def norms_of(norms_T: Tensor, found: Sequence[Tensor | None]) -> TensorSums:
+    """Return the same of a small model, of which the norms are known.
+
+    Args:
+        norms_T: Of each gradient, (T,).
+        found: The gradient of each parameter, if it has one.
+    """
+    return TensorSums.of(inf, norms_T[:, None], found)  # as of the largest: it is a norm by itself

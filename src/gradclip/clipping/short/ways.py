@@ -14,7 +14,7 @@ from gradclip.clipping.policies import Policy
 from gradclip.clipping.result import ClipResult
 from gradclip.clipping.short.fused import Fused
 from gradclip.clipping.short.lean import FEW, Lean
-from gradclip.clipping.short.results import of_fused, of_small, sums_of
+from gradclip.clipping.short.results import norms_of, of_fused, of_small, sums_of
 from gradclip.clipping.step.judge import Judge
 from gradclip.clipping.step.ownership import Role
 
@@ -54,9 +54,9 @@ class ShortWays:
     def assign(self, policies: Mapping[str, Policy | None]) -> None:
         """Find the ways that these policies have."""
         backends = self._backends
-        # A record has what a lean step does not look at: each tensor for itself.
-        lean = backends.are_portable and not (self._by_pattern or self._options.record)
-        self._lean = Lean.of(policies["*"]) if lean else None
+        lean = backends.are_portable and not self._by_pattern
+        self._records = self._options.record is not None
+        self._lean = Lean.of(policies["*"], each=self._records) if lean else None
         self._fused = Fused.of(
             policies, self._options, backends, self._role, by_pattern=self._by_pattern
         )
@@ -88,13 +88,16 @@ class ShortWays:
         here = self._binding.here
         if len(here) != 1 or len(here[0].parameters.parameters) > FEW:
             return None  # to read thousands of gradients twice takes long
-        small = lean.read(here[0].found(), here[0].known)
+        found = here[0].found()
+        small = lean.read(found, here[0].known)
         if small is None:
             return None
         pattern = here[0]
         if pattern.writes:
             self._role.check(small.gradients)
         last = of_small(small, pattern.scope_names)
+        if small.each_T is not None:
+            vars(last)["tensors"] = norms_of(small.each_T, found)
         if is_capturing(_CPU):
             last.compute()
         self._judge.pass_sound(small.norm)
@@ -129,6 +132,6 @@ class ShortWays:
             return None
         names, scopes = zip(*((each.name, each.scope_names) for each in patterns), strict=True)
         last = of_fused(clip, names, scopes, by_pattern=self._by_pattern)
-        if self._options.record is not None:
+        if self._records:
             vars(last).update(report=clip.report, tensors=sums_of(clip, found))
         return last

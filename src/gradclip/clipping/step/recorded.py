@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping import flags
+from gradclip.clipping.apply.coefficients import OneCoefficient
 from gradclip.clipping.flags import Flag
 from gradclip.clipping.kernels import fused
 from gradclip.clipping.kernels.device import HostCopy, copy_to_host
@@ -25,6 +26,7 @@ from gradclip.clipping.step.rows import norms_of_all
 if TYPE_CHECKING:
     from gradclip.clipping.result import ClipResult
 
+_CPU = torch.device("cpu")
 _ZERO = b"\x00\xfc"
 """log10 of 0 as a float16: minus infinity."""
 
@@ -66,7 +68,7 @@ class _Part(NamedTuple):
     """What a step left behind of one pattern, or of all: tensors that exist anyway.
 
     Attributes:
-        norms_S: Norm of each scope before clipping.
+        norms_S: Norm of each scope before clipping, (S,).
         order: p of the norm of all.
         kept: What scopes were multiplied by, (S,), or one number for all.
         thresholds: Norm above which scopes were clipped: (S,), or one number for all.
@@ -91,7 +93,8 @@ class _Part(NamedTuple):
 
     @classmethod
     def of(cls, result: "ClipResult") -> "_Part":
-        number = getattr(result.coefficients, "number", None)
+        known = result.coefficients
+        number = None if isinstance(known, Tensor) else known.number
         return cls(
             result.measured_S,
             result.norm_type,
@@ -116,6 +119,7 @@ class RecordRow(NamedTuple):
         new_policy: What bounds gradients from this step on, where that was changed.
         parts: Of all, and of each pattern; none where there is a report.
         report: What a clip in few launches came to.
+        numbers: What it came to, where the host knows that: of a small model.
         tensors: What was summed of each tensor, by pattern.
         kind: What rows have to have alike to be copied together.
     """
@@ -126,22 +130,28 @@ class RecordRow(NamedTuple):
     new_policy: str | None
     parts: tuple[_Part, ...]
     report: Report | None
+    numbers: Numbers | None
     tensors: tuple[TensorSums, ...]
     kind: tuple[Any, ...]
 
     @classmethod
     def of(cls, result: "ClipResult", noted: Noted) -> "RecordRow":
         """Take from a result what counts, without computing anything."""
+        told = tuple(_alike(each, waits=False) for each in (noted.lr, *noted.losses))
+        known = result.coefficients if result.report is None else None
+        if isinstance(known, OneCoefficient) and result.tensors is not None:
+            numbers, sums = _of_small(result, known), result.tensors
+            kind = (_CPU, sums.sums_RA.shape, sums.present, told)
+            return cls(noted, (), False, result.new_policy, (), None, numbers, (sums,), kind)
         report, groups = result.report, result.groups
         parts: tuple[_Part, ...] = ()
         if report is None:
             parts = tuple(map(_Part.of, (result, *groups.values())))
         each = (result, *groups.values())
         tensors = tuple(one.tensors for one in each if one.tensors is not None)
-        device = result.measured_S.device if report is None else report.device
+        device = result.device
         waits = flags.host_waits_for(device)
-        known = tuple(_alike(value, waits=waits) for part in parts for value in part)
-        noted_alike = map(_alike, (noted.lr, noted.scale, *noted.losses))
+        values = tuple(_alike(value, waits=waits) for part in parts for value in part)
         kinds = tuple((sums.order, sums.sums_RA.shape, sums.present) for sums in tensors)
         shape = None if report is None else report.values.shape
         return cls(
@@ -151,15 +161,16 @@ class RecordRow(NamedTuple):
             result.new_policy,
             parts,
             report,
+            None,
             tensors,
-            (device, known, shape, kinds, *noted_alike),
+            (device, values, shape, kinds, _alike(noted.scale, waits=True), told),
         )
 
     @property
-    def numbers(self) -> int:
+    def size(self) -> int:
         """How many numbers it keeps on the device."""
-        sums = sum(each.sums_RA.numel() for each in self.tensors)
-        return sums + 4 * sum(part.norms_S.numel() for part in self.parts)
+        norms = sum(part.norms_S.numel() for part in self.parts)
+        return sum(each.sums_RA.numel() for each in self.tensors) + 4 * norms
 
 
 class RecordedStep(NamedTuple):
@@ -212,9 +223,8 @@ class CopiedRecords:
         noted = list(zip(*((row.noted.lr, *row.noted.losses) for row in rows), strict=True))
         self._known = [None if isinstance(values[0], Tensor) else values for values in noted]
         columns += [_column(each, device)[None] for each in noted if isinstance(each[0], Tensor)]
-        numbers = torch.cat(columns)
         norms = _norms(rows) if first.tensors else None
-        self._numbers = self._there(numbers)
+        self._numbers = self._there(torch.cat(columns)) if columns else None
         self._norms = None if norms is None else self._there(norms)
 
     def _there(self, values: Tensor) -> Tensor | HostCopy:
@@ -223,26 +233,25 @@ class CopiedRecords:
 
     def read(self) -> list[RecordedStep]:
         """Return what the steps came to; waits until it is there."""
-        numbers, count = self._numbers, len(self._rows)
-        read = numbers.flatten().tolist() if isinstance(numbers, Tensor) else numbers.read()
-        rows = list(zip(*(read[at : at + count] for at in range(0, len(read), count)), strict=True))
-        steps = []
-        for number, (row, found, norms) in enumerate(
-            zip(self._rows, rows, self._norms_of_each(), strict=True)
-        ):
-            found_late = list(found)
-            late = [found_late.pop() for known in self._known if known is None][::-1]
-            lr, *losses = [late.pop(0) if known is None else known[number] for known in self._known]
-            each = _of_report(row, found_late) if row.report is not None else _of_parts(found_late)
-            steps.append(RecordedStep(row, losses, lr, each, norms))
-        return steps
+        read, count = _read(self._numbers), len(self._rows)
+        columns = [read[at : at + count] for at in range(0, len(read), count)]
+        first = len(columns) - self._known.count(None)
+        late = iter(columns[first:])
+        noted = [next(late) if known is None else known for known in self._known]
+        found = zip(*columns[:first], strict=True) if first else [()] * count
+        return [
+            RecordedStep(row, losses, lr, _of_row(row, numbers), norms)
+            for row, (lr, *losses), numbers, norms in zip(
+                self._rows, zip(*noted, strict=True), found, self._norms_of_each(), strict=True
+            )
+        ]
 
     def _norms_of_each(self) -> list[bytes]:
         """Return the norms of each step, with a zero for each parameter without a gradient."""
         count, norms = len(self._rows), self._norms
         if norms is None:
             return [b""] * count
-        values = norms.flatten().tolist() if isinstance(norms, Tensor) else norms.read()
+        values = _read(norms)
         data = struct.pack(f"<{len(values)}h", *map(int, values))
         size = len(data) // count
         rows = [data[size * number : size * (number + 1)] for number in range(count)]
@@ -260,7 +269,7 @@ class CopiedRecords:
         return filled
 
 
-def _alike(value: Any, *, waits: bool = True) -> Any:
+def _alike(value: Any, *, waits: bool) -> Any:
     """Return what values have to have alike to be handled as one.
 
     Args:
@@ -344,12 +353,33 @@ def _norms(rows: Sequence[RecordRow]) -> Tensor:
     return norms_BT.log10().to(torch.float16).view(torch.int16)
 
 
-def _of_parts(found: list[float]) -> list[Numbers]:
+def _read(values: Tensor | HostCopy | None) -> list[float]:
+    """Return numbers that were copied; waits until they are there."""
+    if values is None:
+        return []
+    return values.flatten().tolist() if isinstance(values, Tensor) else values.read()
+
+
+def _of_small(result: "ClipResult", known: OneCoefficient) -> Numbers:
+    """Return what a step of a small model came to, all of which the host knows."""
+    norm, number, left = known.norm, known.number, result.left_norm
+    clipped = number < 1 if result.clamped is None else result.clamped is True
+    left = norm * number if left is None else left
+    threshold = float(result.thresholds)
+    return Numbers(norm, left, threshold, number, float(clipped), 0.0, 0.0, 0.0)
+
+
+def _of_row(row: RecordRow, found: Sequence[float]) -> list[Numbers]:
+    """Return what a step came to: for all gradients, and for each pattern."""
+    if row.numbers is not None:
+        return [row.numbers]
+    if row.report is not None:
+        return _of_report(row, found)
     width = len(Numbers._fields)
     return [Numbers(*found[at : at + width]) for at in range(0, len(found), width)]
 
 
-def _of_report(row: RecordRow, found: list[float]) -> list[Numbers]:
+def _of_report(row: RecordRow, found: Sequence[float]) -> list[Numbers]:
     """Return what a report says of all patterns, and of each: see ``kernels.fused``."""
     patterns = len(found) // fused.COLUMNS - 1
     return [

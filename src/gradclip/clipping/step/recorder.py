@@ -181,9 +181,7 @@ class Recorder(NoRecord):
         """
         now, losses, lr = perf_counter(), self._losses, self._lr
         self._losses, self._lr = [], None
-        if is_capturing(
-            result.measured_S.device if result.report is None else result.report.device
-        ):
+        if is_capturing(result.device):
             return
         if lr is None and self._optimizer is not None and self._optimizer.param_groups:
             lr = self._optimizer.param_groups[0].get("lr")
@@ -192,7 +190,7 @@ class Recorder(NoRecord):
         with READING:
             self._lay_out(patterns, step)
             row = RecordRow.of(result, Noted(step, expected, elapsed, losses, lr, scale))
-            self._ring.push(row, row.numbers)
+            self._ring.push(row, row.size)
             self._write()
         self._since = now
 
@@ -318,11 +316,9 @@ def _checked(name: str, value: float | Tensor) -> float | Tensor:
         ArgumentValueError: GC010, for a tensor of several numbers.
     """
     if isinstance(value, Tensor):
-        if value.is_floating_point():
-            check_one_number(value, name)
-        value = value.detach()
+        check_one_number(value, name)
         # A copy: loops add up losses in place.
-        return float(value) if value.device.type == "cpu" else value.clone()
+        return value.item() if value.is_cpu else value.detach().clone()
     try:
         return float(value)
     except (TypeError, ValueError):
