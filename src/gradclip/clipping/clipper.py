@@ -152,7 +152,7 @@ clipped=True, skipped=False, nonfinite=0)
         Of several losses (of a window) it has the mean. Without a rate it has that of the
         optimizer's first group, if there is one. Nothing waits for a device.
         """
-        self._engine.recorder.note(loss, lr)
+        self._engine.recorder.note(loss=loss, lr=lr)
 
     def close(self) -> None:
         """Write to the record whatever is waiting, and close it; the next step goes on with it."""

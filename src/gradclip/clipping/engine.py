@@ -150,11 +150,11 @@ class Engine:
                 last = self._clip(grad_scale, expected=overflow_expected, defer=defer_scaling)
         if self._assigned is not None:
             vars(last)["new_policy"], self._assigned = self._assigned, None
-        self.step += 1
-        self.last = last
+        self.step, self.last = self.step + 1, last
         self.step_log.push(last, self.step - 1, overflow_expected, grad_scale is not None)
-        at = self.step - 1, self._binding.patterns
-        self.recorder.push(last, *at, overflow_expected, grad_scale)
+        if self.recorder.asks:
+            at = self.step - 1, self._binding.patterns
+            self.recorder.push(last, *at, overflow_expected, grad_scale)
         return last
 
     def _clip(

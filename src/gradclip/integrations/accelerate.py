@@ -101,6 +101,8 @@ class AcceleratorClipper(HasPolicy):
         source = OptimizerParameters(unwrapped(optimizer), module=model)
         label = type(self).__name__
         admits = None if engine is None else refuse_change
+        if engine is not None:
+            options.pop("record", None)  # the engine's steps are recorded
         self._step = OwnedStep(
             optimizer, source, policy, options, owner=self, label=label, admits=admits
         )
@@ -148,6 +150,10 @@ class AcceleratorClipper(HasPolicy):
         self._step.settle(not skipped)
         return skipped
 
+    def note(self, *, loss: Any = None, lr: Any = None) -> None:
+        """Tell the record the loss and the rate of the next step; see ``GradientClipper.note``."""
+        (self._watch or self.clipper).note(loss=loss, lr=lr)
+
     def clip(self) -> ClipResult | None:
         """Clip at the end of an accumulation window.
 
@@ -172,6 +178,8 @@ class AcceleratorClipper(HasPolicy):
 
     def remove(self) -> None:
         """Let the optimizer go: something else may clip it; twice is harmless."""
+        if self._watch is not None:
+            self._watch.close()
         self._step.release()
 
     def state_dict(self) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class NoRecord:
     def open(self, step: int, patterns: Sequence[Pattern], policies: Policies) -> None:
         """Open nothing."""
 
-    def note(self, loss: float | Tensor | None, lr: float | Tensor | None) -> None:
+    def note(self, *, loss: float | Tensor | None = None, lr: float | Tensor | None = None) -> None:
         """Note nothing."""
 
     def watching(self, step: int) -> AbstractContextManager[None]:  # noqa: ARG002
@@ -114,7 +114,7 @@ class Recorder(NoRecord):
 
     def __init__(self, folder: Path, called: str, source: ParameterSource) -> None:
         self._writer = Writer.of(folder)
-        self._number = self._writer.join()
+        self._number, self._has_joined = self._writer.join(), True
         self._called, self._process = called, os.getpid()
         self._optimizer: Any = getattr(source, "optimizer", None)
         self._ring: StepRing[RecordRow, RecordedStep] = StepRing(copy_recorded, self)
@@ -144,6 +144,8 @@ class Recorder(NoRecord):
             ArgumentValueError: GC010, it has something that is no record.
         """
         self._place = _place()
+        if not self._has_joined:
+            self._number, self._has_joined = self._writer.join(), True
         about = {
             "called": self._called,
             "kind": None if self._optimizer is None else type(self._optimizer).__name__,
@@ -155,7 +157,7 @@ class Recorder(NoRecord):
         self._lay_out(patterns, step)
         self.is_open, self._since = True, perf_counter()
 
-    def note(self, loss: float | Tensor | None, lr: float | Tensor | None) -> None:
+    def note(self, *, loss: float | Tensor | None = None, lr: float | Tensor | None = None) -> None:
         """Note what the next step has; a tensor on a device is not read now."""
         if loss is not None:
             self._losses.append(_checked("loss", loss))
@@ -260,9 +262,11 @@ class Recorder(NoRecord):
 
     def close(self) -> None:
         """Write every step that was made, and close the folder; the next step opens it again."""
-        if self.is_open and os.getpid() == self._process:
-            self.flush()
-            self.is_open, self._resumes = False, True
+        if self._has_joined and os.getpid() == self._process:
+            if self.is_open:
+                self.flush()
+                self.is_open, self._resumes = False, True
+            self._has_joined = False
             self._writer.leave(self._number)
 
     def resume(self) -> None:
@@ -276,7 +280,7 @@ class Recorder(NoRecord):
         if patterns is self._patterns:
             return
         layout = _layout(patterns)
-        if layout != self._layout:
+        if layout.names and layout != self._layout:
             self._ring.flush()  # rows of the old ones
             self._write()
             self._writer.lay_out(self._number, layout, step)

@@ -16,7 +16,10 @@ from gradclip.clipping.arguments import (
     one_policy,
     read_options,
 )
+from gradclip.clipping.collect.sources import ListedParameters, OptimizerParameters
+from gradclip.clipping.policies import as_policies
 from gradclip.clipping.step.nonfinite import SkipCounter
+from gradclip.clipping.step.recorder import recorder_of
 from gradclip.clipping.step.rows import StepLog
 from gradclip.errors import (
     ArgumentTypeError,
@@ -202,6 +205,10 @@ class EngineWatch(HasPolicy):
         """The numbers of all steps."""
         self._seen = engine.global_steps if from_step is None else from_step
         check_engine(engine, self._limit)
+        source = OptimizerParameters(engine.optimizer) if checked.folder else ListedParameters([])
+        self._recorder = recorder_of(self, checked.folder, "DeepSpeed", source)
+        if self._seen:
+            self._recorder.resume()  # the engine goes on with an earlier run
 
     @property
     def policy(self) -> Any:
@@ -257,6 +264,10 @@ class EngineWatch(HasPolicy):
             )
         result = _result(norm if finite else inf, self._limit, applied=applied)
         self.step_log.push(result, self._seen - 1, expected=scaled)
+        if self._recorder.asks:
+            if not self._recorder.is_open:
+                self._recorder.open(self._seen - 1, (), as_policies(self._policy)[0])
+            self._recorder.push(result, self._seen - 1, (), scaled, None)
         describe = None if engine in _WARNED else self._describe
         if self._skips.record(not applied, describe=describe, expected=scaled):
             raise TooManySkipsError(
@@ -265,6 +276,14 @@ class EngineWatch(HasPolicy):
                 "rate, or look at the data and the loss."
             )
         return result
+
+    def note(self, *, loss: Any = None, lr: Any = None) -> None:
+        """Tell the record the loss and the rate of the next step; see ``GradientClipper.note``."""
+        self._recorder.note(loss=loss, lr=lr)
+
+    def close(self) -> None:
+        """Write to the record whatever is waiting, and close it."""
+        self._recorder.close()
 
     @property
     def stats(self) -> Stats:

@@ -152,6 +152,14 @@ class GradientClippingCallback(HasPolicy, Callback):
         for step in self._steps:
             step.end_batch()
 
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """Tell the record the loss of a batch, where it is that of the only optimizer."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)  # the loss is multiplied by it
+        alone = len(self._steps) == 1 and pl_module.automatic_optimization and scaler is None
+        if alone and self._options.get("record") is not None:
+            # Lightning has divided it by how many batches there are in a window.
+            self.clippers[0].note(loss=loss.detach() * trainer.accumulate_grad_batches)
+
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         """Note that this batch had a backward pass."""
         self._ran_backward = True

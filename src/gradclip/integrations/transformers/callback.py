@@ -256,6 +256,8 @@ class GradientClippingCallback(HasPolicy, TrainerCallback):  # type: ignore[misc
         self._lent.close()
         if self._step is not None:
             self._step.release()
+        if self._watch is not None:
+            self._watch.close()
         self._step = self._watch = self._training = self._since = None
         log_in_order(self._handler, self)
         self._handler = None

@@ -80,19 +80,13 @@ clipped=True, skipped=False, nonfinite=0)
         self._state: Mapping[str, Any] | None = None
         self._result: ClipResult | None = None
         self._stepped = self._open = False
-        self.register_hook(
-            "on_loop", HookContext.from_callable("clip gradients", after=self._after_loop)
-        )
-        self.register_hook(
-            "on_step",
-            HookContext.from_callable("clip gradients", self._forget, self._after_step),
-        )
-        self.register_hook(
-            "on_optimizer_step",
-            HookContext.from_callable(
-                "clip gradients", self._before_optimizer_step, self._after_optimizer_step
-            ),
-        )
+        self._losses: list[torch.Tensor] = []
+        name, each = "clip gradients", HookContext.from_callable
+        self.register_hook("on_batch", each(name, after=self._after_batch))
+        self.register_hook("on_loop", each(name, after=self._after_loop))
+        self.register_hook("on_step", each(name, self._forget, self._after_step))
+        step = self._before_optimizer_step, self._after_optimizer_step
+        self.register_hook("on_optimizer_step", each(name, *step))
 
     @property
     def policy(self) -> Any:
@@ -179,6 +173,7 @@ clipped=True, skipped=False, nonfinite=0)
         if self._open and self.clipper is not None:
             self.clipper.take_back()
         self._open = False
+        self._losses.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the clipper's history, once there is one."""
@@ -200,10 +195,29 @@ clipped=True, skipped=False, nonfinite=0)
         lower(accelerator, self._cfg)
         self._is_lowered = True
 
+    def record_in(self, folder: str) -> None:
+        """Record in a folder, from the first step on; ``RecordHook`` asks for it.
+
+        Raises:
+            ArgumentValueError: GC010, it records in another one, or has clipped already.
+        """
+        if self._cfg.record != folder and (self._cfg.record or self.clipper or self._watch):
+            raise ArgumentValueError(
+                f"the hook that clips cannot record in {folder!r}: it has begun with "
+                f"record={self._cfg.record!r}. Name one folder, before the first step."
+            )
+        self._cfg = self._cfg.replace(record=folder)
+
+    def _after_batch(self, arg: PipelineHookArgs) -> None:
+        if self._cfg.record and arg.exception is None and arg.reduce_loss is not None:
+            self._losses.append(arg.reduce_loss)
+
     def _after_loop(self, arg: PipelineHookArgs) -> None:
         counts = self._watch or self.clipper
-        if counts is not None and (arg.accelerator is None or arg.accelerator.is_main_process):
-            counts.step_log.say_at_end(type(self).__name__)
+        if counts is not None:
+            counts.close()
+            if arg.is_main_process:
+                counts.step_log.say_at_end(type(self).__name__)
 
     def _forget(self, arg: PipelineHookArgs) -> None:
         arg.clip_result = self._result = None
@@ -254,6 +268,7 @@ clipped=True, skipped=False, nonfinite=0)
             return
         scaler = None if arg.accelerator is None else arg.accelerator.scaler
         step = self._bound(arg, arg.optimizer)
+        self._note(step.clipper)
         self._result, self._open = step.clip(scaler), True
         arg.clip_result = self._result
 
@@ -261,6 +276,8 @@ clipped=True, skipped=False, nonfinite=0)
         """Return the steps of an optimizer; another optimizer's clipper hands on its history."""
         if self._step is not None and optimizer is self._step.optimizer:
             return self._step
+        if self.clipper is not None:
+            self.clipper.close()
         source = OptimizerParameters(behind_accelerate(optimizer), module=arg.model)
         label = "GradientClippingHook"
         step = OwnedStep(
@@ -278,13 +295,19 @@ clipped=True, skipped=False, nonfinite=0)
         self._step = step
         return step
 
+    def _note(self, noting: GradientClipper | EngineWatch) -> None:
+        while self._losses:
+            noting.note(loss=self._losses.pop())
+
     def _watching(self, engine: Any) -> EngineWatch:
         if self._watch is None or self._watch.engine is not engine:
             self._watch = EngineWatch(engine, self._policy, **self._cfg.options(None))
         return self._watch
 
     def _observe(self, engine: Any, arg: PipelineHookArgs) -> ClipResult | None:
-        result = self._watching(engine).observe()
+        watch = self._watching(engine)
+        self._note(watch)
+        result = watch.observe()
         if result is None and arg.accelerator is not None:
             raise ArgumentValueError(
                 "an accumulation window ended and DeepSpeed's engine made no step, so nothing was "
@@ -388,6 +411,8 @@ class GradientClippingHookConfig(PipelineHooksConfig[GradientClippingHook]):
     """Likewise."""
     backend: Literal["auto", "foreach", "triton", "reference"] = "auto"
     """Which kernels are used."""
+    record: str | None = None
+    """A folder that every step is written to, with the mean loss of its window."""
 
     def options(self, accelerator: "Accelerator | None") -> ClipOptions:
         """Return the keywords for ``GradientClipper``.
@@ -404,6 +429,7 @@ class GradientClippingHookConfig(PipelineHooksConfig[GradientClippingHook]):
             partitioned=resolve_groups("partitioned", self.partitioned, accelerator),
             duplicated=resolve_groups("duplicated", self.duplicated, accelerator),
             backend=self.backend,
+            record=self.record,
         )
 
     @model_validator(mode="before")

@@ -40,6 +40,10 @@ class _Step(NamedTuple):
 class RecordHook(PipelineHooks):
     """Writes a line for every optimizer step, made or skipped, when ``on_optimizer_step`` closes.
 
+    To a path that ends in ``.jsonl`` it writes one file, as follows. Any other path is a folder,
+    and the hook that clips writes it, as with ``record=``: with events, and the norm of each
+    parameter.
+
     The loss is the mean over the accumulation window. Numbers are read from the device every 64
     steps, at the end of the loop, at a checkpoint, and when something fails. A run that resumes
     goes on in the same file, without its lines beyond the checkpoint. One that starts from scratch
@@ -63,6 +67,11 @@ class RecordHook(PipelineHooks):
         self._waiting: list[_Step] = []
         self._since = perf_counter()
         name = "record"
+        self._is_folder = self.path.suffix != ".jsonl" and not self.path.is_file()
+        if self._is_folder:
+            begin = HookContext.from_callable(name, before=self._hand_over)
+            self.register_hook("on_loop", begin)
+            return
         self.register_hook(
             "on_loop", HookContext.from_callable(name, self._before_loop, self._after_loop)
         )
@@ -102,6 +111,23 @@ class RecordHook(PipelineHooks):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the step that ``state_dict`` named."""
         self._number = int(state["step"])
+
+    def _hand_over(self, arg: PipelineHookArgs) -> None:
+        """Let the hook that clips record: it has what a folder holds, the norm of each parameter.
+
+        Raises:
+            ArgumentValueError: GC010, there is none.
+        """
+        for hooks in () if arg.hooks is None else arg.hooks.walk():
+            record_in = getattr(hooks, "record_in", None)
+            if record_in is not None:
+                record_in(str(self.path))
+                return
+        raise ArgumentValueError(
+            f"{self.path} is a folder, which the hook that clips writes, and there is none. Give "
+            "grad_clip=GradientClippingHookConfig(policy=ObserveClip()) to measure and change "
+            "nothing, or a path that ends in .jsonl for a file without norms of parameters."
+        )
 
     def _before_loop(self, arg: PipelineHookArgs) -> None:
         self._is_broken = False
@@ -176,7 +202,7 @@ class RecordHookConfig(PipelineHooksConfig[RecordHook]):
 
     class_type: ClassType[RecordHook] = RecordHook
     path: str
-    """A JSONL file."""
+    """A file that ends in ``.jsonl``, or a folder."""
 
 
 def _refuse_another_run(path: Path) -> None:
