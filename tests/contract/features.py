@@ -4,9 +4,10 @@ What becomes of a gradient is plain arithmetic here, in Python's float64.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import hypot, inf, isfinite, nan
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from documented_policies import documented
@@ -27,8 +28,9 @@ class Feature:
         gradients: Those of each step.
         interrupted_after: So many steps are one run, and the rest is a run that loads what the
             first one saved; None for one run.
-        told: What the way in says of these steps besides: ``"stats"``, or ``"logged"`` for what
-            reaches the framework's loggers; with the right values, by name.
+        told: What the way in says of these steps besides: ``"stats"``, ``"logged"`` for what
+            reaches the framework's loggers, or ``"recorded"`` for what ``record=`` wrote; with the
+            right values, by name.
         assigned: The number of a step, and the policy that is assigned after it.
     """
 
@@ -44,6 +46,12 @@ class Feature:
         """Assign the policy to the object of a way in, if so many steps are over."""
         if self.assigned is not None and len(after) == self.assigned[0]:
             way_in.policy = self.assigned[1]
+
+    def recording(self, folder: Path) -> "Feature":
+        """Return the same, with a folder for its record where it has one."""
+        if self.told is None or self.told[0] != "recorded":
+            return self
+        return replace(self, clip={**self.clip, "record": str(folder)})
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -229,6 +237,27 @@ FEATURES = [
                 "gradclip/skipped": 0,
                 "gradclip/head.*/norm_pre": _l2(STEPS[5]["head"]),
                 "gradclip/*/norm_pre": _l2(STEPS[5]["body"]),
+            },
+        ),
+    ),
+    Feature(
+        "`record=`",
+        {"max_norm": 2.25},
+        partial(together, limit=2.25),
+        WITH_A_NAN,
+        interrupted_after=3,
+        told=(
+            "recorded",
+            {
+                "steps": 4,
+                "last step": 3,
+                "clipped": 2,
+                "skipped": 1,
+                "reasons": 1,
+                "lr": 1.0,
+                "norm_pre": _l2(_all(STEPS[5])),
+                "norm_post": 2.25,
+                "head.weight": _l2(STEPS[5]["head"]),
             },
         ),
     ),

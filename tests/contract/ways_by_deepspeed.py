@@ -1,11 +1,13 @@
 """The way in through DeepSpeed: lowered before the engine is made, and observed after each step."""
 
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from deepspeed_runs import accelerator, on_two
 from features import FEATURES
 from tiny_model import TinyModel, batches, sgd, weights
-from trained import Trained
+from trained import Trained, told_by_record
 
 from gradclip.integrations.deepspeed import EngineWatch, lower, observe
 
@@ -15,7 +17,9 @@ def lowered(feature, gradients, folder):
     outcome = launched()[feature.name]
     if isinstance(outcome, Exception):
         raise outcome
-    return outcome
+    first = gradients[0] is feature.gradients[0]
+    steps = outcome[: len(gradients)] if first else outcome[-len(gradients) :]
+    return Trained(steps, outcome.stats, outcome.logged, outcome.recorded)
 
 
 @cache
@@ -30,7 +34,10 @@ def _all_features(rank):
     outcomes = {}
     for feature in FEATURES:
         try:
-            outcomes[feature.name] = _trained(feature)
+            with TemporaryDirectory() as folder:
+                outcome = outcomes[feature.name] = _trained(feature.recording(Path(folder)))
+                if feature.told is not None and feature.told[0] == "recorded" and rank == 0:
+                    outcome.recorded = told_by_record(folder)
         except Exception as error:  # noqa: BLE001 - the cell that it belongs to raises it
             outcomes[feature.name] = error
     return outcomes
@@ -38,15 +45,17 @@ def _all_features(rank):
 
 def _trained(feature):
     accelerated = accelerator(stage=2)
-    lower(accelerated, **feature.clip)
+    clip = {name: value for name, value in feature.clip.items() if name != "record"}
+    lower(accelerated, **clip)
     model = TinyModel()
     engine, _ = accelerated.prepare(model, sgd(model))
     watch = EngineWatch(engine, **feature.clip)
     after = []
     for batch in batches(feature.gradients):
         accelerated.backward(engine(**batch))
-        observe(engine, **feature.clip)
+        observe(engine, **clip)
         watch.observe()
         after.append(weights(engine.module))
         feature.assign(watch, after)
+    watch.close()
     return Trained(after, watch.stats)

@@ -42,6 +42,7 @@ def clipper(feature, gradients, folder):
     clipper = gradclip.GradientClipper(optimizer if by_group else model, **feature.clip)
 
     def step():
+        clipper.note(lr=1.0)  # it knows the model alone
         with gradclip.withhold(optimizer, clipper.clip().skipped):
             optimizer.step()
 

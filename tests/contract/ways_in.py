@@ -142,6 +142,7 @@ WAYS = [
             "`policy` assigned": EACH_CALL,
             "NaN withheld": NO_STEP,
             "`stats`": NO_MEMORY,
+            "`record=`": NO_MEMORY,
             **_no_logger,
         },
     ),

@@ -2,14 +2,14 @@
 
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import compress, islice
 from pathlib import Path
 from statistics import mean
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeAlias
-from weakref import finalize
+from weakref import finalize, ref
 
 import torch
 import torch.distributed as dist
@@ -104,6 +104,8 @@ def recorder_of(
 class Recorder(NoRecord):
     """Records the steps of one clipper, in a folder that is opened before the first one writes.
 
+    It holds neither parameters nor their optimizer: what is recorded may go.
+
     Args:
         folder: Where to.
         called: What clips, as its user knows it.
@@ -116,13 +118,14 @@ class Recorder(NoRecord):
         self._writer = Writer.of(folder)
         self._number, self._has_joined = self._writer.join(), True
         self._called, self._process = called, os.getpid()
-        self._optimizer: Any = getattr(source, "optimizer", None)
+        optimizer = getattr(source, "optimizer", None)
+        self._optimizer: Callable[[], Any] = _nothing if optimizer is None else ref(optimizer)
         self._ring: StepRing[RecordRow, RecordedStep] = StepRing(copy_recorded, self)
         self._batch = Batch()
         self._losses: list[float | Tensor] = []
         self._lr: float | Tensor | None = None
         self._place = Place()
-        self._patterns: Sequence[Pattern] | None = None
+        self._first: Callable[[], Pattern | None] = _nothing
         self._layout: Layout | None = None
         self._since = perf_counter()
         self._resumes = self.is_open = False
@@ -146,14 +149,15 @@ class Recorder(NoRecord):
         self._place = _place()
         if not self._has_joined:
             self._number, self._has_joined = self._writer.join(), True
+        optimizer = self._optimizer()
         about = {
             "called": self._called,
-            "kind": None if self._optimizer is None else type(self._optimizer).__name__,
+            "kind": None if optimizer is None else type(optimizer).__name__,
             "policies": {name: repr(policy) for name, policy in policies.items()},
             "torch": torch.__version__,
         }
         self._writer.begin(self._number, step, self._place, about, resumes=self._resumes)
-        self._patterns = self._layout = None
+        self._first, self._layout = _nothing, None
         self._lay_out(patterns, step)
         self.is_open, self._since = True, perf_counter()
 
@@ -185,9 +189,8 @@ class Recorder(NoRecord):
         self._losses, self._lr = [], None
         if is_capturing(result.device):
             return
-        if lr is None and self._optimizer is not None and self._optimizer.param_groups:
-            lr = self._optimizer.param_groups[0].get("lr")
-            lr = lr.clone() if isinstance(lr, Tensor) else lr  # it is changed in place
+        if lr is None and (optimizer := self._optimizer()) is not None:
+            lr = _rate(optimizer)
         elapsed = 1e3 * (now - self._since)
         with READING:
             self._lay_out(patterns, step)
@@ -277,14 +280,14 @@ class Recorder(NoRecord):
 
     def _lay_out(self, patterns: Sequence[Pattern], step: int) -> None:
         """Begin another file of norms where other parameters are clipped now."""
-        if patterns is self._patterns:
+        if patterns and patterns[0] is self._first():  # all are made anew together
             return
         layout = _layout(patterns)
         if layout.names and layout != self._layout:
             self._ring.flush()  # rows of the old ones
             self._write()
             self._writer.lay_out(self._number, layout, step)
-        self._patterns, self._layout = patterns, layout
+        self._first, self._layout = ref(patterns[0]) if patterns else _nothing, layout
 
     def _write(self) -> None:
         batch = self._batch
@@ -310,6 +313,17 @@ class Recorder(NoRecord):
                     "parameters": names,
                 }
             )
+
+
+def _nothing() -> None:
+    """Stand for what is not there, or not any more."""
+
+
+def _rate(optimizer: Any) -> float | Tensor | None:
+    """Return the learning rate of the first group of an optimizer."""
+    groups = optimizer.param_groups
+    lr: float | Tensor | None = groups[0].get("lr") if groups else None
+    return lr.clone() if isinstance(lr, Tensor) else lr  # it is changed in place
 
 
 def _checked(name: str, value: float | Tensor) -> float | Tensor:

@@ -1,9 +1,11 @@
 """``record=``: what the results say, on every path, and nothing for it at the step itself."""
 
 import copy
+import gc
 import math
 import pickle
 from contextlib import nullcontext
+from weakref import ref
 
 import pytest
 import torch
@@ -301,3 +303,12 @@ def test_a_copy_records_nothing(way, tmp_path):
 def test_a_record_is_a_folder(folder, error):
     with pytest.raises(error, match=r"record=.*expected a (path|folder)"):
         GradientClipper(parameters(), 1.0, record=folder)
+
+
+def test_what_is_recorded_may_go_and_is_written_then(tmp_path):
+    handle, model = train(tmp_path)
+    gone = ref(handle.optimizer), ref(handle.clipper), ref(model)
+    del handle, model
+    gc.collect()
+    assert [each() for each in gone] == [None] * 3
+    assert len(read_record(tmp_path)) == 90
