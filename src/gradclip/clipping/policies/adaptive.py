@@ -8,17 +8,22 @@ would stay there.
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from gradclip.clipping import flags
 from gradclip.clipping.policies.base import Decision, Measurement, Policy, PolicyState, Scopes
 from gradclip.config import Ceiling
 
 History: TypeAlias = dict[str, Tensor]
-"""Tensors of shape (S,), or (S, W) for norms that are kept, by name: float64 or int64."""
+"""Float64 tensors by name: numbers (S,), or norms that are kept (S, W)."""
+
+_NUMBERS = "numbers"
+"""What is saved in one tensor: how many norms each scope has had, and the tensors (S,) of a rule."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,17 +32,26 @@ class Sight:
 
     Args:
         norms_S: Norm of each scope, finite: float64 (S,). Where it is 0 the answer does not count.
-        counts_S: How many norms above 0 each scope has had, with this one: int64 (S,).
+        counts_S: How many norms above 0 each scope has had, with this one: float64 (S,).
         early_S: Whether this norm is one of warm-up: bool (S,).
-        total_norm: Norm of all parameters of the pattern, on all ranks: 0-d float64.
-        step: How many steps were made before this one: 0-d int64.
+        found_S: Whether there is a norm: bool (S,).
+        measured: What the policy was told.
     """
 
     norms_S: Tensor
     counts_S: Tensor
     early_S: Tensor
-    total_norm: Tensor
-    step: Tensor
+    found_S: Tensor
+    measured: Measurement
+
+    @cached_property
+    def is_early(self) -> bool:
+        """Whether any norm is one of warm-up; where to ask would make the host wait, it may be."""
+        return flags.host_waits_for(self.early_S.device) or len(self.early_S.nonzero()) > 0
+
+    def after_warm_up(self, limits_S: Tensor) -> Tensor:
+        """Return limits that are infinite during warm-up; they may be the same tensor."""
+        return limits_S.masked_fill_(self.early_S, torch.inf) if self.is_early else limits_S
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +91,11 @@ class AdaptiveClip(Policy):
     """Skips in a row, after which a step is clipped and remembered: a level that has changed for
     good is no spike."""
 
+    @property
+    @abstractmethod
+    def follows(self) -> tuple[str, ...]:
+        """The names of what the rule remembers of each scope as a number."""
+
     @abstractmethod
     def initial_history(self, scopes: int, device: torch.device) -> History:
         """Return what the rule remembers before the first step, of so many scopes."""
@@ -112,31 +131,34 @@ class AdaptiveClip(Policy):
             above_S.any() & (seen.skips < self.max_spikes) if skips else False,
         )
 
-    def _judge(self, norms_S: Tensor, seen: Measurement, history: History) -> "_Judged":
+    def _judge(self, norms_S: Tensor, measured: Measurement, history: History) -> "_Judged":
         """Return what the rule says of some norms, each with a history."""
+        numbers_SC = history[_NUMBERS]
+        counts_S, *followed = numbers_SC.unbind(1)
         norms_S = finite(norms_S)
         found_S = norms_S > 0
-        counts_S = history["count"] + found_S
-        early_S = counts_S <= self.warmup
-        answer = self.limits(Sight(norms_S, counts_S, early_S, seen.total_norm, seen.step), history)
+        counts_S = counts_S + found_S
+        seen = Sight(norms_S, counts_S, counts_S <= self.warmup, found_S, measured)
+        before = {**history, **dict(zip(self.follows, followed, strict=True))}
+        answer = self.limits(seen, before)
         thresholds_S = targets_S = answer.thresholds_S
         above_S = norms_S > thresholds_S
         if answer.targets_S is not answer.thresholds_S:
             targets_S = torch.where(above_S, answer.targets_S, thresholds_S)
         bounds = [thresholds_S, targets_S]
         if answer.early_S is not None:
-            bounds = [torch.where(early_S, answer.early_S, each) for each in bounds]
+            bounds = [torch.where(seen.early_S, answer.early_S, each) for each in bounds]
         if self.cap is not None:
             bounds = [each.clamp(max=self.cap) for each in bounds]
-        followed = {
-            name: torch.where(found_S, new, history[name]) for name, new in answer.followed.items()
-        }
-        after = {**followed, **answer.kept, "count": counts_S}
-        return _Judged(bounds[0], bounds[1], above_S, after)
+        after_SC = torch.stack([counts_S, *(answer.followed[name] for name in self.follows)], 1)
+        after_SC = torch.where(found_S[:, None], after_SC, numbers_SC)
+        return _Judged(bounds[0], bounds[1], above_S, {**answer.kept, _NUMBERS: after_SC})
 
     def _begun(self, scopes: int, device: torch.device) -> History:
-        counts_S = torch.zeros(scopes, dtype=torch.int64, device=device)
-        return {**self.initial_history(scopes, device), "count": counts_S}
+        kept = self.initial_history(scopes, device)
+        zeros_S = torch.zeros(scopes, dtype=torch.float64, device=device)
+        numbers = [zeros_S, *(kept.pop(name) for name in self.follows)]
+        return {**kept, _NUMBERS: torch.stack(numbers, 1)}
 
     @property
     def _judges_total(self) -> bool:

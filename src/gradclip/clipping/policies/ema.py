@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gradclip.clipping.policies.adaptive import AdaptiveClip, History, Limits, Sight, finite
-from gradclip.clipping.policies.order_statistics import pushed, quantile, renewed
+from gradclip.clipping.policies.order_statistics import chosen, pushed, renewed
 
 _MOST_KEPT = 100
 """Norms of warm-up of which the median is taken."""
@@ -39,6 +39,11 @@ class EMAClip(AdaptiveClip):
     """What the average begins as: the median of the norms of warm-up, after ``warmup_max_norm``, or
     the smallest of them, as AdaGC has it."""
 
+    @property
+    def follows(self) -> tuple[str, ...]:
+        """The average."""
+        return ("average",)
+
     def initial_history(self, scopes: int, device: torch.device) -> History:
         """Return no average, and no norms of warm-up."""
         averages_S = torch.zeros(scopes, dtype=torch.float64, device=device)
@@ -51,9 +56,11 @@ class EMAClip(AdaptiveClip):
     def limits(self, seen: Sight, history: History) -> Limits:
         """Bound norms by their average."""
         norms_S, average_S = seen.norms_S, history["average"]
-        thresholds_S = torch.where(seen.early_S, torch.inf, self.ratio * average_S)
-        bounded_S = torch.minimum(norms_S, thresholds_S)
-        later_S = torch.lerp(bounded_S, average_S, self.decay)
+        thresholds_S = seen.after_warm_up(self.ratio * average_S)
+        later_S = torch.lerp(torch.minimum(norms_S, thresholds_S), average_S, self.decay)
+        if not seen.is_early:
+            kept = {name: history[name] for name in self._kept}
+            return Limits(thresholds_S, thresholds_S, {"average": later_S}, kept)
         early_S, early_norms_S = self._early(seen)
         begun_S, kept = self._started(seen, early_norms_S, history)
         followed = {"average": torch.where(seen.early_S, begun_S, later_S)}
@@ -63,7 +70,7 @@ class EMAClip(AdaptiveClip):
         """Return what norms may be during warm-up, and what they are then."""
         if self.warmup_max_norm is None:
             return None, seen.norms_S
-        total_norm = finite(seen.total_norm)
+        total_norm = finite(seen.measured.total_norm)
         shrunk_S = seen.norms_S * (self.warmup_max_norm / total_norm)
         is_above = total_norm > self.warmup_max_norm
         early_S = torch.where(is_above, shrunk_S, torch.inf)
@@ -74,11 +81,15 @@ class EMAClip(AdaptiveClip):
         average_S, counts_S = history["average"], seen.counts_S
         if self.start == "smallest":
             return torch.minimum(average_S, norms_S), {}
-        kept_SK = history["first"]
-        kept_SK = torch.where(seen.early_S[:, None], pushed(kept_SK, counts_S, norms_S), kept_SK)
-        average_S = renewed(
-            average_S,
-            counts_S == self.warmup,
-            lambda rows: quantile(kept_SK[rows], counts_S[rows], 0.5),
-        )
+        kept_SK = pushed(history["first"], counts_S, norms_S, seen.early_S & seen.found_S)
+        average_S = renewed(average_S, counts_S == self.warmup, lambda rows: _medians(chosen(kept_SK, rows)))
         return average_S, {"first": kept_SK}
+
+    @property
+    def _kept(self) -> tuple[str, ...]:
+        return () if self.start == "smallest" else ("first",)
+
+
+def _medians(norms_SK: Tensor) -> Tensor:
+    sorted_SK, count = norms_SK.sort(1).values, norms_SK.shape[1]
+    return torch.lerp(sorted_SK[:, (count - 1) // 2], sorted_SK[:, count // 2], 0.5)
