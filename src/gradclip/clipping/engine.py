@@ -24,8 +24,8 @@ from gradclip.clipping.measure.binding import Binding
 from gradclip.clipping.measure.exchange import exchange_maxima, exchange_sums
 from gradclip.clipping.measure.group import Found, Group, read, read_again
 from gradclip.clipping.measure.pattern import Pattern
-from gradclip.clipping.measure.step import Step, is_small
-from gradclip.clipping.policies import Decision, Measurement, Policy
+from gradclip.clipping.measure.step import Measured, Step, is_small
+from gradclip.clipping.policies import Decision, Policy
 from gradclip.clipping.policies.checks import check_decision, decide_by_shared
 from gradclip.clipping.ranks import telling_others
 from gradclip.clipping.ranks.peers import Peers
@@ -338,14 +338,14 @@ class Engine:
         self, step: Step, group: Group, found: Found, norms_S: Tensor, committed: Flag
     ) -> Decision:
         pattern = group.of
-        total = step.pattern_norm(group, found, norms_S)
+        steps, skips = self._histories.counts
         # Copies: what a policy writes into them by mistake is not what was measured.
-        seen = Measurement(
+        seen = Measured(
+            partial(step.pattern_norm, group, found, norms_S),
             norms_S=norms_S.clone(),
-            total_norm=total.clone(),
             committed=as_flag(committed, norms_S.device).clone(),
-            step=self._histories.step,
-            skips=self._histories.skips,
+            step=steps,
+            skips=skips,
             weight_norms_S=None if found.weights is None else found.weights.norms(),
         )
         state = self._histories.of(pattern.name)

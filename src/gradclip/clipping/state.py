@@ -117,30 +117,26 @@ class Histories:
 
         A captured CUDA graph would find the copy as it was, so only on the CPU.
         """
-        if flags.host_waits_for(buffer.device) or buffer.is_inference():
-            return buffer.clone()
-        of, copy, version = self._copies.get(id(buffer), (None, buffer, 0))
-        if of is not buffer or copy._version != version:  # noqa: SLF001 - there is no other way
-            copy = buffer.clone()
-            self._copies[id(buffer)] = buffer, copy, copy._version  # noqa: SLF001
+        known = None if flags.host_waits_for(buffer.device) else self._intact(buffer)
+        copy = buffer.clone() if known is None else known
+        if not copy.is_inference():
+            self._copies[id(buffer)] = buffer, copy, copy._version  # noqa: SLF001 - there is no other
         return copy
 
-    def _is_unchanged(self, buffer: Tensor, new: Tensor) -> bool:
-        """Return whether a policy returned what it was given."""
-        of, copy, version = self._copies.get(id(buffer), (None, None, 0))
-        return of is buffer and copy is new and new._version == version  # noqa: SLF001
+    def _intact(self, buffer: Tensor) -> Tensor | None:
+        """Return the last copy of a buffer, unless a policy wrote to it."""
+        of, copy, version = self._copies.get(id(buffer), (None, buffer, 0))
+        return copy if of is buffer and copy._version == version else None  # noqa: SLF001
 
     @property
-    def step(self) -> Tensor:
-        """How many steps were made: a copy, 0-d int64 on the device."""
-        assert self._counts is not None
-        return self._counts[0].clone()
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """How many steps were made, and how many in a row policies kept from being made.
 
-    @property
-    def skips(self) -> Tensor:
-        """How many steps in a row policies kept from being made: a copy, 0-d int64."""
+        Copies, 0-d int64 on the device.
+        """
         assert self._counts is not None
-        return self._counts[1].clone()
+        steps, skips = self._copied(self._counts).unbind()
+        return steps, skips
 
     def check(self, pattern: str, policy: Policy, new: PolicyState) -> None:
         """Refuse what a policy returned, if it does not fit its buffers.
@@ -177,18 +173,24 @@ class Histories:
             for pattern, (state, made_here) in new.items()
             for _, mine, theirs in _pairs(self._kept[pattern].state, state)
             for name, buffer in mine.items()
-            if made_here is not False and not self._is_unchanged(buffer, theirs[name])
+            if made_here is not False and theirs[name] is not self._intact(buffer)
         ]
-        steps, skips = self._counts
-        counts = torch.stack([steps + made, (skips + asked) * negated(made)])
         buffers = [self._counts, *(buffer for buffer, _, _ in written)]
-        self._before = [(buffer, buffer.clone()) for buffer in buffers]
+        before = [(buffer, self._intact(buffer)) for buffer in buffers]
+        # What policies were told is what was there before.
+        self._before = [
+            (buffer, buffer.clone() if copy is None else copy) for buffer, copy in before
+        ]
         for buffer, after, made_here in written:
             if isinstance(made_here, Tensor):
-                after = torch.where(made_here, after, buffer)  # noqa: PLW2901
-            buffer.copy_(after)
+                torch.where(made_here, after, buffer, out=buffer)
+            else:
+                buffer.copy_(after)
             self._copies.pop(id(buffer), None)
-        self._counts.copy_(counts)
+        steps, skips = self._counts.unbind()
+        steps.add_(made)
+        skips.add_(asked).mul_(negated(made))
+        self._copies.pop(id(self._counts), None)
 
     def take_back(self) -> None:
         """Put back what the last ``commit`` wrote over."""

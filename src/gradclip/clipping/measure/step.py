@@ -1,12 +1,15 @@
 """What one call of a clipper works on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from gradclip.clipping.measure.group import Found, Group
 from gradclip.clipping.measure.norm import Sums, combine
+from gradclip.clipping.policies import Measurement
 
 _SMALL_SCALE = 2.0**-700
 """Divided by less than this, the norm of float32 gradients may be beyond float64."""
@@ -44,3 +47,21 @@ class Step:
 def is_small(scale: float | Tensor | None) -> bool:
     """Return whether norms without a scale may be beyond float64."""
     return isinstance(scale, float) and scale < _SMALL_SCALE
+
+
+class Measured(Measurement):
+    """What a policy is told, with a total norm that is found when it is read: few policies do.
+
+    Args:
+        find_total_norm: Returns it.
+        known: Everything else.
+    """
+
+    def __init__(self, find_total_norm: Callable[[], Tensor], **known: Tensor | None) -> None:
+        vars(self).update(known, _find_total_norm=find_total_norm)
+
+    @cached_property
+    def total_norm(self) -> Tensor:  # type: ignore[override]
+        """Norm of all parameters of the pattern, on all ranks: 0-d float64."""
+        found: Tensor = vars(self)["_find_total_norm"]()
+        return found.clone()

@@ -7,6 +7,7 @@ would stay there.
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple, TypeAlias
@@ -134,11 +135,12 @@ class AdaptiveClip(Policy):
     def _judge(self, norms_S: Tensor, measured: Measurement, history: History) -> "_Judged":
         """Return what the rule says of some norms, each with a history."""
         numbers_SC = history[_NUMBERS]
-        counts_S, *followed = numbers_SC.unbind(1)
-        norms_S = finite(norms_S)
-        found_S = norms_S > 0
-        counts_S = counts_S + found_S
-        seen = Sight(norms_S, counts_S, counts_S <= self.warmup, found_S, measured)
+        before_S, *followed = numbers_SC.unbind(1)
+        if flags.host_waits_for(norms_S.device) or not measured.committed:
+            norms_S = finite(norms_S)
+        found_S = norms_S > 0.0
+        counts_S = before_S + found_S
+        seen = Sight(norms_S, counts_S, counts_S <= float(self.warmup), found_S, measured)
         before = {**history, **dict(zip(self.follows, followed, strict=True))}
         answer = self.limits(seen, before)
         thresholds_S = targets_S = answer.thresholds_S
@@ -150,15 +152,15 @@ class AdaptiveClip(Policy):
             bounds = [torch.where(seen.early_S, answer.early_S, each) for each in bounds]
         if self.cap is not None:
             bounds = [each.clamp(max=self.cap) for each in bounds]
-        after_SC = torch.stack([counts_S, *(answer.followed[name] for name in self.follows)], 1)
-        after_SC = torch.where(found_S[:, None], after_SC, numbers_SC)
+        after_CS = _table([counts_S, *(answer.followed[name] for name in self.follows)])
+        after_SC = torch.where(found_S, after_CS, numbers_SC.T).T
         return _Judged(bounds[0], bounds[1], above_S, {**answer.kept, _NUMBERS: after_SC})
 
     def _begun(self, scopes: int, device: torch.device) -> History:
         kept = self.initial_history(scopes, device)
         zeros_S = torch.zeros(scopes, dtype=torch.float64, device=device)
         numbers = [zeros_S, *(kept.pop(name) for name in self.follows)]
-        return {**kept, _NUMBERS: torch.stack(numbers, 1)}
+        return {**kept, _NUMBERS: _table(numbers).T}
 
     @property
     def _judges_total(self) -> bool:
@@ -179,6 +181,11 @@ class _Judged(NamedTuple):
     targets_S: Tensor
     above_S: Tensor
     history: History
+
+
+def _table(numbers: Sequence[Tensor]) -> Tensor:
+    """Return numbers (S,) as rows of one tensor: in such an order of memory all are read fast."""
+    return torch.cat(numbers).view(len(numbers), -1)
 
 
 def finite(norms: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class QuantileClip(AdaptiveClip):
         )
         found_S = renewed(
             history["quantile"],
-            (counts_S + turns_S) % _TURNS == 0,
+            ((counts_S + turns_S) % _TURNS == 0) | (counts_S == self.warmup + 1),
             lambda rows: quantile(last(rows), chosen(counts_S, rows), self.q),
         )
         # All norms of many tensors are copied only where a block is full.

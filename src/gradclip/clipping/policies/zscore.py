@@ -60,7 +60,7 @@ class ZScoreClip(AdaptiveClip):
     def limits(self, seen: Sight, history: History) -> Limits:
         """Bound the z-score."""
         mean_S, deviation_S = history["mean"], history["deviation"]
-        sigma_S = torch.maximum(deviation_S, _LEAST * mean_S)
+        sigma_S = torch.maximum(deviation_S, mean_S * _LEAST)
         width_S = sigma_S + _EPSILON
         thresholds_S = seen.after_warm_up(torch.add(mean_S, width_S, alpha=self.z))
         targets_S = self._targets(seen.norms_S, mean_S, sigma_S, width_S, thresholds_S)
