@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from math import inf
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,17 +11,19 @@ from torch import Tensor
 from gradclip.clipping import flags
 from gradclip.clipping.kernels.tables import Table
 
+_HALF = 0.5
+
 
 def pushed(kept_SW: Tensor, counts_S: Tensor, norms_S: Tensor, found_S: Tensor) -> Tensor:
     """Return the last W norms of each scope with one more in the place of the oldest.
 
     Args:
-        kept_SW: The last norms; infinite where there is none yet.
+        kept_SW: The last norms.
         counts_S: How many there were, with the new one: float64.
         norms_S: The new ones.
         found_S: Where there is one; elsewhere what is kept stays as it is.
     """
-    places_S1 = ((counts_S - 1) % kept_SW.shape[1]).to(torch.int64)[:, None]
+    places_S1 = ((counts_S - 1.0) % float(kept_SW.shape[1])).to(torch.int64)[:, None]
     norms_S1 = torch.where(found_S[:, None], norms_S[:, None], kept_SW.gather(1, places_S1))
     return kept_SW.scatter(1, places_S1, norms_S1)
 
@@ -43,18 +47,25 @@ def merged(kept_SW: Tensor, recent_SB: Tensor, counts_S: Tensor) -> Tensor:
     )
 
 
+def fill(q: float) -> float:
+    """Return what stands for a norm that is not there yet: it is never near the quantile."""
+    return 0.0 if q >= _HALF else inf
+
+
 def quantile(kept_SW: Tensor, counts_S: Tensor, q: float) -> Tensor:
     """Return a quantile of the norms that each scope has kept, linear between two of them: (S,).
 
     Args:
-        kept_SW: The last norms; infinite where there is none yet.
+        kept_SW: The last norms; ``fill(q)`` where there is none yet.
         counts_S: How many norms there were: float64.
         q: Which quantile, 0 to 1.
     """
-    width = kept_SW.shape[1]
-    rows_S = counts_S.clamp(max=width).to(torch.int64)
-    found_S3 = _places(width, q).on(kept_SW.device).index_select(0, rows_S)
-    two_S2 = kept_SW.sort(1).values.gather(1, found_S3[:, :2].to(torch.int64))
+    places = _places(kept_SW.shape[1], q)
+    rows_S = counts_S.clamp(max=kept_SW.shape[1]).to(torch.int64)
+    found_S3 = places.table.on(kept_SW.device).index_select(0, rows_S)
+    # Few norms are on the other side of most quantiles, so these take less than to sort all.
+    beyond_SK = kept_SW.topk(places.count, 1, largest=q >= _HALF).values
+    two_S2 = beyond_SK.gather(1, found_S3[:, :2].to(torch.int64))
     return torch.lerp(two_S2[:, 0], two_S2[:, 1], found_S3[:, 2])
 
 
@@ -63,16 +74,27 @@ def _numbers(count: int) -> Table:
     return Table(torch.arange(count, device="cpu"))
 
 
-@lru_cache(maxsize=64)
-def _places(width: int, q: float) -> Table:
-    """Return between which two of so many sorted norms a quantile is, and how far from the first.
+class _Places(NamedTuple):
+    """Between which two norms a quantile is, counted from the end that is nearer to it.
 
-    A row for each number of norms, from 0 to ``width``.
+    Args:
+        table: For each number of norms, from 0: the places, and how far it is from the first.
+        count: How many norms from that end are enough.
     """
+
+    table: Table
+    count: int
+
+
+@lru_cache(maxsize=64)
+def _places(width: int, q: float) -> _Places:
     last = torch.arange(-1, width, dtype=torch.float64, device="cpu").clamp(min=0)
-    places = last * q
-    below = places.floor()
-    return Table(torch.stack([below, torch.minimum(below + 1, last), places - below], 1))
+    exact = last * q
+    below = exact.floor()
+    above = torch.minimum(below + 1, last)
+    places = [last - below, last - above] if q >= _HALF else [below, above]
+    most = int(torch.stack(places).amax())
+    return _Places(Table(torch.stack([*places, exact - below], 1)), most + 1)
 
 
 def renewed(old_S: Tensor, due_S: Tensor, of_rows: Callable[[Tensor | None], Tensor]) -> Tensor:
@@ -88,6 +110,8 @@ def renewed(old_S: Tensor, due_S: Tensor, of_rows: Callable[[Tensor | None], Ten
         due = due_S.view(-1, *[1] * (old_S.dim() - 1))
         return torch.where(due, of_rows(None), old_S)
     rows = due_S.nonzero()[:, 0]
+    if len(rows) == len(old_S):
+        return of_rows(None)
     return old_S.index_copy(0, rows, of_rows(rows)) if len(rows) else old_S
 
 

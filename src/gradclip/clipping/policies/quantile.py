@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gradclip.clipping.policies.adaptive import AdaptiveClip, History, Limits, Sight
-from gradclip.clipping.policies.order_statistics import chosen, merged, pushed, quantile, renewed
+from gradclip.clipping.policies.order_statistics import chosen, fill, merged, pushed, quantile, renewed
 
 _TURNS = 16
 """Norms of a tensor for which its quantile is found once: to sort many norms takes long."""
@@ -44,15 +44,15 @@ class QuantileClip(AdaptiveClip):
 
     def initial_history(self, scopes: int, device: torch.device) -> History:
         """Return no norms."""
-        none_SW = torch.full((scopes, self.window), torch.inf, dtype=torch.float64, device=device)
+        numbers = {"dtype": torch.float64, "device": device}
+        none_SW = torch.full((scopes, self.window), fill(self.q), **numbers)
         if self.scope == "group":
             return {"norms": none_SW}
-        none_S = none_SW[:, 0]
         return {
             "norms": none_SW,
             "recent": none_SW[:, :_TURNS],
-            "quantile": none_S,
-            "turn": torch.zeros_like(none_S),
+            "quantile": torch.full((scopes,), torch.inf, **numbers),
+            "turn": torch.zeros(scopes, **numbers),
         }
 
     def limits(self, seen: Sight, history: History) -> Limits:
@@ -69,15 +69,15 @@ class QuantileClip(AdaptiveClip):
             return merged(*(chosen(each, rows) for each in (kept_SW, recent_SB, counts_S)))
 
         turns_S = renewed(
-            history["turn"], counts_S == 1, lambda rows: _turns(chosen(seen.norms_S, rows))
+            history["turn"], counts_S == 1.0, lambda rows: _turns(chosen(seen.norms_S, rows))
         )
         found_S = renewed(
             history["quantile"],
-            ((counts_S + turns_S) % _TURNS == 0) | (counts_S == self.warmup + 1),
+            ((counts_S + turns_S) % float(_TURNS) == 0.0) | (counts_S == self.warmup + 1.0),
             lambda rows: quantile(last(rows), chosen(counts_S, rows), self.q),
         )
         # All norms of many tensors are copied only where a block is full.
-        is_full_S = counts_S % recent_SB.shape[1] == 0
+        is_full_S = counts_S % float(recent_SB.shape[1]) == 0.0
         norms_SW = renewed(kept_SW, is_full_S & seen.found_S, last)
         limits_S = seen.after_warm_up(found_S.clone())
         followed = {"quantile": found_S, "turn": turns_S}
