@@ -7,7 +7,6 @@ would stay there.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple, TypeAlias
@@ -152,7 +151,7 @@ class AdaptiveClip(Policy):
             bounds = [torch.where(seen.early_S, answer.early_S, each) for each in bounds]
         if self.cap is not None:
             bounds = [each.clamp(max=self.cap) for each in bounds]
-        after_CS = _table([counts_S, *(answer.followed[name] for name in self.follows)])
+        after_CS = torch.stack([counts_S, *(answer.followed[name] for name in self.follows)])
         after_SC = torch.where(found_S, after_CS, numbers_SC.T).T
         return _Judged(bounds[0], bounds[1], above_S, {**answer.kept, _NUMBERS: after_SC})
 
@@ -160,7 +159,7 @@ class AdaptiveClip(Policy):
         kept = self.initial_history(scopes, device)
         zeros_S = torch.zeros(scopes, dtype=torch.float64, device=device)
         numbers = [zeros_S, *(kept.pop(name) for name in self.follows)]
-        return {**kept, _NUMBERS: _table(numbers).T}
+        return {**kept, _NUMBERS: torch.stack(numbers).T}
 
     @property
     def _judges_total(self) -> bool:
@@ -181,11 +180,6 @@ class _Judged(NamedTuple):
     targets_S: Tensor
     above_S: Tensor
     history: History
-
-
-def _table(numbers: Sequence[Tensor]) -> Tensor:
-    """Return numbers (S,) as rows of one tensor: in such an order of memory all are read fast."""
-    return torch.cat(numbers).view(len(numbers), -1)
 
 
 def finite(norms: Tensor) -> Tensor:

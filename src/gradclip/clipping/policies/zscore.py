@@ -69,7 +69,7 @@ class ZScoreClip(AdaptiveClip):
         weights, shares, rests = self._weights(seen)
         # hypot: squares may be beyond float64.
         later_S = torch.hypot(deviation_S, shares * away_S) * rests
-        followed = {"mean": mean_S + weights * away_S, "deviation": later_S}
+        followed = {"mean": torch.lerp(mean_S, fed_S, weights), "deviation": later_S}
         return Limits(thresholds_S, targets_S, followed)
 
     def _targets(
