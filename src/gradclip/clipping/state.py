@@ -6,8 +6,9 @@ finds the same memory at each replay.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -60,7 +61,7 @@ class Histories:
         self._loaded: dict[str, SavedHistory | None] = {}
         self._loaded_counts = 0, 0
         self._counts: Tensor | None = None
-        self._before: list[tuple[Tensor, Tensor]] = []
+        self._undo: list[Callable[[], Tensor]] = []
         self._copies: dict[int, tuple[Tensor, Tensor, int]] = {}
 
     def prepare(self, pattern: str, policy: Policy, scopes: Scopes, *, named: bool) -> None:
@@ -157,6 +158,10 @@ class Histories:
                         f"{kind}[{name!r}] is {expected}, returned "
                         f"{tuple(other.shape)} {other.dtype} on {other.device}",
                     )
+        for name, pushed in new.pushed.items():
+            rows = [tuple(each.shape) for each in pushed]
+            if name not in new.per_scope or rows != [(len(new.per_scope[name]), 1)] * 2:
+                raise _unfit(policy, f"pushed[{name!r}] is of {rows}: expected (scopes, 1) twice")
 
     def commit(self, new: Mapping[str, tuple[PolicyState, Flag]], made: Flag, asked: Flag) -> None:
         """Write what policies returned, each where its step is made.
@@ -175,29 +180,46 @@ class Histories:
             for name, buffer in mine.items()
             if made_here is not False and theirs[name] is not self._intact(buffer)
         ]
-        buffers = [self._counts, *(buffer for buffer, _, _ in written)]
-        before = [(buffer, self._intact(buffer)) for buffer in buffers]
-        # What policies were told is what was there before.
-        self._before = [
-            (buffer, buffer.clone() if copy is None else copy) for buffer, copy in before
-        ]
+        self._undo = []
         for buffer, after, made_here in written:
+            self._remember(buffer)
             if isinstance(made_here, Tensor):
                 torch.where(made_here, after, buffer, out=buffer)
             else:
                 buffer.copy_(after)
-            self._copies.pop(id(buffer), None)
+        for pattern, (state, made_here) in new.items():
+            for name, pushed in state.pushed.items():
+                self._push(self._kept[pattern].state.per_scope[name], *pushed, made_here)
+        self._remember(self._counts)
         steps, skips = self._counts.unbind()
         steps.add_(made)
         skips.add_(asked).mul_(negated(made))
-        self._copies.pop(id(self._counts), None)
+
+    def _remember(self, buffer: Tensor) -> None:
+        """Keep what is in a buffer that is written next: what policies were told is just that."""
+        before = self._intact(buffer)
+        self._undo.append(partial(buffer.copy_, buffer.clone() if before is None else before))
+        self._copies.pop(id(buffer), None)
+
+    def _push(self, buffer: Tensor, places_S1: Tensor, values_S1: Tensor, made: Flag) -> None:
+        """Write a number of each scope, where the step is made."""
+        if made is False:
+            return
+        before_S1 = buffer.gather(1, places_S1)
+        if isinstance(made, Tensor):
+            values_S1 = torch.where(made, values_S1, before_S1)
+        self._undo.append(partial(buffer.scatter_, 1, places_S1, before_S1))
+        copy = self._intact(buffer)
+        buffer.scatter_(1, places_S1, values_S1)
+        if copy is not None:  # and stays one
+            copy.scatter_(1, places_S1, values_S1)
+            self._copies[id(buffer)] = buffer, copy, copy._version  # noqa: SLF001
 
     def take_back(self) -> None:
         """Put back what the last ``commit`` wrote over."""
-        for buffer, before in self._before:
-            buffer.copy_(before)
-            self._copies.pop(id(buffer), None)
-        self._before = []
+        for undo in self._undo:
+            undo()
+        self._undo, self._copies = [], {}
 
     def tensors(self) -> dict[str, dict[tuple[str, str], Tensor]]:
         """Return all tensors of each pattern, by what they are and name."""

@@ -64,14 +64,15 @@ class Limits:
             themselves, where it is those.
         followed: What is remembered that follows this norm, (S,) each. Where the norm is 0, what
             was remembered before stays.
-        kept: What else is remembered: the rule itself leaves it as it is where the norm is 0.
+        pushed: What is written into norms that are kept: by name the places, int64 (S, 1), and the
+            numbers, (S, 1), which are those that were there before where the norm is 0.
         early_S: Norm that a scope may have during its warm-up: float64 (S,); None for any.
     """
 
     thresholds_S: Tensor
     targets_S: Tensor
     followed: History
-    kept: History = field(default_factory=dict)
+    pushed: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     early_S: Tensor | None = None
 
 
@@ -123,11 +124,13 @@ class AdaptiveClip(Policy):
         if self._judges_total:
             total = self._judge(seen.total_norm.reshape(1), seen, state.shared)
             above_S, of_total = total.above_S, total.history
+            for name, pushed in total.pushed.items():
+                of_total[name] = of_total[name].scatter(1, *pushed)
         skips = self.on_spike == "skip"
         return Decision(
             judged.thresholds_S,
             judged.targets_S,
-            PolicyState(judged.history, of_total),
+            PolicyState(judged.history, of_total, judged.pushed),
             above_S.any() & (seen.skips < self.max_spikes) if skips else False,
         )
 
@@ -153,7 +156,8 @@ class AdaptiveClip(Policy):
             bounds = [each.clamp(max=self.cap) for each in bounds]
         after_CS = torch.stack([counts_S, *(answer.followed[name] for name in self.follows)])
         after_SC = torch.where(found_S, after_CS, numbers_SC.T).T
-        return _Judged(bounds[0], bounds[1], above_S, {**answer.kept, _NUMBERS: after_SC})
+        after = {**history, _NUMBERS: after_SC}
+        return _Judged(bounds[0], bounds[1], above_S, after, answer.pushed)
 
     def _begun(self, scopes: int, device: torch.device) -> History:
         kept = self.initial_history(scopes, device)
@@ -173,13 +177,15 @@ class _Judged(NamedTuple):
         thresholds_S: Norm above which each is scaled.
         targets_S: What it gets then.
         above_S: Whether it is above the limit of the rule.
-        history: After this step.
+        history: After this step, but for what is pushed into it.
+        pushed: That.
     """
 
     thresholds_S: Tensor
     targets_S: Tensor
     above_S: Tensor
     history: History
+    pushed: dict[str, tuple[Tensor, Tensor]]
 
 
 def finite(norms: Tensor) -> Tensor:

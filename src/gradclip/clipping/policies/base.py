@@ -62,10 +62,13 @@ class PolicyState:
     Args:
         per_scope: Tensors of shape (S, ...): saved and restored by the names of scopes.
         shared: Tensors of any shape.
+        pushed: In an answer, what is written into large tensors of ``per_scope`` that are
+            returned as they were given: by name the places, int64 (S, 1), and the numbers, (S, 1).
     """
 
     per_scope: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
+    pushed: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def copy(self) -> "PolicyState":
         """Return the same numbers in tensors of their own."""

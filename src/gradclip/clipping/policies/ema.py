@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gradclip.clipping.policies.adaptive import AdaptiveClip, History, Limits, Sight, finite
-from gradclip.clipping.policies.order_statistics import chosen, pushed, renewed
+from gradclip.clipping.policies.order_statistics import Push, renewed
 
 _MOST_KEPT = 100
 """Norms of warm-up of which the median is taken."""
@@ -59,12 +59,11 @@ class EMAClip(AdaptiveClip):
         thresholds_S = seen.after_warm_up(self.ratio * average_S)
         later_S = torch.lerp(torch.minimum(norms_S, thresholds_S), average_S, self.decay)
         if not seen.is_early:
-            kept = {name: history[name] for name in self._kept}
-            return Limits(thresholds_S, thresholds_S, {"average": later_S}, kept)
+            return Limits(thresholds_S, thresholds_S, {"average": later_S})
         early_S, early_norms_S = self._early(seen)
-        begun_S, kept = self._started(seen, early_norms_S, history)
+        begun_S, pushed = self._started(seen, early_norms_S, history)
         followed = {"average": torch.where(seen.early_S, begun_S, later_S)}
-        return Limits(thresholds_S, thresholds_S, followed, kept, early_S)
+        return Limits(thresholds_S, thresholds_S, followed, pushed, early_S)
 
     def _early(self, seen: Sight) -> tuple[Tensor | None, Tensor]:
         """Return what norms may be during warm-up, and what they are then."""
@@ -76,18 +75,18 @@ class EMAClip(AdaptiveClip):
         early_S = torch.where(is_above, shrunk_S, torch.inf)
         return early_S, torch.minimum(seen.norms_S, early_S)
 
-    def _started(self, seen: Sight, norms_S: Tensor, history: History) -> tuple[Tensor, History]:
-        """Return the average of warm-up, once it is known, and the norms it comes from."""
+    def _started(
+        self, seen: Sight, norms_S: Tensor, history: History
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """Return the average of warm-up, once it is known, and what is pushed to find it."""
         average_S, counts_S = history["average"], seen.counts_S
         if self.start == "smallest":
             return torch.minimum(average_S, norms_S), {}
-        kept_SK = pushed(history["first"], counts_S, norms_S, seen.early_S & seen.found_S)
-        average_S = renewed(average_S, counts_S == self.warmup, lambda rows: _medians(chosen(kept_SK, rows)))
-        return average_S, {"first": kept_SK}
-
-    @property
-    def _kept(self) -> tuple[str, ...]:
-        return () if self.start == "smallest" else ("first",)
+        kept_SK = history["first"]
+        push = Push.of(kept_SK, counts_S, norms_S, seen.early_S & seen.found_S)
+        is_last_S = counts_S == float(self.warmup)
+        average_S = renewed(average_S, is_last_S, lambda rows: _medians(push.onto(kept_SK, rows)))
+        return average_S, {"first": push}
 
 
 def _medians(norms_SK: Tensor) -> Tensor:

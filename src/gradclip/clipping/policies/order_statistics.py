@@ -14,37 +14,35 @@ from gradclip.clipping.kernels.tables import Table
 _HALF = 0.5
 
 
-def pushed(kept_SW: Tensor, counts_S: Tensor, norms_S: Tensor, found_S: Tensor) -> Tensor:
-    """Return the last W norms of each scope with one more in the place of the oldest.
+class Push(NamedTuple):
+    """One more norm of each scope, in the place of the oldest of those that are kept.
 
     Args:
-        kept_SW: The last norms.
-        counts_S: How many there were, with the new one: float64.
-        norms_S: The new ones.
-        found_S: Where there is one; elsewhere what is kept stays as it is.
+        places_S1: The places.
+        norms_S1: What is written there: where there is no norm, what was there.
     """
-    places_S1 = ((counts_S - 1.0) % float(kept_SW.shape[1])).to(torch.int64)[:, None]
-    norms_S1 = torch.where(found_S[:, None], norms_S[:, None], kept_SW.gather(1, places_S1))
-    return kept_SW.scatter(1, places_S1, norms_S1)
 
+    places_S1: Tensor
+    norms_S1: Tensor
 
-def merged(kept_SW: Tensor, recent_SB: Tensor, counts_S: Tensor) -> Tensor:
-    """Return the last W norms of each scope, of which the newest wait in blocks of B.
+    @classmethod
+    def of(cls, kept_SW: Tensor, counts_S: Tensor, norms_S: Tensor, found_S: Tensor) -> "Push":
+        """Push the norms of a step.
 
-    Args:
-        kept_SW: The last norms, without those that wait.
-        recent_SB: The norms of the block that is being filled; B is at most W.
-        counts_S: How many norms there were: float64.
-    """
-    width, block = kept_SW.shape[1], recent_SB.shape[1]
-    last_S1 = counts_S.to(torch.int64)[:, None] - 1
-    # The newest B norms, each at its place in the block: negative numbers are before the first.
-    ages_SB = (last_S1 - _numbers(block).on(counts_S.device)) % block
-    places_SB = (last_S1 - ages_SB) % width
-    waits_SB = ages_SB <= last_S1 % block
-    return kept_SW.scatter(
-        1, places_SB, torch.where(waits_SB, recent_SB, kept_SW.gather(1, places_SB))
-    )
+        Args:
+            kept_SW: The last norms.
+            counts_S: How many there were, with the new one: float64.
+            norms_S: The new ones.
+            found_S: Where there is one.
+        """
+        places_S1 = ((counts_S - 1.0) % float(kept_SW.shape[1])).to(torch.int64)[:, None]
+        before_S1 = kept_SW.gather(1, places_S1)
+        return cls(places_S1, torch.where(found_S[:, None], norms_S[:, None], before_S1))
+
+    def onto(self, kept_SW: Tensor, rows: Tensor | None) -> Tensor:
+        """Return the norms of some scopes with the new one."""
+        of_rows = [chosen(each, rows) for each in (kept_SW, self.places_S1, self.norms_S1)]
+        return of_rows[0].scatter(1, *of_rows[1:])
 
 
 def fill(q: float) -> float:
@@ -67,11 +65,6 @@ def quantile(kept_SW: Tensor, counts_S: Tensor, q: float) -> Tensor:
     beyond_SK = kept_SW.topk(places.count, 1, largest=q >= _HALF).values
     two_S2 = beyond_SK.gather(1, found_S3[:, :2].to(torch.int64))
     return torch.lerp(two_S2[:, 0], two_S2[:, 1], found_S3[:, 2])
-
-
-@lru_cache(maxsize=64)
-def _numbers(count: int) -> Table:
-    return Table(torch.arange(count, device="cpu"))
 
 
 class _Places(NamedTuple):

@@ -1,6 +1,5 @@
 """Clip by quantile: a limit that a share of the last norms was below."""
 
-from functools import cache
 from typing import Literal
 
 import torch
@@ -8,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gradclip.clipping.policies.adaptive import AdaptiveClip, History, Limits, Sight
-from gradclip.clipping.policies.order_statistics import chosen, fill, merged, pushed, quantile, renewed
+from gradclip.clipping.policies.order_statistics import Push, chosen, fill, quantile, renewed
 
 _TURNS = 16
 """Norms of a tensor for which its quantile is found once: to sort many norms takes long."""
@@ -44,44 +43,33 @@ class QuantileClip(AdaptiveClip):
 
     def initial_history(self, scopes: int, device: torch.device) -> History:
         """Return no norms."""
-        numbers = {"dtype": torch.float64, "device": device}
-        none_SW = torch.full((scopes, self.window), fill(self.q), **numbers)
+        empty_S = torch.empty(scopes, dtype=torch.float64, device=device)
+        norms = {"norms": empty_S.new_full((scopes, self.window), fill(self.q))}
         if self.scope == "group":
-            return {"norms": none_SW}
-        return {
-            "norms": none_SW,
-            "recent": none_SW[:, :_TURNS],
-            "quantile": torch.full((scopes,), torch.inf, **numbers),
-            "turn": torch.zeros(scopes, **numbers),
-        }
+            return norms
+        none_S = torch.full_like(empty_S, torch.inf)
+        return {**norms, "quantile": none_S, "turn": torch.zeros_like(none_S)}
 
     def limits(self, seen: Sight, history: History) -> Limits:
         """Bound norms by their quantile."""
         counts_S, kept_SW = seen.counts_S, history["norms"]
+        push = Push.of(kept_SW, counts_S, seen.norms_S, seen.found_S)
+
+        def found(rows: Tensor | None) -> Tensor:
+            return quantile(push.onto(kept_SW, rows), chosen(counts_S, rows), self.q)
+
         if self.scope == "group":
-            kept_SW = pushed(kept_SW, counts_S, seen.norms_S, seen.found_S)
-            limits_S = seen.after_warm_up(quantile(kept_SW, counts_S, self.q))
-            return Limits(limits_S, limits_S, {}, {"norms": kept_SW})
-        recent_SB = pushed(history["recent"], counts_S, seen.norms_S, seen.found_S)
-
-        @cache  # a device asks twice for all
-        def last(rows: Tensor | None) -> Tensor:
-            return merged(*(chosen(each, rows) for each in (kept_SW, recent_SB, counts_S)))
-
+            limits_S = seen.after_warm_up(found(None))
+            return Limits(limits_S, limits_S, {}, {"norms": push})
         turns_S = renewed(
             history["turn"], counts_S == 1.0, lambda rows: _turns(chosen(seen.norms_S, rows))
         )
-        found_S = renewed(
-            history["quantile"],
-            ((counts_S + turns_S) % float(_TURNS) == 0.0) | (counts_S == self.warmup + 1.0),
-            lambda rows: quantile(last(rows), chosen(counts_S, rows), self.q),
-        )
-        # All norms of many tensors are copied only where a block is full.
-        is_full_S = counts_S % float(recent_SB.shape[1]) == 0.0
-        norms_SW = renewed(kept_SW, is_full_S & seen.found_S, last)
+        is_due_S = (counts_S + turns_S) % float(_TURNS) == 0.0
+        is_first_S = counts_S == self.warmup + 1.0
+        found_S = renewed(history["quantile"], is_due_S | is_first_S, found)
         limits_S = seen.after_warm_up(found_S.clone())
         followed = {"quantile": found_S, "turn": turns_S}
-        return Limits(limits_S, limits_S, followed, {"norms": norms_SW, "recent": recent_SB})
+        return Limits(limits_S, limits_S, followed, {"norms": push})
 
 
 def _turns(norms_S: Tensor) -> Tensor:
