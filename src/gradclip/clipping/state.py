@@ -187,9 +187,9 @@ class Histories:
                 torch.where(made_here, after, buffer, out=buffer)
             else:
                 buffer.copy_(after)
-        for pattern, (state, made_here) in new.items():
+        for pattern, (state, made_there) in new.items():
             for name, pushed in state.pushed.items():
-                self._push(self._kept[pattern].state.per_scope[name], *pushed, made_here)
+                self._push(self._kept[pattern].state.per_scope[name], *pushed, made_there)
         self._remember(self._counts)
         steps, skips = self._counts.unbind()
         steps.add_(made)

@@ -61,7 +61,7 @@ class Measured(Measurement):
         vars(self).update(known, _find_total_norm=find_total_norm)
 
     @cached_property
-    def total_norm(self) -> Tensor:  # type: ignore[override]
+    def total_norm(self) -> Tensor:
         """Norm of all parameters of the pattern, on all ranks: 0-d float64."""
         found: Tensor = vars(self)["_find_total_norm"]()
         return found.clone()

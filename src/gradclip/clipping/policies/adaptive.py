@@ -23,7 +23,7 @@ History: TypeAlias = dict[str, Tensor]
 """Float64 tensors by name: numbers (S,), or norms that are kept (S, W)."""
 
 _NUMBERS = "numbers"
-"""What is saved in one tensor: how many norms each scope has had, and the tensors (S,) of a rule."""
+"""One tensor of how many norms each scope has had, and of the tensors (S,) of a rule."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,13 +32,15 @@ class Sight:
 
     Args:
         norms_S: Norm of each scope, finite: float64 (S,). Where it is 0 the answer does not count.
-        counts_S: How many norms above 0 each scope has had, with this one: float64 (S,).
+        before_S: How many norms above 0 each scope had before: float64 (S,).
+        counts_S: The same with this one.
         early_S: Whether this norm is one of warm-up: bool (S,).
         found_S: Whether there is a norm: bool (S,).
         measured: What the policy was told.
     """
 
     norms_S: Tensor
+    before_S: Tensor
     counts_S: Tensor
     early_S: Tensor
     found_S: Tensor
@@ -113,28 +115,29 @@ class AdaptiveClip(Policy):
     def initial_state(self, scopes: Scopes) -> PolicyState:
         """Return the history of each scope, and that of their total where it decides on skips."""
         count, device = len(scopes.names), scopes.device
-        return PolicyState(
-            self._begun(count, device), self._begun(1, device) if self._judges_total else {}
-        )
+        of_total = {} if self.of_total is None else self.of_total.begun(1, device)
+        return PolicyState(self.begun(count, device), of_total)
 
     def decide(self, seen: Measurement, state: PolicyState) -> Decision:
         """Scale what is above its limit, or ask not to make the step."""
-        judged = self._judge(seen.norms_S, seen, state.per_scope)
+        judged = self.judge(seen.norms_S, seen, state.per_scope)
         above_S, of_total = judged.above_S, History()
-        if self._judges_total:
-            total = self._judge(seen.total_norm.reshape(1), seen, state.shared)
+        if self.of_total is not None:
+            total = self.of_total.judge(seen.total_norm.reshape(1), seen, state.shared)
             above_S, of_total = total.above_S, total.history
             for name, pushed in total.pushed.items():
                 of_total[name] = of_total[name].scatter(1, *pushed)
-        skips = self.on_spike == "skip"
+        skip: bool | Tensor = False
+        if above_S is not None and self.on_spike == "skip":
+            skip = above_S.any() & (seen.skips < self.max_spikes)
         return Decision(
             judged.thresholds_S,
             judged.targets_S,
             PolicyState(judged.history, of_total, judged.pushed),
-            above_S.any() & (seen.skips < self.max_spikes) if skips else False,
+            skip,
         )
 
-    def _judge(self, norms_S: Tensor, measured: Measurement, history: History) -> "_Judged":
+    def judge(self, norms_S: Tensor, measured: Measurement, history: History) -> "Judged":
         """Return what the rule says of some norms, each with a history."""
         numbers_SC = history[_NUMBERS]
         before_S, *followed = numbers_SC.unbind(1)
@@ -142,12 +145,15 @@ class AdaptiveClip(Policy):
             norms_S = finite(norms_S)
         found_S = norms_S > 0.0
         counts_S = before_S + found_S
-        seen = Sight(norms_S, counts_S, counts_S <= float(self.warmup), found_S, measured)
+        early_S = counts_S <= float(self.warmup)
+        seen = Sight(norms_S, before_S, counts_S, early_S, found_S, measured)
         before = {**history, **dict(zip(self.follows, followed, strict=True))}
         answer = self.limits(seen, before)
         thresholds_S = targets_S = answer.thresholds_S
-        above_S = norms_S > thresholds_S
-        if answer.targets_S is not answer.thresholds_S:
+        above_S = None
+        if self.on_spike == "skip" or answer.targets_S is not thresholds_S:
+            above_S = norms_S > thresholds_S
+        if above_S is not None and answer.targets_S is not thresholds_S:
             targets_S = torch.where(above_S, answer.targets_S, thresholds_S)
         bounds = [thresholds_S, targets_S]
         if answer.early_S is not None:
@@ -157,33 +163,37 @@ class AdaptiveClip(Policy):
         after_CS = torch.stack([counts_S, *(answer.followed[name] for name in self.follows)])
         after_SC = torch.where(found_S, after_CS, numbers_SC.T).T
         after = {**history, _NUMBERS: after_SC}
-        return _Judged(bounds[0], bounds[1], above_S, after, answer.pushed)
+        return Judged(bounds[0], bounds[1], above_S, after, answer.pushed)
 
-    def _begun(self, scopes: int, device: torch.device) -> History:
+    def begun(self, scopes: int, device: torch.device) -> History:
+        """Return the history before the first step, of so many scopes."""
         kept = self.initial_history(scopes, device)
         zeros_S = torch.zeros(scopes, dtype=torch.float64, device=device)
         numbers = [zeros_S, *(kept.pop(name) for name in self.follows)]
         return {**kept, _NUMBERS: torch.stack(numbers).T}
 
-    @property
-    def _judges_total(self) -> bool:
-        return self.on_spike == "skip" and self.scope == "tensor"
+    @cached_property
+    def of_total(self) -> "AdaptiveClip | None":
+        """What the norm of all tensors is judged by, where that decides on skips."""
+        if self.on_spike == "skip" and self.scope == "tensor":
+            return self.model_copy(update={"scope": "group"})
+        return None
 
 
-class _Judged(NamedTuple):
+class Judged(NamedTuple):
     """What is said of some norms.
 
     Attributes:
         thresholds_S: Norm above which each is scaled.
         targets_S: What it gets then.
-        above_S: Whether it is above the limit of the rule.
+        above_S: Whether it is above the limit of the rule; None where nobody asks.
         history: After this step, but for what is pushed into it.
         pushed: That.
     """
 
     thresholds_S: Tensor
     targets_S: Tensor
-    above_S: Tensor
+    above_S: Tensor | None
     history: History
     pushed: dict[str, tuple[Tensor, Tensor]]
 

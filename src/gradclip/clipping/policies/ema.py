@@ -79,12 +79,12 @@ class EMAClip(AdaptiveClip):
         self, seen: Sight, norms_S: Tensor, history: History
     ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """Return the average of warm-up, once it is known, and what is pushed to find it."""
-        average_S, counts_S = history["average"], seen.counts_S
+        average_S = history["average"]
         if self.start == "smallest":
             return torch.minimum(average_S, norms_S), {}
         kept_SK = history["first"]
-        push = Push.of(kept_SK, counts_S, norms_S, seen.early_S & seen.found_S)
-        is_last_S = counts_S == float(self.warmup)
+        push = Push.of(kept_SK, seen.before_S, norms_S, seen.early_S & seen.found_S)
+        is_last_S = seen.counts_S == float(self.warmup)
         average_S = renewed(average_S, is_last_S, lambda rows: _medians(push.onto(kept_SK, rows)))
         return average_S, {"first": push}
 

@@ -26,18 +26,18 @@ class Push(NamedTuple):
     norms_S1: Tensor
 
     @classmethod
-    def of(cls, kept_SW: Tensor, counts_S: Tensor, norms_S: Tensor, found_S: Tensor) -> "Push":
+    def of(cls, kept_SW: Tensor, before_S: Tensor, norms_S: Tensor, found_S: Tensor) -> "Push":
         """Push the norms of a step.
 
         Args:
             kept_SW: The last norms.
-            counts_S: How many there were, with the new one: float64.
+            before_S: How many there were, without the new one: float64.
             norms_S: The new ones.
             found_S: Where there is one.
         """
-        places_S1 = ((counts_S - 1.0) % float(kept_SW.shape[1])).to(torch.int64)[:, None]
-        before_S1 = kept_SW.gather(1, places_S1)
-        return cls(places_S1, torch.where(found_S[:, None], norms_S[:, None], before_S1))
+        places_S1 = (before_S % float(kept_SW.shape[1])).to(torch.int64)[:, None]
+        oldest_S1 = kept_SW.gather(1, places_S1)
+        return cls(places_S1, torch.where(found_S[:, None], norms_S[:, None], oldest_S1))
 
     def onto(self, kept_SW: Tensor, rows: Tensor | None) -> Tensor:
         """Return the norms of some scopes with the new one."""
@@ -62,7 +62,7 @@ def quantile(kept_SW: Tensor, counts_S: Tensor, q: float) -> Tensor:
     rows_S = counts_S.clamp(max=kept_SW.shape[1]).to(torch.int64)
     found_S3 = places.table.on(kept_SW.device).index_select(0, rows_S)
     # Few norms are on the other side of most quantiles, so these take less than to sort all.
-    beyond_SK = kept_SW.topk(places.count, 1, largest=q >= _HALF).values
+    beyond_SK = kept_SW.topk(places.enough, 1, largest=q >= _HALF).values
     two_S2 = beyond_SK.gather(1, found_S3[:, :2].to(torch.int64))
     return torch.lerp(two_S2[:, 0], two_S2[:, 1], found_S3[:, 2])
 
@@ -72,22 +72,23 @@ class _Places(NamedTuple):
 
     Args:
         table: For each number of norms, from 0: the places, and how far it is from the first.
-        count: How many norms from that end are enough.
+        enough: How many norms from that end are needed.
     """
 
     table: Table
-    count: int
+    enough: int
 
 
 @lru_cache(maxsize=64)
 def _places(width: int, q: float) -> _Places:
-    last = torch.arange(-1, width, dtype=torch.float64, device="cpu").clamp(min=0)
-    exact = last * q
-    below = exact.floor()
-    above = torch.minimum(below + 1, last)
-    places = [last - below, last - above] if q >= _HALF else [below, above]
-    most = int(torch.stack(places).amax())
-    return _Places(Table(torch.stack([*places, exact - below], 1)), most + 1)
+    rows = []
+    for count in range(width + 1):
+        last = max(count - 1, 0)
+        below, apart = divmod(last * q, 1.0)
+        above = min(below + 1.0, last)
+        rows.append([below, above, apart] if q < _HALF else [last - below, last - above, apart])
+    most = max(max(row[:2]) for row in rows)
+    return _Places(Table.of(rows, torch.float64), int(most) + 1)
 
 
 def renewed(old_S: Tensor, due_S: Tensor, of_rows: Callable[[Tensor | None], Tensor]) -> Tensor:

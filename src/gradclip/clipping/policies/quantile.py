@@ -13,6 +13,8 @@ _TURNS = 16
 """Norms of a tensor for which its quantile is found once: to sort many norms takes long."""
 _MIXED = 0x9E3779B97F4A7C15 - 2**64
 """An odd number whose product with an int64 has bits of all digits in its upper half."""
+_ALL_BUT_4 = 60
+"""Bits that are shifted out, so that 16 numbers are left."""
 
 
 class QuantileClip(AdaptiveClip):
@@ -53,7 +55,7 @@ class QuantileClip(AdaptiveClip):
     def limits(self, seen: Sight, history: History) -> Limits:
         """Bound norms by their quantile."""
         counts_S, kept_SW = seen.counts_S, history["norms"]
-        push = Push.of(kept_SW, counts_S, seen.norms_S, seen.found_S)
+        push = Push.of(kept_SW, seen.before_S, seen.norms_S, seen.found_S)
 
         def found(rows: Tensor | None) -> Tensor:
             return quantile(push.onto(kept_SW, rows), chosen(counts_S, rows), self.q)
@@ -65,8 +67,9 @@ class QuantileClip(AdaptiveClip):
             history["turn"], counts_S == 1.0, lambda rows: _turns(chosen(seen.norms_S, rows))
         )
         is_due_S = (counts_S + turns_S) % float(_TURNS) == 0.0
-        is_first_S = counts_S == self.warmup + 1.0
-        found_S = renewed(history["quantile"], is_due_S | is_first_S, found)
+        if self.warmup < _TURNS:  # there may be none when the first is asked for
+            is_due_S |= counts_S == self.warmup + 1.0
+        found_S = renewed(history["quantile"], is_due_S, found)
         limits_S = seen.after_warm_up(found_S.clone())
         followed = {"quantile": found_S, "turn": turns_S}
         return Limits(limits_S, limits_S, followed, {"norms": push})
@@ -77,4 +80,4 @@ def _turns(norms_S: Tensor) -> Tensor:
 
     The place of a scope would be another one on ranks that hold other tensors beside it.
     """
-    return ((norms_S.view(torch.int64) * _MIXED >> 48) & (_TURNS - 1)).to(torch.float64)
+    return (norms_S.view(torch.int64) * _MIXED >> _ALL_BUT_4).to(torch.float64)
