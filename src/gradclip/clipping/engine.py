@@ -30,8 +30,9 @@ from gradclip.clipping.policies.checks import check_decision, decide_by_shared
 from gradclip.clipping.ranks import telling_others
 from gradclip.clipping.ranks.peers import Peers
 from gradclip.clipping.result import ClipResult, over_all
+from gradclip.clipping.saved import STATE_VERSION, read_state
 from gradclip.clipping.short import ShortWays
-from gradclip.clipping.state import STATE_VERSION, Histories, read_state
+from gradclip.clipping.state import Histories
 from gradclip.clipping.step.judge import Decided, Judge
 from gradclip.clipping.step.ownership import Owner, Role
 from gradclip.clipping.step.rows import StepLog

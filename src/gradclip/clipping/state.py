@@ -7,7 +7,7 @@ finds the same memory at each replay.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -18,38 +18,10 @@ from gradclip.clipping import flags
 from gradclip.clipping.flags import Flag, negated
 from gradclip.clipping.measure.scopes import ScopeNames
 from gradclip.clipping.policies import Policy, PolicyState, Scopes
-from gradclip.errors import ArgumentValueError, StateError, warn
+from gradclip.clipping.saved import SavedHistory, damaged
+from gradclip.errors import ArgumentValueError, warn
 
-STATE_VERSION = 2
 _SHOWN = 4
-_COUNTS = ("step", "committed_steps", "consecutive_skips", "policy_skips")
-
-
-@dataclass(frozen=True, eq=False)
-class SavedHistory:
-    """A history with the names of its scopes.
-
-    Args:
-        scope: What a scope is.
-        scopes: Each parameter: its name, the number of its first scope, and how many it has.
-        named: Whether those are names; otherwise they are positions.
-        state: The tensors.
-    """
-
-    scope: str
-    scopes: list[tuple[str, int, int]]
-    named: bool
-    state: PolicyState
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as lists, strings and tensors."""
-        return {
-            "scope": self.scope,
-            "scopes": [list(part) for part in self.scopes],
-            "named": self.named,
-            "per_scope": self.state.copy().per_scope,
-            "shared": self.state.copy().shared,
-        }
 
 
 class Histories:
@@ -109,16 +81,19 @@ class Histories:
         """
         state = self._kept[pattern].state
         return PolicyState(
-            {name: self._copied(buffer) for name, buffer in state.per_scope.items()},
-            {name: self._copied(buffer) for name, buffer in state.shared.items()},
+            {name: self._told(buffer) for name, buffer in state.per_scope.items()},
+            {name: self._told(buffer) for name, buffer in state.shared.items()},
         )
 
-    def _copied(self, buffer: Tensor) -> Tensor:
-        """Return the last copy again where neither was written to since: histories may be large.
+    def _told(self, buffer: Tensor) -> Tensor:
+        """Return a copy, for a policy. A captured CUDA graph would find one as it was."""
+        if flags.host_waits_for(buffer.device):
+            self._copies.pop(id(buffer), None)
+        return self._copied(buffer)
 
-        A captured CUDA graph would find the copy as it was, so only on the CPU.
-        """
-        known = None if flags.host_waits_for(buffer.device) else self._intact(buffer)
+    def _copied(self, buffer: Tensor) -> Tensor:
+        """Return the last copy again where neither was written to since: histories may be large."""
+        known = self._intact(buffer)
         copy = buffer.clone() if known is None else known
         if not copy.is_inference():
             self._copies[id(buffer)] = buffer, copy, copy._version  # noqa: SLF001 - there is no other
@@ -136,7 +111,7 @@ class Histories:
         Copies, 0-d int64 on the device.
         """
         assert self._counts is not None
-        steps, skips = self._copied(self._counts).unbind()
+        steps, skips = self._told(self._counts).unbind()
         return steps, skips
 
     def check(self, pattern: str, policy: Policy, new: PolicyState) -> None:
@@ -180,36 +155,41 @@ class Histories:
             for name, buffer in mine.items()
             if made_here is not False and theirs[name] is not self._intact(buffer)
         ]
-        self._undo = []
+        steps, skips = self._counts
+        counts = torch.stack([steps + made, (skips + asked) * negated(made)])
+        buffers = [self._counts, *(buffer for buffer, _, _ in written)]
+        self._undo = [partial(buffer.copy_, self._copied(buffer)) for buffer in buffers]
+        pushes = [
+            self._pushed(self._kept[pattern].state.per_scope[name], *pushed, made_here)
+            for pattern, (state, made_here) in new.items()
+            for name, pushed in state.pushed.items()
+            if made_here is not False
+        ]
+        # Nothing was written so far.
         for buffer, after, made_here in written:
-            self._remember(buffer)
+            self._copies.pop(id(buffer), None)
             if isinstance(made_here, Tensor):
                 torch.where(made_here, after, buffer, out=buffer)
             else:
                 buffer.copy_(after)
-        for pattern, (state, made_there) in new.items():
-            for name, pushed in state.pushed.items():
-                self._push(self._kept[pattern].state.per_scope[name], *pushed, made_there)
-        self._remember(self._counts)
-        steps, skips = self._counts.unbind()
-        steps.add_(made)
-        skips.add_(asked).mul_(negated(made))
+        for push in pushes:
+            self._write(*push)
+        self._copies.pop(id(self._counts), None)
+        self._counts.copy_(counts)
 
-    def _remember(self, buffer: Tensor) -> None:
-        """Keep what is in a buffer that is written next: what policies were told is just that."""
-        before = self._intact(buffer)
-        self._undo.append(partial(buffer.copy_, buffer.clone() if before is None else before))
-        self._copies.pop(id(buffer), None)
-
-    def _push(self, buffer: Tensor, places_S1: Tensor, values_S1: Tensor, made: Flag) -> None:
-        """Write a number of each scope, where the step is made."""
-        if made is False:
-            return
+    def _pushed(
+        self, buffer: Tensor, places_S1: Tensor, values_S1: Tensor, made: Flag
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a buffer, places in it, and what is written there."""
         before_S1 = buffer.gather(1, places_S1)
         if isinstance(made, Tensor):
             values_S1 = torch.where(made, values_S1, before_S1)
         self._undo.append(partial(buffer.scatter_, 1, places_S1, before_S1))
+        return buffer, places_S1, values_S1
+
+    def _write(self, buffer: Tensor, places_S1: Tensor, values_S1: Tensor) -> None:
         copy = self._intact(buffer)
+        self._copies.pop(id(buffer), None)
         buffer.scatter_(1, places_S1, values_S1)
         if copy is not None:  # and stays one
             copy.scatter_(1, places_S1, values_S1)
@@ -296,7 +276,7 @@ def _restore(pattern: str, saved: SavedHistory, made: SavedHistory) -> None:
     if not (saved.named and made.named) and saved.scopes != made.scopes:
         counts = [(start, rows) for _, start, rows in saved.scopes]
         if counts != [(start, rows) for _, start, rows in made.scopes]:
-            raise _damaged(
+            raise damaged(
                 f"the history of {pattern!r} is of {len(saved.scopes)} parameters without names, "
                 f"and there are {len(made.scopes)}: which belongs to which cannot be told"
             )
@@ -315,13 +295,13 @@ def _check_same_kind(pattern: str, saved: SavedHistory, made: SavedHistory) -> N
         StateError: GC030.
     """
     if saved.scope != made.scope:
-        raise _damaged(
+        raise damaged(
             f"the history of {pattern!r} is of scope {saved.scope!r}, and its policy has scope "
             f"{made.scope!r}"
         )
     for kind, mine, theirs in _pairs(made.state, saved.state):
         if mine.keys() != theirs.keys():
-            raise _damaged(
+            raise damaged(
                 f"the history of {pattern!r} has {kind} {sorted(mine)}, seen "
                 f"{sorted(map(str, theirs))}"
             )
@@ -329,14 +309,14 @@ def _check_same_kind(pattern: str, saved: SavedHistory, made: SavedHistory) -> N
             kept = tensor.shape[1:] if kind == "per_scope" else tensor.shape
             seen = theirs[name].shape[1:] if kind == "per_scope" else theirs[name].shape
             if kept != seen or tensor.dtype != theirs[name].dtype:
-                raise _damaged(
+                raise damaged(
                     f"{name!r} of {pattern!r} is {tuple(tensor.shape)} {tensor.dtype}, seen "
                     f"{tuple(theirs[name].shape)} {theirs[name].dtype}"
                 )
     count = sum(rows for _, _, rows in saved.scopes)
     for name, tensor in saved.state.per_scope.items():
         if tensor.shape[:1] != (count,):
-            raise _damaged(
+            raise damaged(
                 f"{name!r} of {pattern!r} is of {count} norms, seen {tuple(tensor.shape)}"
             )
 
@@ -404,94 +384,3 @@ def _without(
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return (", ".join(names[:_SHOWN]) + more) or "none"
-
-
-@dataclass(frozen=True)
-class SavedState:
-    """A saved clipper, once it was checked.
-
-    Args:
-        step: How many calls there were.
-        committed_steps: How many steps were made.
-        consecutive_skips: Skips in a row.
-        policy_skips: How many steps in a row policies kept from being made.
-        histories: Of each pattern.
-    """
-
-    step: int
-    committed_steps: int
-    consecutive_skips: int
-    policy_skips: int
-    histories: dict[str, SavedHistory] = field(default_factory=dict)
-
-
-def read_state(state: object, own: Mapping[str, Any]) -> SavedState:
-    """Read a saved state.
-
-    Args:
-        state: What a user wants to load. Version 1 is read where it holds no history.
-        own: The state of the clipper that should load it.
-
-    Raises:
-        StateError: GC030, if it is no such state, or belongs to other policies.
-    """
-    if not isinstance(state, Mapping):
-        raise _damaged(f"expected a mapping with {sorted(own)}, seen {type(state).__name__}")
-    version = state.get("version")
-    if version == 1 and "committed_steps" not in state:
-        state = _of_version_1(state)
-    state = {"policy_skips": 0, **state}  # as it was saved before policies were told
-    if state.keys() != own.keys():
-        raise _damaged(f"expected a mapping with {sorted(own)}, seen {sorted(map(str, state))}")
-    if state["version"] != own["version"]:
-        raise _damaged(f"expected version {own['version']}, seen {version!r}")
-    modes = state["clip_modes"]
-    # In order: the first pattern that matches wins.
-    if not isinstance(modes, Mapping) or list(modes.items()) != list(own["clip_modes"].items()):
-        raise _damaged(f"it is of {state['clip_modes']!r}, the clipper of {own['clip_modes']}")
-    counts = [state[name] for name in _COUNTS]
-    if not all(type(count) is int and count >= 0 for count in counts):
-        raise _damaged(f"{', '.join(_COUNTS)} are counts, seen {counts!r}")
-    states = state["states"]
-    if not isinstance(states, Mapping) or not states.keys() <= own["clip_modes"].keys():
-        raise _damaged(f"states has a history for each pattern, seen {states!r}")
-    histories = {p: _read_history(p, each) for p, each in states.items()}
-    return SavedState(**dict(zip(_COUNTS, counts, strict=True)), histories=histories)
-
-
-def _of_version_1(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    states = state.get("states")
-    if isinstance(states, Mapping) and any(states.values()):
-        raise _damaged(
-            "it is of version 1 and holds the history of a policy, which was kept without the "
-            "names of parameters. Begin without it"
-        )
-    return {**state, "version": STATE_VERSION, "committed_steps": state.get("step"), "states": {}}
-
-
-def _read_history(pattern: str, history: object) -> SavedHistory:
-    keys = {"scope", "scopes", "named", "per_scope", "shared"}
-    if not isinstance(history, Mapping) or history.keys() != keys:
-        raise _damaged(f"the history of {pattern!r} has {sorted(keys)}, seen {history!r}")
-    tables = [history["per_scope"], history["shared"]]
-    for table in tables:
-        whole = isinstance(table, Mapping)
-        if not whole or not all(map(_is_dense, table.values())):
-            raise _damaged(f"the history of {pattern!r} has tensors by name, seen {table!r}")
-    try:
-        scopes = [(str(name), int(start), int(rows)) for name, start, rows in history["scopes"]]
-    except (TypeError, ValueError) as error:
-        raise _damaged(f"the scopes of {pattern!r} are names with counts: {error}") from error
-    state = PolicyState(*map(dict, tables)).copy()
-    return SavedHistory(str(history["scope"]), scopes, bool(history["named"]), state)
-
-
-def _is_dense(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
-
-
-def _damaged(reason: str) -> StateError:
-    return StateError(
-        f"this state cannot be loaded into this clipper: {reason}. No gradient and no history was "
-        "changed."
-    )

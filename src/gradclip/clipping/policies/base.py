@@ -63,7 +63,8 @@ class PolicyState:
         per_scope: Tensors of shape (S, ...): saved and restored by the names of scopes.
         shared: Tensors of any shape.
         pushed: In an answer, what is written into large tensors of ``per_scope`` that are
-            returned as they were given: by name the places, int64 (S, 1), and the numbers, (S, 1).
+            returned as they were given, and share no memory with thresholds or targets: by name the
+            places, int64 (S, 1), and the numbers, (S, 1).
     """
 
     per_scope: dict[str, Tensor] = field(default_factory=dict)
