@@ -98,6 +98,7 @@ bench: $(VENV)/.bench  ## measure on the CPU: benchmarks/results/*.csv, and the 
 	$(BENCH) benchmarks/pipeline_overhead.py
 	$(BENCH) benchmarks/sharded.py
 	$(BENCH) benchmarks/scale.py
+	$(BENCH) benchmarks/policies.py
 	$(BENCH) benchmarks/report.py
 
 bench-gpu:  ## measure on a CUDA device, with the machine's own python and its torch; under 8 minutes

@@ -17,8 +17,12 @@ from textwrap import fill
 from timing import RESULTS, optional, read
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "hooks.md")
-PLOT = ROOT / "docs" / "images" / "performance.svg"
+DOCS = ROOT / "docs"
+PAGES = (
+    ROOT / "README.md",
+    *(DOCS / f"{page}.md" for page in ("performance", "hooks", "policies")),
+)
+PLOT = DOCS / "images" / "performance.svg"
 
 Row = dict[str, str]
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
@@ -329,9 +333,31 @@ def goals() -> str:
     return table(["on a CPU", "goal", "reached"], lines)
 
 
+POLICIES = {"zscore": ("ZScoreClip", 0.3), "ema": ("EMAClip", 0.3), "quantile": ("QuantileClip", 1)}
+
+
+def policies() -> str:
+    """What policies take for 300 tensors beside a clip by norm, and AGC beside torch's."""
+    by = {(row["policy"], row["scope"]): row for row in read(RESULTS / "policies_cpu.csv")}
+    lines = []
+    for (policy, scope), row in by.items():
+        if policy in POLICIES:
+            name, goal = POLICIES[policy]
+            over = [ms(row[f"over_{each}"]) for each in ("ms", "ms_q1", "ms_q3")]
+            more = f"{over[0]} ({over[1]} to {over[2]}) ms more"
+            about = f'`{name}(scope="{scope}")`'
+            other = f"{ms(by['norm', scope]['ms'])} (`NormClip`)"
+            lines.append([about, other, ms(row["ms"]), more, f"{goal} ms more"])
+    agc, torch_ = by["agc", "unit"], by["torch", "unit"]
+    longer = times(1 / float(agc["faster"]))
+    line = ["`AGCClip()`, GPT-2 124M", f"{ms(torch_['ms'])} (torch's norm)", ms(agc["ms"])]
+    lines.append([*line, f"{longer} times as long", "3 times as long"])
+    return table(["policy", "beside it, ms", "it takes, ms", "that is", "goal: at most"], lines)
+
+
 MADE: tuple[Callable[[], str], ...] = (
     *(summary, cpu, others, errors, small, cuda, host, steps, pipeline, trainer, hooks),
-    *(goals, sharded, scale),
+    *(goals, sharded, scale, policies),
 )
 BY_NAME = {make.__name__: make for make in MADE}
 
