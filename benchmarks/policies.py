@@ -2,8 +2,8 @@
 
     python benchmarks/policies.py [--rounds 200] [--agc-rounds 11]
 
-Writes ``benchmarks/results/policies_cpu.csv``. Each policy takes turns with ``NormClip`` of the same
-scope on the gradients of 300 small tensors, past its warm-up: ``over_ms`` is the median of the
+Writes ``benchmarks/results/policies_cpu.csv``. Each policy takes turns with ``NormClip`` of the
+same scope on the gradients of 300 small tensors, past its warm-up: ``over_ms`` is the median of the
 differences, round by round, with its quartiles, and ``over_cpu_ms`` that of the computing times.
 ``mean_over_cpu_ms`` shows steps that take longer than others. AGC takes turns with torch's
 ``clip_grad_norm_`` on the shapes of GPT-2. Nothing clips.

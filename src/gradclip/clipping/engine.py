@@ -339,14 +339,12 @@ class Engine:
         self, step: Step, group: Group, found: Found, norms_S: Tensor, committed: Flag
     ) -> Decision:
         pattern = group.of
-        steps, skips = self._histories.counts
         # Copies: what a policy writes into them by mistake is not what was measured.
         seen = Measured(
+            self._histories,
             partial(step.pattern_norm, group, found, norms_S),
             norms_S=norms_S.clone(),
             committed=as_flag(committed, norms_S.device).clone(),
-            step=steps,
-            skips=skips,
             weight_norms_S=None if found.weights is None else found.weights.norms(),
         )
         state = self._histories.of(pattern.name)

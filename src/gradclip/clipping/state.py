@@ -32,8 +32,8 @@ class Histories:
         self._of: dict[str, Scopes] = {}
         self._loaded: dict[str, SavedHistory | None] = {}
         self._loaded_counts = 0, 0
-        self._counts: Tensor | None = None
-        self._undo: list[Callable[[], Tensor]] = []
+        self._counts: Tensor | tuple[int, int] | None = None
+        self._undo: list[Callable[[], object]] = []
         self._copies: dict[int, tuple[Tensor, Tensor, int]] = {}
 
     def prepare(self, pattern: str, policy: Policy, scopes: Scopes, *, named: bool) -> None:
@@ -49,11 +49,7 @@ class Histories:
             StateError: GC030, for a history that was loaded and does not fit.
             ArgumentValueError: GC010, for an ``initial_state`` that has not one row per scope.
         """
-        if self._counts is None or self._counts.device != scopes.device:
-            counts = self.steps, self.skips_in_a_row
-            self._counts = torch.stack(
-                [torch.full((), n, dtype=torch.int64, device=scopes.device) for n in counts]
-            )
+        self._place_counts(scopes.device)
         if self._of.get(pattern) is scopes and pattern not in self._loaded:
             return
         initial = policy.initial_state(scopes)
@@ -105,14 +101,42 @@ class Histories:
         return copy if of is buffer and copy._version == version else None  # noqa: SLF001
 
     @property
-    def counts(self) -> tuple[Tensor, Tensor]:
-        """How many steps were made, and how many in a row policies kept from being made.
+    def step(self) -> Tensor:
+        """How many steps were made: a copy, 0-d int64 on the device."""
+        return self._count(0)
 
-        Copies, 0-d int64 on the device.
-        """
+    @property
+    def skips(self) -> Tensor:
+        """How many steps in a row policies kept from being made: a copy, 0-d int64."""
+        return self._count(1)
+
+    def _count(self, which: int) -> Tensor:
+        counts = self._counts
+        assert counts is not None
+        if isinstance(counts, Tensor):
+            return counts[which].clone()
+        return torch.full((), counts[which], dtype=torch.int64, device="cpu")
+
+    def _place_counts(self, device: torch.device) -> None:
+        """Keep counts on a device, where reading them would make the host wait; else as numbers."""
+        known = self._counts
+        if not flags.host_waits_for(device):
+            if not isinstance(known, tuple):
+                self._counts = self.steps, self.skips_in_a_row
+        elif not isinstance(known, Tensor) or known.device != device:
+            counts = self.steps, self.skips_in_a_row
+            self._counts = torch.stack(
+                [torch.full((), n, dtype=torch.int64, device=device) for n in counts]
+            )
+
+    def _counted(self, made: Flag, asked: Flag) -> Tensor | tuple[int, int]:
+        """Return the counts after this step."""
         assert self._counts is not None
-        steps, skips = self._told(self._counts).unbind()
-        return steps, skips
+        if isinstance(self._counts, tuple):
+            steps, skips = self._counts
+            return (steps + 1, 0) if made else (steps, skips + bool(asked))
+        on_device, skips_there = self._counts
+        return torch.stack([on_device + made, (skips_there + asked) * negated(made)])
 
     def check(self, pattern: str, policy: Policy, new: PolicyState) -> None:
         """Refuse what a policy returned, if it does not fit its buffers.
@@ -155,10 +179,12 @@ class Histories:
             for name, buffer in mine.items()
             if made_here is not False and theirs[name] is not self._intact(buffer)
         ]
-        steps, skips = self._counts
-        counts = torch.stack([steps + made, (skips + asked) * negated(made)])
-        buffers = [self._counts, *(buffer for buffer, _, _ in written)]
-        self._undo = [partial(buffer.copy_, self._copied(buffer)) for buffer in buffers]
+        counts = self._counted(made, asked)
+        before = self._counts
+        self._undo = [
+            partial(self._count_again, before.clone() if isinstance(before, Tensor) else before)
+        ]
+        self._undo += [partial(buffer.copy_, self._copied(buffer)) for buffer, _, _ in written]
         pushes = [
             self._pushed(self._kept[pattern].state.per_scope[name], *pushed, made_here)
             for pattern, (state, made_here) in new.items()
@@ -174,8 +200,14 @@ class Histories:
                 buffer.copy_(after)
         for push in pushes:
             self._write(*push)
-        self._copies.pop(id(self._counts), None)
-        self._counts.copy_(counts)
+        self._count_again(counts)
+
+    def _count_again(self, counts: Tensor | tuple[int, int]) -> None:
+        """Set the counts: a captured CUDA graph writes where they are."""
+        if isinstance(self._counts, Tensor) and isinstance(counts, Tensor):
+            self._counts.copy_(counts)
+        else:
+            self._counts = counts
 
     def _pushed(
         self, buffer: Tensor, places_S1: Tensor, values_S1: Tensor, made: Flag

@@ -155,13 +155,11 @@ class _Run:
         if limit is not None:
             skip = bool(find_total_norm() > limit.skip_above)
             return Decision(limit.threshold, limit.target, skip=skip)
-        steps, skips = self._histories.counts
         seen = Measured(
+            self._histories,
             find_total_norm,
             norms_S=norms_S.clone(),
             committed=torch.tensor(is_sound, device=_CPU),
-            step=steps,
-            skips=skips,
         )
         decision = self._policy.decide(seen, self._histories.of(_PATTERN))
         check_decision(self._policy, decision, norms_S)

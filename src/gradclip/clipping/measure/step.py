@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,19 +50,48 @@ def is_small(scale: float | Tensor | None) -> bool:
     return isinstance(scale, float) and scale < _SMALL_SCALE
 
 
+class Counts(Protocol):
+    """How many steps there were."""
+
+    @property
+    def step(self) -> Tensor:
+        """How many were made: a copy, 0-d int64."""
+        ...
+
+    @property
+    def skips(self) -> Tensor:
+        """How many in a row policies kept from being made: a copy, 0-d int64."""
+        ...
+
+
 class Measured(Measurement):
-    """What a policy is told, with a total norm that is found when it is read: few policies do.
+    """What a policy is told, of which some is found when it is read: few policies do.
 
     Args:
-        find_total_norm: Returns it.
+        counts: Of steps, before this one.
+        find_total_norm: Returns the total norm.
         known: Everything else.
     """
 
-    def __init__(self, find_total_norm: Callable[[], Tensor], **known: Tensor | None) -> None:
-        vars(self).update(known, _find_total_norm=find_total_norm)
+    _counts: Counts
+    _find_total_norm: Callable[[], Tensor]
+
+    def __init__(
+        self, counts: Counts, find_total_norm: Callable[[], Tensor], **known: Tensor | None
+    ) -> None:
+        vars(self).update(known, _counts=counts, _find_total_norm=find_total_norm)
 
     @cached_property
     def total_norm(self) -> Tensor:
         """Norm of all parameters of the pattern, on all ranks: 0-d float64."""
-        found: Tensor = vars(self)["_find_total_norm"]()
-        return found.clone()
+        return self._find_total_norm().clone()
+
+    @cached_property
+    def step(self) -> Tensor:
+        """How many steps were made before this one: 0-d int64."""
+        return self._counts.step
+
+    @cached_property
+    def skips(self) -> Tensor:
+        """How many steps in a row were not made because a policy asked for it: 0-d int64."""
+        return self._counts.skips

@@ -49,7 +49,11 @@ class Sight:
     @cached_property
     def is_early(self) -> bool:
         """Whether any norm is one of warm-up; where to ask would make the host wait, it may be."""
-        return flags.host_waits_for(self.early_S.device) or len(self.early_S.nonzero()) > 0
+        return _may_be(self.early_S)
+
+    def may_be_above(self, limits_S: Tensor) -> bool:
+        """Return whether any norm is above its limit, as ``is_early``."""
+        return _may_be(self.norms_S > limits_S)
 
     def after_warm_up(self, limits_S: Tensor) -> Tensor:
         """Return limits that are infinite during warm-up; they may be the same tensor."""
@@ -196,6 +200,11 @@ class Judged(NamedTuple):
     above_S: Tensor | None
     history: History
     pushed: dict[str, tuple[Tensor, Tensor]]
+
+
+def _may_be(flags_S: Tensor) -> bool:
+    # To read a number would be refused on ranks: the answer must not depend on it, and does not.
+    return flags.host_waits_for(flags_S.device) or len(flags_S.nonzero()) > 0
 
 
 def finite(norms: Tensor) -> Tensor:

@@ -63,7 +63,9 @@ class ZScoreClip(AdaptiveClip):
         sigma_S = torch.maximum(deviation_S, mean_S * _LEAST)
         width_S = sigma_S + _EPSILON
         thresholds_S = seen.after_warm_up(torch.add(mean_S, width_S, alpha=self.z))
-        targets_S = self._targets(seen.norms_S, mean_S, sigma_S, width_S, thresholds_S)
+        targets_S = thresholds_S
+        if seen.may_be_above(thresholds_S):
+            targets_S = self._targets(seen.norms_S, mean_S, sigma_S, width_S, thresholds_S)
         fed_S = self._fed(seen.norms_S, thresholds_S, targets_S)
         away_S = fed_S - mean_S
         weights, shares, rests = self._weights(seen)
