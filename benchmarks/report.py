@@ -343,14 +343,14 @@ def policies() -> str:
     for (policy, scope), row in by.items():
         if policy in POLICIES:
             name, goal = POLICIES[policy]
-            over = [ms(row[f"over_{each}"]) for each in ("ms", "ms_q1", "ms_q3")]
+            over = [ms(row[f"over_cpu_ms{each}"]) for each in ("", "_q1", "_q3")]
             more = f"{over[0]} ({over[1]} to {over[2]}) ms more"
             about = f'`{name}(scope="{scope}")`'
-            other = f"{ms(by['norm', scope]['ms'])} (`NormClip`)"
-            lines.append([about, other, ms(row["ms"]), more, f"{goal} ms more"])
+            other = f"{ms(by['norm', scope]['cpu_ms'])} (`NormClip`)"
+            lines.append([about, other, ms(row["cpu_ms"]), more, f"{goal} ms more"])
     agc, torch_ = by["agc", "unit"], by["torch", "unit"]
-    longer = times(1 / float(agc["faster"]))
-    line = ["`AGCClip()`, GPT-2 124M", f"{ms(torch_['ms'])} (torch's norm)", ms(agc["ms"])]
+    longer = times(1 / float(agc["faster_cpu"]))
+    line = ["`AGCClip()`, GPT-2 124M", f"{ms(torch_['cpu_ms'])} (torch's norm)", ms(agc["cpu_ms"])]
     lines.append([*line, f"{longer} times as long", "3 times as long"])
     return table(["policy", "beside it, ms", "it takes, ms", "that is", "goal: at most"], lines)
 
