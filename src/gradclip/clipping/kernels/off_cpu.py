@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.kernels import Batch, Write
-from gradclip.clipping.kernels.blocks import clamp_to_, flat, pieces, rows_of
+from gradclip.clipping.kernels.blocks import clamp_to_, pieces, rows_of
 from gradclip.clipping.kernels.device import result_device_of
 from gradclip.clipping.kernels.rows import shaped
 from gradclip.clipping.kernels.writes import run_each
@@ -47,7 +47,7 @@ def reduced(batch: Batch, p: float) -> Tensor | None:
     if batch.limit is not None:
         return None
     if not batch.specs.one_row_each:
-        return _of_matrices(batch, p) if all(batch.specs.flat) else None
+        return _by_tensor(batch, p)
     filled = [index for index, size in enumerate(batch.specs.row_sizes) if size]
     norms = [torch.zeros((), dtype=torch.float64, device=batch.device)] * len(batch.tensors)
     if filled:
@@ -59,17 +59,17 @@ def reduced(batch: Batch, p: float) -> Tensor | None:
     return norms_R.square() if p == _EUCLIDEAN else norms_R
 
 
-def _of_matrices(batch: Batch, p: float) -> Tensor:
+def _by_tensor(batch: Batch, p: float) -> Tensor:
     """Reduce the rows of each tensor together: an operation for each row would be very many."""
     norms = [torch.zeros(0, dtype=torch.float64, device=batch.device)]
     for tensor, rows in zip(batch.tensors, batch.specs.rows, strict=True):
         if not tensor.numel():
             norms.append(torch.zeros(rows, dtype=torch.float64, device=batch.device))
             continue
-        # One row may lie in any order of memory.
-        matrix = flat(tensor)[None] if rows == 1 else tensor.view(rows, -1)
-        parts = matrix.split(max(1, _CONVERTED // matrix.shape[1]))
-        norms += [torch.linalg.vector_norm(part, p, dim=1, dtype=torch.float64) for part in parts]
+        in_rows = (tensor if rows > 1 else tensor[None])[..., None]
+        inside = tuple(range(1, in_rows.dim()))
+        for some in in_rows.split(max(1, _CONVERTED * rows // tensor.numel())):
+            norms += [torch.linalg.vector_norm(some, p, dim=inside, dtype=torch.float64)]
     norms_R = torch.cat(norms)
     return norms_R.square() if p == _EUCLIDEAN else norms_R
 
