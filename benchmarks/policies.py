@@ -6,7 +6,9 @@ Writes ``benchmarks/results/policies_cpu.csv``. Each policy takes turns with ``N
 same scope on the gradients of 300 small tensors, past its warm-up: ``over_ms`` is the median of the
 differences, round by round, and ``over_cpu_ms`` that of the computing times, with its quartiles and
 mean: work of others on the machine disturbs these less. AGC takes turns with torch's
-``clip_grad_norm_`` on the shapes of GPT-2. Nothing clips.
+``clip_grad_norm_`` on the shapes of GPT-2. "within": gradients stay as they are, and nothing clips.
+"varying": the norm of each tensor is another one at each call, lognormal, so that a part of them
+clips.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from collections.abc import Iterator
 
 import torch
 from models import Shapes, gpt2_124m
-from timing import RESULTS, machine, paired, rounded, write
+from timing import RESULTS, Function, machine, nothing, paired, rounded, write
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
@@ -40,7 +42,21 @@ def parameters(shapes: Shapes, gradient: float) -> list[Parameter]:
     return made
 
 
-def adaptive(scope: str, rounds: int) -> Iterator[Row]:
+def varying(weights: list[Parameter]) -> Function:
+    """Return what gives each gradient another norm than before, around that of now."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    kept = [gradient.clone() for gradient in gradients]
+
+    def vary() -> None:
+        factors = torch.exp(0.2 * torch.randn(len(kept), generator=generator))
+        torch._foreach_copy_(gradients, kept)
+        torch._foreach_mul_(gradients, factors.tolist())
+
+    return vary
+
+
+def adaptive(scope: str, what: str, rounds: int) -> Iterator[Row]:
     """Yield the lines of the policies with one scope."""
     policies = {
         "norm": NormClip(max_norm=FAR, scope=scope),
@@ -50,10 +66,11 @@ def adaptive(scope: str, rounds: int) -> Iterator[Row]:
     }
     weights = parameters(SMALL, 0.01)
     functions = {who: GradientClipper(weights, each).clip for who, each in policies.items()}
-    times = paired(functions, rounds, warm_up=WARM_UP)
+    prepare = varying(weights) if what == "varying" else nothing
+    times = paired(functions, rounds, prepare=prepare, warm_up=WARM_UP)
     norm = times["norm"]
     for who, each in times.items():
-        line: Row = {"policy": who, "scope": scope, "tensors": len(SMALL)}
+        line: Row = {"policy": who, "scope": scope, "what": what, "tensors": len(SMALL)}
         line |= each.columns(None if who == "norm" else norm)
         if who != "norm":
             over = each - norm
@@ -75,7 +92,7 @@ def agc(rounds: int) -> Iterator[Row]:
         rounds,
     )
     for who, each in times.items():
-        line = {"policy": who, "scope": "unit", "tensors": len(LARGE)}
+        line = {"policy": who, "scope": "unit", "what": "within", "tensors": len(LARGE)}
         yield line | each.columns(None if who == "torch" else times["torch"])
 
 
@@ -86,9 +103,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[Row] = []
+    scopes = [(scope, what) for scope in ("group", "tensor") for what in ("within", "varying")]
     for lines in (
-        adaptive("group", arguments.rounds),
-        adaptive("tensor", arguments.rounds),
+        *(adaptive(*each, arguments.rounds) for each in scopes),
         agc(arguments.agc_rounds),
     ):
         for line in lines:
