@@ -126,10 +126,10 @@ class TestWhatIsNotRemembered:
         One 0 froze a tensor in AdaGC for good.
         """
         policy = SPIKING[name]()
-        norms = of_shape(policy, lognormal(300))
+        norms = of_shape(policy, lognormal(150))
         wrong = np.array([np.nan, np.inf, 0, np.nan, 0])
         wrong = wrong if norms.ndim == 1 else wrong[:, None]
-        bad = np.insert(norms, [3, 10, 150, 150, 299], wrong, 0)
+        bad = np.insert(norms, [3, 10, 80, 80, 149], wrong, 0)
         first = bad.reshape(len(bad), -1)[:, 0]
         sane = np.isfinite(first) & (first > 0)
         expected, found = replay(norms, policy), replay(bad, policy)
