@@ -1,9 +1,10 @@
 """The keywords that every way in takes, and their checks: the kind first, then the range."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from math import isfinite
+from math import inf, isfinite
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
@@ -140,9 +141,13 @@ def check_grad_scale(scale: object) -> float | Tensor | None:
         scale = float(scale)
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise ArgumentTypeError(f"grad_scale={scale!r}: expected a positive number")
-    number = float(scale)
+    try:
+        number = float(scale)
+    except OverflowError:  # an integer beyond float64
+        number = inf
     if not (isfinite(number) and number > 0):
-        raise ArgumentValueError(f"grad_scale={scale!r}: expected a positive finite number")
+        shown = reprlib.repr(scale)
+        raise ArgumentValueError(f"grad_scale={shown}: expected a positive finite number")
     return number
 
 

@@ -8,10 +8,9 @@ from math import isfinite
 
 from torch import Tensor
 
-from gradclip.clipping.apply.fused import FusedClip
 from gradclip.clipping.arguments import Options
 from gradclip.clipping.flags import Flag, all_of, any_of, negated
-from gradclip.clipping.kernels.fused import Report
+from gradclip.clipping.kernels.fused import FusedClip, Report
 from gradclip.clipping.measure.group import Found, Group
 from gradclip.clipping.measure.norm import combine
 from gradclip.clipping.measure.pattern import Pattern

@@ -236,9 +236,10 @@ class StepLog:
         if result.on_host is not None:
             limit = float(result.one_threshold)
             self._ring.push(ReportRow(step, expected, result.on_host, limit), 0)
-        elif isinstance(result.coefficients, OneCoefficient):  # as the threshold; the step is made
-            known, limit = result.coefficients, float(result.thresholds)
-            numbers = StepNumbers(step, known.norm, limit, known.number < 1, False, expected)
+        elif isinstance(result.coefficients, OneCoefficient):  # as all numbers; the step is made
+            known, limit = result.coefficients, float(result.one_threshold)
+            clipped = known.number < 1 or result.clamped is True
+            numbers = StepNumbers(step, known.norm, limit, clipped, False, expected)
             self._ring.push(numbers, 0)
         elif is_capturing(result.measured_S.device):
             return
