@@ -35,7 +35,7 @@ test-integrations: $(VENV)/.integrations  ## run the tests of the frameworks tha
 	$(PYTEST) --dist worksteal tests/integrations tests/contract/test_ways_in.py \
 		tests/unit/clipping/test_arguments.py
 
-test-optimizers: $(VENV)/.optimizers  ## run the optimizers of other libraries, and write docs/optimizers.md
+test-optimizers: $(VENV)/.optimizers  ## run the optimizers and the clippers of other libraries, and write docs/optimizers.md
 	PYTHONPATH=$(VENV)/optimizers $(PYTEST) tests/optimizers
 	PYTHONPATH=$(VENV)/optimizers $(BIN)/python tests/optimizers/table.py
 
@@ -131,9 +131,9 @@ $(VENV)/.integrations: $(VENV)/.dev
 
 # In a folder of their own, so that no other test meets them. They need less than they ask for.
 $(VENV)/.optimizers: $(VENV)/.dev
-	$(PIP) --no-deps --upgrade --target $(VENV)/optimizers dadaptation heavyball lion-pytorch muon-optimizer \
-		opacus opt_einsum prodigyopt pytorch_optimizer pytorch_ranger schedulefree scipy timm torch-optimi \
-		torch-optimizer torchao
+	$(PIP) --no-deps --upgrade --target $(VENV)/optimizers autoclip dadaptation heavyball lion-pytorch \
+		muon-optimizer opacus opt_einsum prodigyopt pytorch_optimizer pytorch_ranger schedulefree scipy \
+		smartclip timm torch-optimi torch-optimizer torchao zclip
 	@touch $@
 
 $(VENV)/.oldest-triton: $(VENV)/.dev

@@ -2,6 +2,9 @@
 
 Some tokens are frequent and some rare, so the gradient of the embedding has other sizes than that
 of the rest, and one limit for both would be set by whichever is larger.
+
+Where the optimizer has such groups already, a list has a limit for each, and no names are needed:
+gradclip.attach(optimizer, [0.05, 0.5]).
 """
 
 import torch

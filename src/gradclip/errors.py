@@ -10,12 +10,12 @@
     |-- ArgumentTypeError (TypeError)            GC011  an argument of the wrong kind
     |-- UnsupportedGradientError (TypeError)     GC020  a gradient that has no norm
     |-- OverlappingGradientsError (ValueError)   GC021  gradients that share bytes
-    |-- CaptureError (RuntimeError)              GC022  a CUDA graph is captured too early
+    |-- CaptureError (RuntimeError)              GC022  a CUDA graph and clip() do not agree
     |-- StateError (ValueError)                  GC030  a state that belongs to something else
     |-- DoubleClippingError (ValueError)         GC101  two clippers of the same gradients
     |-- NonFiniteGradientError (RuntimeError)    GC201  a NaN or an infinity in the gradients
     |   `-- TooManySkipsError                    GC202  too many steps in a row were skipped
-    |-- RankError (RuntimeError)                 GC210  another rank could not clip
+    |-- RankError (RuntimeError)                 GC210  another rank could not clip, or differs
     |-- ReplicaError (RuntimeError)              GC211  copies of a gradient differ by rank
     |-- CollectiveError (RuntimeError)           GC212  a collective failed: a rank died, or is late
     |-- CheckpointError (RuntimeError)           GC301  a checkpoint: damaged, or not to be written
@@ -114,7 +114,7 @@ class OverlappingGradientsError(GradClipError, ValueError):
 
 
 class CaptureError(GradClipError, RuntimeError):
-    """A CUDA graph is captured before there was a step outside of it; nothing was changed."""
+    """A CUDA graph is captured before the first steps, or a limit changed after; nothing was."""
 
     code = "GC022"
 
@@ -144,7 +144,7 @@ class TooManySkipsError(NonFiniteGradientError):
 
 
 class RankError(GradClipError, RuntimeError):
-    """Another rank could not clip, so none did."""
+    """Another rank could not clip, or clips by another policy, so none did."""
 
     code = "GC210"
 

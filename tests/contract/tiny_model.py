@@ -22,7 +22,9 @@ MOMENTUM = 0.5
 
 
 def sgd(model, **options):
-    return torch.optim.SGD(model.named_parameters(), lr=1.0, momentum=MOMENTUM, **options)
+    """Return an optimizer with a group for each layer: first the body, then the head."""
+    groups = [{"params": [named]} for named in model.named_parameters()]
+    return torch.optim.SGD(groups, lr=1.0, momentum=MOMENTUM, **options)
 
 
 def batches(gradients):

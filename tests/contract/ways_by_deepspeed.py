@@ -48,4 +48,5 @@ def _trained(feature):
         observe(engine, **feature.clip)
         watch.observe()
         after.append(weights(engine.module))
+        feature.assign(watch, after)
     return Trained(after, watch.stats)

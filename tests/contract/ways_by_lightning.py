@@ -1,6 +1,7 @@
 """Ways in through Lightning's Trainer, and through Fabric."""
 
 import warnings
+from functools import partial
 
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule
@@ -34,20 +35,21 @@ class Manual(Automatic):
 
 
 class Note(Callback):
-    """Keeps the weights after each step."""
+    """Keeps the weights after each step, and assigns the next policy."""
 
-    def __init__(self):
-        self.after = []
+    def __init__(self, assign):
+        self.after, self._assign = [], assign
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         self.after.append(weights(pl_module))
+        self._assign(self.after)
 
 
 def automatic(feature, gradients, folder, module=Automatic):
     path = folder / "run.ckpt"
     resumed = path.exists()
-    note = Note()
     clipping = GradientClippingCallback(**feature.clip)
+    note = Note(partial(feature.assign, clipping))
     made = trainer(
         clipping,
         note,
@@ -85,6 +87,7 @@ def fabric(feature, gradients, folder):
         optimizer.step()
         optimizer.zero_grad()
         after.append(weights(module))
+        feature.assign(handle, after)
     state = {"model": model, "optimizer": optimizer, "clipper": clipper.state_dict()}
     fabric.save(path, state)
     return Trained(after, handle.stats)

@@ -1,5 +1,7 @@
 """Ways in that need no framework: loops of one's own, and gradclip's trainer."""
 
+from functools import partial
+
 import torch
 from accelerate import Accelerator
 from tiny_model import TinyModel, batches, sgd, weights
@@ -24,7 +26,8 @@ def function(feature, gradients, folder):
     policy = feature.clip.get("policy")
     limit = {"max_norm": policy} if policy is not None else feature.clip
     if isinstance(policy, NormClip):
-        limit = {"max_norm": policy.max_norm, "norm_type": policy.norm_type}
+        fields = {name: getattr(policy, name) for name in ("max_norm", "norm_type")}
+        limit = fields if policy == NormClip(**fields) else limit
 
     def step():
         gradclip.clip_grad_norm_(model.parameters(), **limit, error_if_nonfinite=True)
@@ -36,20 +39,23 @@ def function(feature, gradients, folder):
 def clipper(feature, gradients, folder):
     model = TinyModel()
     optimizer = sgd(model)
-    clipper = gradclip.GradientClipper(model, **feature.clip)
+    by_group = isinstance(feature.clip.get("policy"), list)
+    clipper = gradclip.GradientClipper(optimizer if by_group else model, **feature.clip)
 
     def step():
         with gradclip.withhold(optimizer, clipper.clip().skipped):
             optimizer.step()
 
-    return _kept(model, optimizer, clipper, folder, gradients, step)
+    assign = partial(feature.assign, clipper)
+    return _kept(model, optimizer, clipper, folder, gradients, step, assign)
 
 
 def attached(feature, gradients, folder, *, fused=False):
     model = TinyModel()
     optimizer = sgd(model, fused=fused)
     handle = gradclip.attach(optimizer, **feature.clip)
-    after = _kept(model, optimizer, handle.clipper, folder, gradients, optimizer.step)
+    assign = partial(feature.assign, handle)
+    after = _kept(model, optimizer, handle.clipper, folder, gradients, optimizer.step, assign)
     return Trained(after, handle.stats)
 
 
@@ -57,24 +63,25 @@ def attached_to_fused(feature, gradients, folder):
     return attached(feature, gradients, folder, fused=True)
 
 
-def _stepped(model, optimizer, gradients, step):
+def _stepped(model, optimizer, gradients, step, assign=lambda after: None):
     after = []
     for batch in batches(gradients):
         model(**batch).backward()
         step()
         optimizer.zero_grad()
         after.append(weights(model))
+        assign(after)
     return after
 
 
-def _kept(model, optimizer, clipper, folder, gradients, step):
+def _kept(model, optimizer, clipper, folder, gradients, step, assign):
     """Train, and save what a loop of one's own saves: the clipper's history is a part of it."""
     path = folder / "run.pt"
     parts = {"model": model, "optimizer": optimizer, "clipper": clipper}
     if path.exists():
         for name, state in torch.load(path, weights_only=True).items():
             parts[name].load_state_dict(state)
-    after = _stepped(model, optimizer, gradients, step)
+    after = _stepped(model, optimizer, gradients, step, assign)
     torch.save({name: part.state_dict() for name, part in parts.items()}, path)
     return Trained(after, clipper.stats)
 
@@ -96,6 +103,7 @@ def on_accelerate(feature, gradients, folder):
             optimizer.step()
             optimizer.zero_grad()
         after.append(weights(model))
+        feature.assign(clipper, after)
     accelerator.save_state(path)
     return Trained(after, clipper.stats)
 
@@ -104,11 +112,14 @@ def hook(feature, gradients, folder):
     model = TinyModel()
     after = []
     note = PipelineHooks()
-    note.register_hook(
-        "on_step", HookContext.from_callable("note", after=lambda _: after.append(weights(model)))
-    )
-    resumed = any(folder.iterdir())
     clipping = GradientClippingHookConfig(**feature.fields)()
+
+    def noted(arg):
+        after.append(weights(model))
+        feature.assign(clipping, after)
+
+    note.register_hook("on_step", HookContext.from_callable("note", after=noted))
+    resumed = any(folder.iterdir())
     HookBasedTrainer(
         Accelerator(cpu=True),
         model,

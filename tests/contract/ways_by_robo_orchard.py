@@ -19,9 +19,15 @@ def adapter(feature, gradients, folder):
     optimizer = sgd(model)
     after = []
     note = PipelineHooks()
-    note.register_hook(
-        "on_step", HookContext.from_callable(after=lambda _: after.append(weights(model)))
-    )
+
+    def noted(arg):
+        after.append(weights(model))
+        feature.assign(clipping(), after)
+
+    def clipping():
+        return trainer.hooks.hooks["on_step"]._context_handlers[0].after_info.owner
+
+    note.register_hook("on_step", HookContext.from_callable(after=noted))
     path = folder / "run"
     resumed = path.exists()
     trainer = HookBasedTrainer(
@@ -39,5 +45,4 @@ def adapter(feature, gradients, folder):
         resume_from=ResumeCheckpointConfig(resume_from=str(path)) if resumed else None,
     )
     trainer()
-    clipping = trainer.hooks.hooks["on_step"]._context_handlers[0].after_info.owner
-    return Trained(after, clipping.stats)
+    return Trained(after, clipping().stats)

@@ -1,5 +1,7 @@
 """Ways in through the trainer of transformers."""
 
+from functools import partial
+
 from tiny_model import TinyModel, batches, sgd, weights
 from trained import Trained
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -10,10 +12,14 @@ from gradclip.integrations.transformers import GradientClippingCallback
 
 
 class Note(TrainerCallback):
-    """Keeps the weights after each step, and the last log: as a logger, it comes first."""
+    """Keeps the weights after each step, and the last log: as a logger, it comes first.
 
-    def __init__(self):
-        self.after, self.logged = [], {}
+    Args:
+        assign: Assigns the next policy.
+    """
+
+    def __init__(self, assign):
+        self.after, self.logged, self._assign = [], {}, assign
 
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" in logs:
@@ -21,6 +27,7 @@ class Note(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **_):
         self.after.append(weights(model))
+        self._assign(self.after)
 
 
 class TinyModelOfTrainer(TinyModel):
@@ -50,8 +57,8 @@ def options(gradients, folder):
 
 def callback(feature, gradients, folder, trainer=Trainer):
     checkpoint, common = options(gradients, folder)
-    note = Note()
     model, clipping = TinyModelOfTrainer(), GradientClippingCallback(**feature.clip)
+    note = Note(partial(feature.assign, clipping))
     trainer(
         model,
         TrainingArguments(str(folder), **common),

@@ -1,6 +1,7 @@
 """The way in through TRL's trainers."""
 
 import warnings
+from functools import partial
 
 import torch
 from datasets import Dataset
@@ -50,8 +51,8 @@ def callback(feature, gradients, folder):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({"<eos>": 0}, unk_token="<eos>")), eos_token="<eos>"
     )
-    model, note = TinyLanguageModel(), Note()
-    clipping = GradientClippingCallback(**feature.clip)
+    model, clipping = TinyLanguageModel(), GradientClippingCallback(**feature.clip)
+    note = Note(partial(feature.assign, clipping))
     checkpoint, common = options(gradients, folder)
     with warnings.catch_warnings():
         # Of its own arguments: gradient_checkpointing has another name in transformers 5.24.

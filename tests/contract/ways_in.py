@@ -93,6 +93,15 @@ class Way:
 
 
 OWN = ["own policy", "own policy with a history", "own policy that skips", "history restored"]
+ADAPTIVE = ["`AGCClip`", "`QuantileClip`", "`ZScoreClip`", "`EMAClip`, `on_spike`"]
+BEYOND_NUMBERS = [
+    "name patterns",
+    "list by `param_group`",
+    "`GuardClip`",
+    "`skip_above`, `Schedule`",
+    *ADAPTIVE,
+    *OWN,
+]
 ONLY_NUMBERS = Refusal(
     ArgumentTypeError,
     "GC011",
@@ -109,6 +118,7 @@ ONE_NORM = Refusal(
     "GC101",
     "DeepSpeed clips inside its own step, by one fixed 2-norm of all gradients",
 )
+EACH_CALL = Absent("each call has its own limit")
 NO_MEMORY = Absent("a function remembers nothing: `GradientClipper` counts")
 NO_LOGGER = Absent("nothing logs in a loop of your own: `stats` and `last` have the numbers")
 NO_TRACKER = Absent("the trainer has no tracker: `RecordHook` writes the numbers to a file")
@@ -116,8 +126,13 @@ NOT_THEIRS = Absent("its loggers ask no hook: `arg.clip_result` and `stats` have
 NOT_SAVED = Fault(AssertionError, "RoboOrchardLab's checkpoints do not hold the history")
 
 _no_logger = {"log names": NO_LOGGER}
-_refused_by_function = ["name patterns", "`ValueClip`", "`ObserveClip`", *OWN]
-_refused_by_deepspeed = ["name patterns", "`NormClip`, p = inf", "`ValueClip`", *OWN]
+_refused_by_function = ["`ValueClip`", "`ObserveClip`", *BEYOND_NUMBERS]
+_refused_by_deepspeed = [
+    "`policy` assigned",
+    "`NormClip`, p = inf",
+    "`ValueClip`",
+    *BEYOND_NUMBERS,
+]
 
 WAYS = [
     Way(
@@ -125,6 +140,7 @@ WAYS = [
         ("ways_by_loop", "function"),
         cells={
             **dict.fromkeys(_refused_by_function, ONLY_NUMBERS),
+            "`policy` assigned": EACH_CALL,
             "NaN withheld": NO_STEP,
             "`stats`": NO_MEMORY,
             **_no_logger,

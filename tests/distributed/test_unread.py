@@ -8,12 +8,20 @@ import math
 import layouts
 import pytest
 import torch
+from given import fails, line, local, sharded
+from torch.distributed.tensor import Shard
 
 import oracle
-from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
+from gradclip import GradientClipper, NormClip, ObserveClip, Schedule, ValueClip
 from gradclip.clipping import flags
 from gradclip.clipping.kernels import device, foreach
-from gradclip.errors import OverlappingGradientsError, RankError, ReplicaError, TooManySkipsError
+from gradclip.errors import (
+    ArgumentValueError,
+    OverlappingGradientsError,
+    RankError,
+    ReplicaError,
+    TooManySkipsError,
+)
 from gradclip.record.ring import LAG
 from pairwise import chosen
 from processes import together
@@ -148,3 +156,49 @@ def late_skips(rank):
 
 def test_too_many_skips_are_raised_by_all_ranks_at_one_step():
     together(late_skips, 2)
+
+
+def assigned(rank):
+    """At once where numbers are read at once, and later where they are not."""
+    weights = [sharded(torch.full((8,), 2.0), line(), Shard(0)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [each]} for each in weights], lr=0.0)
+    clipper = GradientClipper(optimizer, [1.0, 2.0])
+
+    def limits():
+        for each in weights:
+            local(each).fill_(2.0)
+        groups = clipper.clip().to_host().groups
+        return [group.norm_post for group in groups.values()]
+
+    assert limits() == pytest.approx([1.0, 2.0])
+    clipper.policy = [0.5, 2.0]
+    assert limits() == pytest.approx([0.5, 2.0])
+    with pytest.raises(ArgumentValueError, match="other numbers of the other ranks"):
+        clipper.policy = [NormClip(max_norm=Schedule(points=((0, 1.0),))), 2.0]
+    if rank:
+        clipper.policy = [0.5, 0.25]
+    fails(limits, RankError, r"(?s)different ones.*rank 0 has .*=2\.0.*rank 1 has .*=0\.25")
+    assert all(local(each).eq(2.0).all() for each in weights)
+    clipper.policy = [0.5, 0.25]
+    assert limits() == pytest.approx([0.5, 0.25])
+
+    weights.append(sharded(torch.full((8,), 2.0), line(), Shard(0)))
+    optimizer.add_param_group({"params": weights[2:]})
+    if rank:
+        clipper.policy = [0.5, 0.25, 4.0]
+    error, said = (RankError, "rank 0") if rank else (ArgumentValueError, "a list of 2")
+    fails(limits, error, said)
+    clipper.policy = [0.5, 0.25, 4.0]
+    assert limits() == pytest.approx([0.5, 0.25, 4.0])
+
+    unread()
+    if rank:
+        clipper.policy = [0.5, 0.25, 8.0]
+    for _ in range(LAG):
+        assert limits() == [0.0, 0.0, 0.0]
+    with pytest.raises(RankError, match=f"did so {LAG} steps ago by different"):
+        limits()
+
+
+def test_a_policy_is_assigned_on_every_rank_or_on_none():
+    together(assigned, 2)

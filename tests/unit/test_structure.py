@@ -55,7 +55,6 @@ def test_the_engine_has_its_rooms_and_no_other_loose_file():
         "functional.py",
         "result.py",
         "saved.py",
-        "short.py",
         "state.py",
     }
 

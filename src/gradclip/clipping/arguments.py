@@ -1,9 +1,10 @@
 """The keywords that every way in takes, and their checks: the kind first, then the range."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from math import isfinite
+from math import inf, isfinite
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
@@ -17,6 +18,31 @@ if TYPE_CHECKING:
     from gradclip.clipping.ranks.dimension import GroupLike
 
 Nonfinite: TypeAlias = Literal["skip", "raise", "propagate"]
+
+
+class HasPolicy:
+    """What has a ``policy`` to assign: to assign any other argument would change nothing."""
+
+
+class _ReadOnce:
+    """Stands for an argument that was read once, and is no attribute: nobody would see it change.
+
+    Args:
+        name: What it is called.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, kind: type | None = None) -> object:
+        raise AttributeError(self._name)
+
+    def __set__(self, instance: object, value: object) -> None:
+        raise ArgumentValueError(
+            f"to assign {self._name} would change nothing: the limit of this "
+            f"{type(instance).__name__} is changed by policy, such as policy = 0.5, and its other "
+            "arguments only where it is made. Nothing was changed."
+        )
 
 
 class ClipOptions(TypedDict, total=False):
@@ -46,6 +72,10 @@ class ClipOptions(TypedDict, total=False):
     partitioned: "Mapping[str, GroupLike] | None"
     duplicated: "Mapping[str, GroupLike] | None"
     backend: str
+
+
+for _name in (*ClipOptions.__annotations__, "clip_value", "norm_type", "clip_mode"):
+    setattr(HasPolicy, _name, _ReadOnce(_name))
 
 
 @dataclass(frozen=True)
@@ -140,9 +170,13 @@ def check_grad_scale(scale: object) -> float | Tensor | None:
         scale = float(scale)
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise ArgumentTypeError(f"grad_scale={scale!r}: expected a positive number")
-    number = float(scale)
+    try:
+        number = float(scale)
+    except OverflowError:  # an integer beyond float64
+        number = inf
     if not (isfinite(number) and number > 0):
-        raise ArgumentValueError(f"grad_scale={scale!r}: expected a positive finite number")
+        shown = reprlib.repr(scale)
+        raise ArgumentValueError(f"grad_scale={shown}: expected a positive finite number")
     return number
 
 

@@ -6,16 +6,17 @@ from typing import Any, Self, TypeAlias, Unpack
 import torch
 from torch import Tensor, nn
 
-from gradclip.clipping.arguments import ClipOptions, read_options
+from gradclip.clipping.arguments import ClipOptions, HasPolicy, read_options
 from gradclip.clipping.collect.sources import ParameterSource, as_source
 from gradclip.clipping.engine import Engine
 from gradclip.clipping.kernels.device import untraced
-from gradclip.clipping.policies import PolicyLike, any_writes, as_policies
+from gradclip.clipping.policies import PoliciesLike, any_writes, as_policies
 from gradclip.clipping.ranks import telling_others
 from gradclip.clipping.result import ClipResult
 from gradclip.clipping.step.loop import warn_of_zero
 from gradclip.clipping.step.ownership import Guest, Role
 from gradclip.clipping.step.rows import StepLog
+from gradclip.errors import ArgumentTypeError
 from gradclip.record.stats import Stats
 
 ParametersLike: TypeAlias = (
@@ -26,10 +27,9 @@ ParametersLike: TypeAlias = (
     | Iterable[tuple[str, Tensor]]
     | ParameterSource
 )
-PoliciesLike: TypeAlias = PolicyLike | Mapping[str, PolicyLike | None]
 
 
-class GradientClipper:
+class GradientClipper(HasPolicy):
     """Bounds the gradients of a set of parameters: bound once, called at each step.
 
     Args:
@@ -37,7 +37,8 @@ class GradientClipper:
             or optimizer is asked again at each call, so parameters that were replaced or added
             are found.
         policy: A number (``max_norm``), a policy, or a mapping of name patterns (``fnmatch``, first
-            match wins) to those; None leaves the parameters of a pattern alone.
+            match wins) to those; of an optimizer also a list, one entry for each ``param_group``.
+            None as an entry leaves its parameters alone.
         options: The keywords of ``ClipOptions``: ``max_norm`` in place of a policy, ``nonfinite``,
             ``max_consecutive_skips``, ``partitioned``, ``duplicated``, ``backend``.
 
@@ -89,6 +90,32 @@ clipped=True, skipped=False, nonfinite=0)
         clipper = cls.__new__(cls)
         clipper._engine = _engine(params, policy, options, called, role)  # noqa: SLF001 - its own
         return clipper
+
+    @property
+    def policy(self) -> Any:
+        """What bounds the gradients. Another one may be assigned: ``clipper.policy = 0.5``.
+
+        It counts from the next step on, and is written to the record. The history goes on where
+        the policy is of the same kind, and begins anew otherwise. Where ranks hold parameters
+        together, all of them assign it, between the same two steps. It is not saved.
+
+        Raises:
+            ArgumentValueError: GC010, in an assignment, for a policy that the history or the ranks
+                do not fit: another ``scope``, ``norm_type``, ``window`` or ``warmup``, other
+                patterns, or a list of another length than there are ``param_groups``.
+            CaptureError: GC022, likewise, after ``clip`` was captured in a CUDA graph.
+            DoubleClippingError: GC101, likewise, for what was removed, under DeepSpeed, or where
+                something else clips, and only measuring was possible so far.
+        """
+        return self._engine.policy
+
+    @policy.setter
+    def policy(self, policy: PoliciesLike) -> None:
+        self._engine.assign(policy)
+
+    def admit(self, policy: PoliciesLike) -> None:
+        """Raise what an assignment to ``policy`` would raise; nothing is changed."""
+        self._engine.admit(policy)
 
     @property
     def step(self) -> int:
@@ -151,7 +178,7 @@ clipped=True, skipped=False, nonfinite=0)
             DoubleClippingError: GC101, for the clipper of an attachment, a callback or a hook, if
                 another clipper came first.
             NonFiniteGradientError: GC201, with ``nonfinite="raise"``.
-            RankError: GC210, if another rank could not clip.
+            RankError: GC210, if another rank could not clip, or was assigned another policy.
             ReplicaError: GC211, if gradients that ranks should hold alike differ.
             CollectiveError: GC212, if another rank is gone.
             TooManySkipsError: GC202, after ``max_consecutive_skips``; on an accelerator four steps
@@ -202,7 +229,12 @@ def _engine(
 ) -> Engine:
     with telling_others():
         given, checked = read_options(called, policy, options)
-        policies, by_pattern = as_policies(given)
+        policies, division = as_policies(given)
         warn_of_zero(called, policies)
         source = as_source(params)
-        return Engine(source, policies, checked, role, by_pattern=by_pattern, called=called)
+        if division == "by group" and source.group_sizes() is None:
+            raise ArgumentTypeError(
+                f"policy={given!r} is a list, with an entry for each param_group, and {called} was "
+                "given no optimizer. Give the optimizer, or limits by name: a mapping of patterns."
+            )
+        return Engine(source, policies, checked, role, division=division, called=called)

@@ -23,9 +23,14 @@ from gradclip.clipping.kernels.device import is_capturing, result_device_of
 from gradclip.clipping.measure.binding import Binding
 from gradclip.clipping.measure.exchange import exchange_maxima, exchange_sums
 from gradclip.clipping.measure.group import Found, Group, read, read_again
-from gradclip.clipping.measure.pattern import Pattern
 from gradclip.clipping.measure.step import Measured, Step, is_small
-from gradclip.clipping.policies import Decision, Policy
+from gradclip.clipping.policies import (
+    Decision,
+    Division,
+    Policy,
+    as_given,
+    as_policies,
+)
 from gradclip.clipping.policies.checks import check_decision, decide_by_shared
 from gradclip.clipping.ranks import telling_others
 from gradclip.clipping.ranks.peers import Peers
@@ -41,8 +46,6 @@ if TYPE_CHECKING:
     from gradclip.clipping.ranks import Meet
 
 _CPU = torch.device("cpu")
-_COARSE = 2.0**-80
-"""A coefficient below this may not have a loss scale in float32."""
 
 
 class Engine:
@@ -53,7 +56,7 @@ class Engine:
         policies: What bounds them, by name pattern; None leaves a pattern alone.
         options: The checked keywords.
         role: Whether this is a guest or an owner, for others that clip the same gradients.
-        by_pattern: Whether patterns were given; otherwise there is one result for all.
+        division: What has a policy of its own; where that is all parameters there is one result.
         once: Whether this engine serves one call, so that nothing changes before it.
         known: Recognises gradients, for all engines that share it; None for one per pattern.
         meet: Finds the ranks of parameters; None to agree with them anew.
@@ -67,45 +70,66 @@ class Engine:
         options: Options,
         role: Role,
         *,
-        by_pattern: bool = False,
+        division: Division = "whole",
         once: bool = False,
         known: SpecsCache | None = None,
         meet: "Meet | None" = None,
         called: str | None = None,
     ) -> None:
         self.source, self.policies = source, policies
-        self._role, self._by_pattern = role, by_pattern
+        self._role, self._division, self._by_pattern = role, division, division != "whole"
         self._backends = choose(options.backend)
         self._binding = Binding(
-            source, policies, options, by_pattern=by_pattern, known=known, meet=meet
+            source, policies, options, division=division, known=known, meet=meet
         )
         self._check_disjoint = DisjointCheck()
         self._skips, raises = (options.nonfinite == each for each in ("skip", "raise"))
         self._clamping = Clamping(
-            self._backends, skips=self._skips, raises=raises, together=by_pattern
+            self._backends, skips=self._skips, raises=raises, together=self._by_pattern
         )
         owned = isinstance(role, Owner)
-        self._judge = Judge(options, self._binding.total_order, called=called, owned=owned)
+        self._judge = Judge(options, self._binding, called=called, owned=owned)
         self.step_log = StepLog(called or "gradclip", owned=owned)
         self._histories = Histories()
         self._short = None
         if not once:
-            self._short = ShortWays(
-                self._binding,
-                policies,
-                options,
-                self._backends,
-                role,
-                self._judge,
-                by_pattern=by_pattern,
-            )
+            parts = self._binding, policies, options, self._backends, role, self._judge
+            self._short = ShortWays(*parts, by_pattern=self._by_pattern)
         self._settled, self._warned = once, False
         self._asked: set[str] = set()
+        self._assigned: str | None = None
         self.step = 0
         """How many calls there were."""
         self.last: ClipResult | None = None
         """The result of the last call."""
         self._binding.find(anew=True)
+
+    @property
+    def policy(self) -> object:
+        """What bounds gradients, in the form in which it is given."""
+        return as_given(self.policies, self._division)
+
+    def admit(self, value: object) -> dict[str, Policy | None]:
+        """Return policies that may be assigned; refuse others, before anything is changed."""
+        policies, division = as_policies(value)
+        self.step_log.require_uncaptured(value)
+        self._binding.check_change(policies, division)
+        self._role.admit(value)
+        return policies
+
+    def assign(self, value: object) -> None:
+        """Clip by another policy from the next step on; see ``GradientClipper.policy``."""
+        policies = self.admit(value)
+        self._histories.follow(self.policies, policies)
+        asked = self._binding.asks
+        self._binding.change(policies)
+        if self._binding.asks and not asked:  # so nothing has counted the steps that were made
+            self._histories.count_from(self.step - self.step_log.stats.skipped)
+        self.policies = policies
+        self._asked.clear()
+        if self._short is not None:
+            self._short.assign(policies)
+        self._assigned = repr(self.policy)
 
     def clip(
         self,
@@ -123,6 +147,8 @@ class Engine:
         if last is None:
             with torch.no_grad():
                 last = self._clip(grad_scale, expected=overflow_expected, defer=defer_scaling)
+        if self._assigned is not None:
+            vars(last)["new_policy"], self._assigned = self._assigned, None
         self.step += 1
         self.last = last
         self.step_log.push(last, self.step - 1, overflow_expected, grad_scale is not None)
@@ -359,17 +385,8 @@ class Engine:
 
     def _commit(self, step: Step, decided: Decided) -> None:
         """Write what policies remember, where the step is made."""
-        made = decided.made
-        new = {
-            # The history of what only measures sees no NaN either.
-            group.of.name: (decision.state, made if group.of.writes else all_of([made, fine]))
-            for group, decision, fine in zip(
-                step.groups, decided.decisions, decided.bounded, strict=True
-            )
-            if group.of.limit is None
-        }
         asked = all_of([decided.committed, decided.unwanted])
-        self._histories.commit(new, made, asked)
+        self._histories.commit(decided.histories(step.groups), decided.made, asked)
 
     # apply
 
@@ -387,7 +404,7 @@ class Engine:
         group, decision = step.groups[number], decided.decisions[number]
         pattern, committed, unwanted = group.of, decided.committed, decided.unwanted
         dtype, guard = self._binding.peers.precision(group.gradients)
-        zeroes = self._skips or (not self._by_pattern and _is_zero(pattern, decision))
+        zeroes = self._skips or (not self._by_pattern and pattern.zeroes(decision))
         coefficients = Coefficients(
             self._backends,
             norms_S,
@@ -406,7 +423,9 @@ class Engine:
                 group, found, norms_S, step.scale, bounded=committed, unwanted=unwanted
             )
             clamped, left_S, writes = finish.changed, finish.left_S, finish.writes
-        deferred = defer and self._can_defer(pattern, coefficients, dtype)
+        whole = pattern.policy.scope == "group" and pattern.element_limit is None
+        able = whole and dtype is torch.float32 and coefficients.may_be_deferred
+        deferred = defer and able and not self._by_pattern
         if pattern.writes and not deferred:
             writes += scaling(self._backends, group.gradients, coefficients, group.rows)
             left_S = coefficients.left_S if left_S is None else left_S
@@ -430,29 +449,17 @@ class Engine:
         )
         return result, writes
 
-    def _can_defer(self, pattern: Pattern, coefficients: Coefficients, dtype: torch.dtype) -> bool:
-        """Return whether an optimizer's scale, in float32, can have the one coefficient in it."""
-        whole = pattern.policy.scope == "group" and pattern.element_limit is None
-        if self._by_pattern or not whole:
-            return False
-        number = coefficients.number
-        return dtype is torch.float32 and (number is None or not 0 < number < _COARSE)
-
     def _summed_up(
         self, step: Step, found: list[Found], norms: list[Tensor], results: list[ClipResult]
     ) -> ClipResult:
         """Return one result over those of all patterns."""
         if not self._by_pattern:
             return results[0]
-        totals = [
-            norms_S if each.total is each.norm else step.unscaled(each.total)
-            for each, norms_S in zip(found, norms, strict=True)
-        ]
         on_ranks = [each.nonfinite for each in found if each.nonfinite is not None]
         names = [group.of.name for group in step.groups]
         return over_all(
             dict(zip(names, results, strict=True)),
-            totals,
+            step.totals(found, norms),
             self._binding.total_order,
             torch.stack(on_ranks).sum() if on_ranks else None,
         )
@@ -485,9 +492,3 @@ class Engine:
         self._binding.peers.forget()
         self.step, self._judge.skips.in_a_row = saved.step, saved.consecutive_skips
         self._histories.load(saved.committed_steps, saved.policy_skips, saved.histories)
-
-
-def _is_zero(pattern: Pattern, decision: Decision) -> bool:
-    """Return whether gradients are set to zero in any case, whatever they are."""
-    limit = decision.targets if pattern.element_limit is None else pattern.element_limit
-    return not isinstance(limit, Tensor) and limit == 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
+from math import nan
 from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -9,8 +10,6 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping.apply.coefficients import Coefficients
-from gradclip.clipping.apply.fused import Fused
-from gradclip.clipping.apply.lean import FEW, Lean
 from gradclip.clipping.apply.scaling import scaling
 from gradclip.clipping.arguments import Nonfinite, Options
 from gradclip.clipping.collect.gradients import collect, warn_of_none
@@ -30,7 +29,10 @@ from gradclip.clipping.kernels.device import result_device_of, untraced
 from gradclip.clipping.measure.norm import reduced as reduced_norms
 from gradclip.clipping.policies import Decision, NormClip, ObserveClip, Policy, ValueClip
 from gradclip.clipping.ranks import may_be_shared
-from gradclip.clipping.result import ClipResult, FusedResult
+from gradclip.clipping.result import ClipResult
+from gradclip.clipping.short.fused import Fused
+from gradclip.clipping.short.lean import FEW, Lean
+from gradclip.clipping.short.results import FusedResult
 from gradclip.clipping.step.ownership import Guest
 from gradclip.config import as_ceiling, as_norm_order
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
@@ -91,7 +93,10 @@ class _Short(NamedTuple):
         return cls(policy, Lean.of(policy) if backends.are_portable else None, fused)
 
     def clip(self, source: ParameterSource, *, raises: bool) -> Tensor | None:
-        """Clip where nothing is unusual, and return the norm; None elsewhere: nothing was done."""
+        """Clip where nothing is unusual, and return the norm; None elsewhere: nothing was done.
+
+        The norm is not found where elements are clamped on the lean way: it is NaN then.
+        """
         parameters = source.tensors()
         has_twins = len(set(map(id, parameters))) < len(parameters)
         if has_twins or may_be_shared(parameters):
@@ -101,6 +106,10 @@ class _Short(NamedTuple):
         if lean is None and fused is None:
             return None  # to read thousands of gradients twice takes long
         found = source.gradients(parameters)
+        if lean is not None and self.policy.element_limit is not None:
+            if lean.clamp(found, _KNOWN, _GUEST):
+                return torch.scalar_tensor(nan, device="cpu")
+            lean = None
         small = None if lean is None else lean.read(found, _KNOWN)
         if small is not None:
             small.write(_GUEST)

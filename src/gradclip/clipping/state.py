@@ -18,6 +18,7 @@ from gradclip.clipping import flags
 from gradclip.clipping.flags import Flag, negated
 from gradclip.clipping.measure.scopes import ScopeNames
 from gradclip.clipping.policies import Policy, PolicyState, Scopes
+from gradclip.clipping.policies.changes import is_same_kind
 from gradclip.clipping.saved import SavedHistory, damaged
 from gradclip.errors import ArgumentValueError, warn
 
@@ -68,6 +69,17 @@ class Histories:
             _restore(pattern, replace(known, named=True), replace(made, named=True))
         self._kept[pattern], self._of[pattern] = made, scopes
         self._copies = {}
+
+    def follow(self, old: Mapping[str, Policy | None], new: Mapping[str, Policy | None]) -> None:
+        """Forget the histories of policies in whose place others come, of another kind."""
+        for pattern, policy in old.items():
+            if not is_same_kind(policy, new.get(pattern)):
+                for known in (self._kept, self._of, self._loaded):
+                    known.pop(pattern, None)
+
+    def count_from(self, made: int) -> None:
+        """Go on with so many steps made, where no policy was asked at the last ones."""
+        self._loaded_counts, self._counts = (made, 0), None
 
     def of(self, pattern: str) -> PolicyState:
         """Return a copy of the history of a pattern, which was prepared.

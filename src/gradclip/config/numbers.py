@@ -79,6 +79,7 @@ def _number(value: Any, name: str) -> float:
         raise ArgumentTypeError(
             f"{name} is {seen}, of type {type(value).__name__}: expected a number"
             + (', or "inf"' if isinstance(value, str) else "")
+            + (_LIST if isinstance(value, list | tuple) else "")
         )
     try:
         return float(value)
@@ -86,6 +87,12 @@ def _number(value: Any, name: str) -> float:
         raise ArgumentValueError(
             f"{name} is too large for a float; inf is a value of its own"
         ) from None
+
+
+_LIST = (
+    ". A list of limits, one for each param_group, goes to what knows the optimizer, such as "
+    "gradclip.attach(optimizer, [0.5, 1.0])"
+)
 
 
 def _in_config(check: Callable[[object, str], float]) -> Callable[[object, ValidationInfo], float]:

@@ -65,7 +65,9 @@ class StepRecord(GroupRecord):
         loss: The loss of the step.
         lr: The learning rate of the step.
         elapsed_ms: Time since the previous step ended, or since the run began.
-        groups: The same numbers for each name pattern, where limits were given by pattern.
+        groups: The same numbers for each name pattern or ``param_group``, where limits were given
+            by these.
+        new_policy: The policy in words, at the first step after another one was assigned.
     """
 
     step: int
@@ -73,6 +75,7 @@ class StepRecord(GroupRecord):
     lr: float | None = None
     elapsed_ms: float | None = None
     groups: Mapping[str, GroupRecord] = field(default_factory=dict, hash=False)
+    new_policy: str | None = None
 
     @classmethod
     def from_stats(
@@ -101,6 +104,7 @@ class StepRecord(GroupRecord):
             lr=lr,
             elapsed_ms=elapsed_ms,
             groups={name: GroupRecord(**_measured(each)) for name, each in stats.groups.items()},
+            new_policy=stats.new_policy,
             **_measured(stats),
         )
 
@@ -244,9 +248,9 @@ def _read(kind: type[_Record], entry: Mapping[str, Any]) -> _Record:
 
 
 def _value(of: Field[Any], value: Any) -> Any:
-    if of.type is bool:
-        expected = "true or false"
-        if isinstance(value, bool):
+    if of.type is bool or of.name == "new_policy":
+        kind, expected = (bool, "true or false") if of.type is bool else (str, "a text")
+        if isinstance(value, kind):
             return value
     elif of.type is int:
         expected = "a whole number of 0 or more"
@@ -267,8 +271,9 @@ def _value(of: Field[Any], value: Any) -> Any:
 
 def _step_line(record: StepRecord) -> str:
     entry = {"step": record.step, "loss": record.loss, **asdict(record)}
-    if not record.groups:
-        del entry["groups"]
+    for name in ("groups", "new_policy"):  # of most runs, and of most steps
+        if not entry[name]:
+            del entry[name]
     return _line(entry)
 
 

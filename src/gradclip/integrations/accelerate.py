@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Unpack
 
 from gradclip.clipping import ClipResult, GradientClipper
-from gradclip.clipping.arguments import ClipOptions
+from gradclip.clipping.arguments import ClipOptions, HasPolicy
 from gradclip.clipping.collect.sources import OptimizerParameters
 from gradclip.clipping.step.ownership import owner_of
 from gradclip.clipping.step.wrappers import unwrapped
 from gradclip.errors import ArgumentTypeError
 from gradclip.integrations.deepspeed import EngineWatch, engine_of
+from gradclip.integrations.deepspeed.limits import refuse_change
 from gradclip.integrations.owned_step import OwnedStep, Verdict
 
 if TYPE_CHECKING:
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-    from gradclip.clipping.clipper import PoliciesLike
+    from gradclip.clipping.policies import PoliciesLike
     from gradclip.record.stats import Stats
 
 __all__ = ["AcceleratorClipper"]
 
 
-class AcceleratorClipper:
+class AcceleratorClipper(HasPolicy):
     """Clips between ``accelerator.backward`` and ``optimizer.step``, in place of Accelerate's call.
 
     .. code-block:: python
@@ -99,7 +100,10 @@ class AcceleratorClipper:
             other.remove()  # a cell of a notebook ran again: the new one takes its place
         source = OptimizerParameters(unwrapped(optimizer), module=model)
         label = type(self).__name__
-        self._step = OwnedStep(optimizer, source, policy, options, owner=self, label=label)
+        admits = None if engine is None else refuse_change
+        self._step = OwnedStep(
+            optimizer, source, policy, options, owner=self, label=label, admits=admits
+        )
         self._verdict = Verdict(self._step, lasts=True)
         if engine is None:
             self._step.hold(self._verdict)
@@ -108,6 +112,15 @@ class AcceleratorClipper:
     def clipper(self) -> "GradientClipper":
         """What clips; its ``state_dict`` is the history."""
         return self._step.clipper
+
+    @property
+    def policy(self) -> Any:
+        """What bounds the gradients; to be assigned, as ``GradientClipper.policy``."""
+        return self.clipper.policy
+
+    @policy.setter
+    def policy(self, policy: "PoliciesLike") -> None:
+        self.clipper.policy = policy
 
     @property
     def last(self) -> ClipResult | None:

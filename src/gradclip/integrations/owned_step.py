@@ -1,5 +1,6 @@
 """One optimizer step that is clipped: unscale, clip, withhold, settle; once, for every way in."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import chain, islice
 from typing import Any
@@ -13,7 +14,7 @@ from gradclip.clipping.arguments import ClipOptions, read_options
 from gradclip.clipping.collect.sources import ParameterSource
 from gradclip.clipping.flags import Flag, negated
 from gradclip.clipping.kernels import choose
-from gradclip.clipping.policies import as_policies
+from gradclip.clipping.policies import any_writes, as_policies
 from gradclip.clipping.step.held import Gate, held
 from gradclip.clipping.step.ownership import Owner, check_unclaimed, claim, release
 from gradclip.clipping.step.wrappers import check_steps_once, unwrapped
@@ -49,6 +50,7 @@ class OwnedStep:
         label: What an error calls it.
         claims: Whether the owner keeps the optimizer until ``release``. One that shares it over
             time, as the hooks of two trainers do, only looks for the claims of others.
+        admits: Refuses a policy that is assigned during the run, where a framework cannot have it.
 
     Raises:
         ArgumentTypeError: GC011, its step computes gradients itself, or comes in two halves.
@@ -66,10 +68,12 @@ class OwnedStep:
         owner: object,
         label: str,
         claims: bool = True,
+        admits: Callable[[object], None] | None = None,
     ) -> None:
         check_steps_once(unwrapped(optimizer), label)
         self.optimizer = optimizer
-        self._role = Owner(label)
+        self._role = Owner(label, self._admit)
+        self._admits = admits
         self.clipper = GradientClipper.with_role(self._role, source, policy, options, called=label)
         self.skipped: Flag = False
         """Whether the step after the last ``clip`` should not be made."""
@@ -90,6 +94,7 @@ class OwnedStep:
             "_taken": None,
             "_clipped": [],
             "_released": True,
+            "_admits": None,
         }
         return {**vars(self), **gone}
 
@@ -165,12 +170,28 @@ class OwnedStep:
         if taken is not None:
             taken.close()
 
+    def _admit(self, policy: object) -> None:
+        """Refuse a policy where it cannot be followed; one that writes claims the optimizer.
+
+        Raises:
+            DoubleClippingError: GC101.
+        """
+        if self._released:
+            raise self._gone()
+        if self._admits is not None:
+            self._admits(policy)
+        if self._claims and any_writes(as_policies(policy)[0]):
+            claim(self.optimizer, self._owner, self.label)
+
+    def _gone(self) -> DoubleClippingError:
+        return DoubleClippingError(
+            f"this {self.label} was removed, or another one took its place, so it clips "
+            "nothing any more: make a new one. No gradient was changed."
+        )
+
     def _begin(self) -> None:
         if self._released:
-            raise DoubleClippingError(
-                f"this {self.label} was removed, or another one took its place, so it clips "
-                "nothing any more: make a new one. No gradient was changed."
-            )
+            raise self._gone()
         if self._taken is not None:  # the last step may have raised
             self._give_back()
         if not self._claims and self.clipper.writes:

@@ -9,10 +9,12 @@ import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, make_dataclass
 from functools import cache
+from operator import attrgetter
 from typing import Any, TypeAlias
 from weakref import ref
 
 from gradclip.clipping import ClipResult, withhold
+from gradclip.clipping.arguments import HasPolicy
 from gradclip.clipping.step.held import lend
 from gradclip.config import ClassType
 from gradclip.errors import ArgumentValueError, DoubleClippingError, MissingDependencyError
@@ -39,7 +41,20 @@ class PipelineHookArgs(theirs.PipelineHookArgs):  # type: ignore[misc]
     """None before clipping, and where nothing was clipped."""
 
 
-class GradientClippingHook(theirs.PipelineHooks):  # type: ignore[misc]
+def _of_clipping(name: str) -> property:
+    """Return an attribute that is that of gradclip's own hook, also where it is assigned."""
+
+    def assign(hook: "GradientClippingHook", value: object) -> None:
+        setattr(hook._clipping, name, value)  # noqa: SLF001 - its own
+
+    return property(
+        attrgetter(f"_clipping.{name}"),
+        assign,
+        doc=getattr(grad_clip.GradientClippingHook, name).__doc__,
+    )
+
+
+class GradientClippingHook(HasPolicy, theirs.PipelineHooks):  # type: ignore[misc]
     """Clips the gradients of the optimizer's parameters before their ``OptimizerHook`` steps.
 
     What it clips, and when, is as in ``gradclip.pipeline.hooks.GradientClippingHook``. The result
@@ -58,10 +73,6 @@ class GradientClippingHook(theirs.PipelineHooks):  # type: ignore[misc]
 
     def __init__(self, cfg: "GradientClippingHookConfig") -> None:
         super().__init__()
-        self.clip_mode = cfg.clip_mode
-        self.clip_value = cfg.clip_value
-        self.max_norm = cfg.max_norm
-        self.norm_type = cfg.norm_type
         self._clipping = grad_clip.GradientClippingHook(cfg)
         self._arg = mixin.PipelineHookArgs()
         self._step: Any = None
@@ -74,6 +85,10 @@ class GradientClippingHook(theirs.PipelineHooks):  # type: ignore[misc]
                 "clip gradients", before=self._before_step, after=self._after_step
             ),
         )
+
+    policy = _of_clipping("policy")
+    clip_mode, clip_value = _of_clipping("clip_mode"), _of_clipping("clip_value")
+    max_norm, norm_type = _of_clipping("max_norm"), _of_clipping("norm_type")
 
     @property
     def stats(self) -> Stats:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradclip.clipping import ClipResult, GradientClipper, flags
-from gradclip.clipping.arguments import ClipOptions
+from gradclip.clipping.arguments import ClipOptions, HasPolicy
 from gradclip.clipping.collect.sources import OptimizerParameters
 from gradclip.clipping.flags import Flag
 from gradclip.clipping.kernels.device import copy_to_host
@@ -21,7 +21,7 @@ from gradclip.record.ring import Ring
 from gradclip.record.stats import Stats
 
 if TYPE_CHECKING:
-    from gradclip.clipping.clipper import PoliciesLike
+    from gradclip.clipping.policies import PoliciesLike
 
 __all__ = ["Attachment", "attach", "attached"]
 
@@ -51,7 +51,8 @@ def attach(
     Args:
         optimizer: A torch optimizer, or a wrapper of one.
         policy: As ``GradientClipper`` takes it. Patterns need names: make the optimizer of
-            ``model.named_parameters()``.
+            ``model.named_parameters()``. A list has one entry for each ``param_group``, and needs
+            no names; a group that is added later needs one too.
         options: The keywords of ``GradientClipper``. Overflows of an active ``GradScaler`` do not
             count towards ``max_consecutive_skips`` until its scale is down to 1.
 
@@ -97,7 +98,7 @@ def attached(optimizer: torch.optim.Optimizer) -> "tuple[Attachment, ...]":
     return tuple(each for each in gates_of(optimizer) if isinstance(each, Attachment))
 
 
-class Attachment:
+class Attachment(HasPolicy):
     """A clipper that is called before each step of an optimizer; made by ``attach``.
 
     Attributes:
@@ -128,6 +129,15 @@ class Attachment:
     def clipper(self) -> GradientClipper:
         """What clips; its ``state_dict`` is the history to save."""
         return self._step.clipper
+
+    @property
+    def policy(self) -> Any:
+        """What bounds the gradients; to be assigned, as ``GradientClipper.policy``."""
+        return self.clipper.policy
+
+    @policy.setter
+    def policy(self, policy: "PoliciesLike") -> None:
+        self.clipper.policy = policy
 
     @property
     def stats(self) -> Stats:

@@ -105,6 +105,13 @@ def test_mistakes_are_told_before_there_is_anything_to_clip(
         WAYS[way](*arguments, **keywords)
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), 10**400])
+def test_a_scale_is_a_positive_number(scale):
+    clipper = gradclip.GradientClipper(nn.Linear(2, 1), 1.0)
+    with pytest.raises(ArgumentValueError, match=r"grad_scale=.*expected a positive finite number"):
+        clipper.clip(grad_scale=scale)
+
+
 def test_deepspeed_takes_a_max_norm_too():
     config = {"zero_optimization": {"stage": 1}}
     lower(config, max_norm=0.5)

@@ -19,11 +19,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import gradclip
 from gradclip import GradientClipper, GuardClip, NormClip, ObserveClip, ValueClip
-from gradclip.clipping import engine, flags, kernels, short
-from gradclip.clipping.apply import fused
+from gradclip.clipping import engine, flags, kernels
 from gradclip.clipping.kernels import device, tables, triton_launch
 from gradclip.clipping.kernels import fused as reports
-from gradclip.clipping.result import FusedResult
+from gradclip.clipping.short import fused, ways
+from gradclip.clipping.short.results import FusedResult
 from gradclip.clipping.step import rows
 from gradclip.errors import (
     ArgumentValueError,
@@ -74,7 +74,7 @@ def operations(log, call):
 
 
 def capture(monkeypatch):
-    for module in (device, engine, rows, short, tables, triton_fused):
+    for module in (device, engine, rows, tables, triton_fused, ways):
         monkeypatch.setattr(module, "is_capturing", lambda device: True)
 
 

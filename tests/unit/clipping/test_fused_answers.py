@@ -7,7 +7,7 @@ import torch
 from fused_models import made, regain
 
 from gradclip import GradientClipper, GuardClip, NormClip, ObserveClip, ValueClip
-from gradclip.clipping.result import FusedResult
+from gradclip.clipping.short.results import FusedResult
 from gradclip.errors import NonFiniteGradientError, TooManySkipsError
 from pairwise import pairwise
 

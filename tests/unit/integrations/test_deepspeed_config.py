@@ -57,6 +57,15 @@ def test_another_limit_is_refused(rival):
     assert text.endswith("No parameters were changed.")
 
 
+def test_a_limit_that_was_lowered_stays():
+    hook = GradientClippingHookConfig(clip_mode="norm", max_norm=0.5)()
+    hook.lower_into(config())
+    for name, value in (("max_norm", 0.25), ("policy", 0.25)):
+        with pytest.raises(DoubleClippingError, match=r"0\.25.*assigned.*\n.*once"):
+            setattr(hook, name, value)
+    assert hook.max_norm == 0.5
+
+
 def test_a_limit_beside_observing_is_refused():
     with pytest.raises(DoubleClippingError, match=r"lower\(accelerator, gradclip\.ObserveClip"):
         lower(config(gradient_clipping=1.0), ObserveClip())

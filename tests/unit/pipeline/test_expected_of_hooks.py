@@ -7,6 +7,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from gradclip import EMAClip, NormClip
+from gradclip.errors import ArgumentValueError
 from gradclip.pipeline import SimpleBatchProcessor, SimpleTrainer
 from gradclip.pipeline.hooks import (
     GradientClippingHookConfig,
@@ -233,8 +235,45 @@ def test_a_subclass_decides_when_to_evaluate():
     assert seen == [model, model]
 
 
-def test_a_limit_that_is_set_on_the_clipping_hook_is_refused():
+def _clipped(hook, arg):
+    with hook.begin("on_step", arg):
+        arg.optimizer.param_groups[0]["params"][0].grad = torch.tensor([3.0, 4.0])
+    return arg.clip_result.to_host()
+
+
+def test_a_limit_may_be_set_on_the_clipping_hook():
+    hook = GradientClippingHookConfig(clip_mode="norm", max_norm=1.0, clip_value=3.5)()
+    assert (hook.clip_mode, hook.max_norm, hook.norm_type, hook.clip_value) == ("norm", 1, 2, 3.5)
+    hook.norm_type = 1.0  # before the first step
+    arg = PipelineHookArgs(optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))]))
+    assert _clipped(hook, arg).norm_pre == 7.0
+    hook.max_norm = 2.0
+    stats = _clipped(hook, arg)
+    assert (hook.max_norm, stats.threshold, "max_norm=2.0" in stats.new_policy) == (2.0, 2.0, True)
+    hook.policy = NormClip(max_norm=0.5, norm_type=1.0)
+    assert (hook.max_norm, _clipped(hook, arg).threshold) == (0.5, 0.5)
+    hook.policy = NormClip(max_norm=0.5, norm_type=1.0, skip_above=6.0)
+    assert (hook.max_norm, _clipped(hook, arg).skip_reason) == (None, "policy")
+    with pytest.raises(ArgumentValueError, match="assign max_norm would change nothing"):
+        hook.max_norm = 3.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("norm_type", 1.0, "norm_type of '\\*' is 2.0"),
+        ("clip_value", 3.0, "assign clip_value would change nothing"),
+        ("clip_mode", "value", "clip_value must be specified"),
+        ("max_norm", -1.0, "max_norm"),
+        ("policy", EMAClip(), "scope"),
+        ("nonfinite", "raise", "assign nonfinite would change nothing"),
+    ],
+)
+def test_what_would_change_nothing_or_cannot_be_is_refused_by_the_clipping_hook(name, value, said):
     hook = GradientClippingHookConfig(clip_mode="norm", max_norm=1.0)()
+    arg = PipelineHookArgs(optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))]))
+    _clipped(hook, arg)
+    with pytest.raises(ValueError, match=said):
+        setattr(hook, name, value)
     assert (hook.clip_mode, hook.max_norm, hook.norm_type, hook.clip_value) == ("norm", 1, 2, None)
-    with pytest.raises(AttributeError, match="max_norm"):
-        hook.max_norm = 2.0
+    assert _clipped(hook, arg).threshold == 1.0

@@ -26,6 +26,9 @@ from gradclip.clipping.policies import Decision
 _STEP = -1000
 """Smaller powers of two are applied in steps: a number below 2^-1022 has not all its digits."""
 
+_COARSE = 2.0**-80
+"""A coefficient below this may not have a loss scale in float32."""
+
 _SMALLEST = 2.0**-1074
 """Reported of a smaller coefficient: 0 would say that gradients were set to zero."""
 
@@ -114,6 +117,11 @@ class Coefficients:
         if not isinstance(self.decision.thresholds, Tensor) and self.decision.thresholds == inf:
             return 1.0
         return None
+
+    @property
+    def may_be_deferred(self) -> bool:
+        """Whether a loss scale in float32 can have the one coefficient in it."""
+        return self.number is None or not 0 < self.number < _COARSE
 
     @property
     def _waits(self) -> bool:

@@ -20,11 +20,12 @@ class ParameterGroup:
     """The parameters that one policy bounds together.
 
     Args:
-        pattern: What their names match.
+        pattern: What their names match, or which ``param_group`` they are: "group 0".
         parameters: Each once.
         numbers: Which of the source's they are.
         source: Where they were found.
         declared: What their units are, as far as a policy says it.
+        may_be_empty: Whether it is no mistake that there are none.
     """
 
     pattern: str
@@ -32,6 +33,7 @@ class ParameterGroup:
     numbers: list[int]
     source: ParameterSource
     declared: DeclaredUnits = field(default_factory=dict)
+    may_be_empty: bool = False
 
     def __post_init__(self) -> None:
         distributed = any(hasattr(parameter, "_spec") for parameter in self.parameters)
@@ -104,6 +106,7 @@ class Parameters:
         patterns: Name patterns (``fnmatch``), the first match wins; None for one group of all.
         units: The units that the policy of a pattern declares, if it does; without patterns
             that of "*".
+        by_group: Whether the patterns are names of the ``param_groups``, in their order.
     """
 
     def __init__(
@@ -111,10 +114,14 @@ class Parameters:
         source: ParameterSource,
         patterns: Sequence[str] | None,
         units: Mapping[str, DeclaredUnits] | None = None,
+        *,
+        by_group: bool = False,
     ) -> None:
         self._source = source
         self._patterns = patterns
         self._units = units or {}
+        self._by_group = by_group
+        self._sizes: list[int] | None = None
         self._seen: list[Tensor] = []
         self._groups: dict[str, ParameterGroup] = {}
         self.groups()
@@ -124,24 +131,29 @@ class Parameters:
 
         Raises:
             ArgumentValueError: GC010, for a parameter without a name, or one that no pattern
-                matches.
+                matches, or another number of ``param_groups`` than there are policies.
         """
         current = self._source.tensors()
+        sizes = self._source.group_sizes() if self._by_group else None
         unchanged = current is self._seen or (
             len(current) == len(self._seen) and all(map(is_, current, self._seen))
         )
-        if not unchanged or not self._groups:
-            self._groups = self._sort(current)
-            self._seen = current
+        if not unchanged or sizes != self._sizes or not self._groups:
+            self._groups = self._sort(current, sizes)
+            self._seen, self._sizes = current, sizes
         return self._groups
 
-    def _sort(self, parameters: list[Tensor]) -> dict[str, ParameterGroup]:
+    def _sort(self, parameters: list[Tensor], sizes: list[int] | None) -> dict[str, ParameterGroup]:
         backwards = range(len(parameters) - 1, -1, -1)
         first = dict(zip(map(id, reversed(parameters)), backwards, strict=True))
         numbers = sorted(first.values())
         chosen: dict[str, list[int]] = {pattern: [] for pattern in self._patterns or ("*",)}
         if self._patterns is None:
             chosen["*"] = numbers
+        elif self._by_group:
+            of_each = self._group_of_each(sizes)
+            for number in numbers:
+                chosen[of_each[number]].append(number)
         else:
             names = self._source.names()
             for number in numbers:
@@ -154,9 +166,23 @@ class Parameters:
                 some,
                 self._source,
                 self._units.get(pattern, {}),
+                may_be_empty=self._by_group,
             )
             for pattern, some in chosen.items()
         }
+
+    def _group_of_each(self, sizes: list[int] | None) -> list[str]:
+        patterns = self._patterns or ()
+        assert sizes is not None  # a list for anything but an optimizer was refused
+        if len(sizes) != len(patterns):
+            raise ArgumentValueError(
+                f"policy is a list of {len(patterns)}, and the optimizer has {len(sizes)} "
+                "param_groups: give an entry for each, None to leave its gradients alone. Where a "
+                "group was added during the run, assign the longer list to policy. No gradient "
+                "was changed."
+            )
+        pairs = zip(patterns, sizes, strict=True)
+        return [pattern for pattern, size in pairs for _ in range(size)]
 
     def _pattern_of(self, name: str | None, number: int, parameter: Tensor) -> str:
         if name is None:
@@ -191,7 +217,7 @@ class Parameters:
         if not self._seen or all(group.parameters for group in self._groups.values()):
             return
         names = [name for name in self._source.all_names() if name is not None]
-        for pattern in self._patterns or ():
+        for pattern in () if self._by_group else self._patterns or ():
             if not any(self._first_match(name) == pattern for name in names):
                 known = [name for group in self._groups.values() for name in group.names]
                 raise ArgumentValueError(

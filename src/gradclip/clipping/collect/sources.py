@@ -42,6 +42,10 @@ class ParameterSource(Protocol):
         """Return what patterns may be meant for: others than those of its own, too."""
         ...
 
+    def group_sizes(self) -> list[int] | None:
+        """Return how many of the parameters each ``param_group`` has; None without an optimizer."""
+        ...
+
     def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """Return what is clipped of each parameter; None where there is nothing."""
         ...
@@ -49,6 +53,10 @@ class ParameterSource(Protocol):
 
 class _HasGradients:
     """Parameters whose gradients are in ``.grad``, as almost all are."""
+
+    def group_sizes(self) -> list[int] | None:
+        """Return None: there is no optimizer."""
+        return None
 
     def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """Return the ``.grad`` of each parameter."""
@@ -138,6 +146,10 @@ class OptimizerParameters(_HasGradients):
     def tensors(self) -> list[Tensor]:
         """Return the parameters of all groups, in order."""
         return [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+
+    def group_sizes(self) -> list[int] | None:
+        """Return how many parameters each of its groups has."""
+        return [len(group["params"]) for group in self.optimizer.param_groups]
 
     def names(self) -> Names:
         """Return the module's names, or the optimizer's own."""

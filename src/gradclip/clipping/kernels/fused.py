@@ -278,3 +278,20 @@ class HostReport:
     def read(self) -> list[float]:
         """Return whether the step was skipped, and whether a policy asked for that."""
         return [self.of_all(SKIPPED), self.of_all(BY_POLICY)]
+
+
+@dataclass(frozen=True, eq=False)
+class FusedClip:
+    """What a clip in few launches came to.
+
+    Args:
+        report: Its numbers on the device.
+        on_host: The same on their way to the host; None inside a CUDA graph.
+        layout: What the gradients were like.
+        deferred: Whether the gradients were left as they are, for the optimizer to scale.
+    """
+
+    report: Report
+    on_host: HostReport | None
+    layout: Layout
+    deferred: bool

@@ -12,12 +12,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["HALVES", "WIDTH", "can_sum", "square_sum", "square_sums"]
+__all__ = ["HALVES", "WIDTHS", "can_sum", "square_sum", "square_sums"]
 
-HALVES = frozenset({torch.bfloat16, torch.float16})
-
-WIDTH = 512
+WIDTHS = {torch.bfloat16: 1024, torch.float16: 512}
 """Elements that are added up in float32 before float64 takes over."""
+
+HALVES = frozenset(WIDTHS)
 
 _SUMMED = 1 << 27
 """Elements summed at a time: one sum of each row is kept."""
@@ -42,10 +42,11 @@ def square_sums(flat: Tensor, width: int) -> Tensor:
 
 def square_sum(flat: Tensor) -> float:
     """Sum the squares of all elements of a contiguous 1-d tensor; NaN where one is infinite."""
-    rest = flat.numel() % WIDTH
+    width = WIDTHS[flat.dtype]
+    rest = flat.numel() % width
     whole = flat[: flat.numel() - rest]
     total = sum(
-        float(square_sums(piece, WIDTH).sum(dtype=torch.float64))
+        float(square_sums(piece, width).sum(dtype=torch.float64))
         for piece in whole.split(_SUMMED)
         if piece.numel()
     )
@@ -56,12 +57,12 @@ def square_sum(flat: Tensor) -> float:
 def can_sum() -> bool:
     """Return whether this torch adds up as expected: to the last bit, for both kinds."""
     try:
-        for dtype in HALVES:
+        for dtype, width in WIDTHS.items():
             value = 1.0 + 2.0**-7
-            row = torch.full((2 * WIDTH,), value, dtype=dtype, device="cpu")
-            row[WIDTH:] = 3.0
-            sums = square_sums(row, WIDTH)
-            expected = [WIDTH * value**2, WIDTH * 9.0]
+            row = torch.full((2 * width,), value, dtype=dtype, device="cpu")
+            row[width:] = 3.0
+            sums = square_sums(row, width)
+            expected = [width * value**2, width * 9.0]
             if sums.dtype is not torch.float32 or sums.tolist() != expected:
                 return False
     except Exception:  # noqa: BLE001 - an operation that nobody promised

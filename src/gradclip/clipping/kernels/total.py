@@ -50,7 +50,7 @@ def square_total(batch: Batch) -> float | None:
     is_plain = batch.limit is None and batch.specs.one_row_each and all(batch.specs.flat)
     if not (is_plain and (is_half or batch.dtype is torch.float32)):
         return None
-    plan, lanes = batch.specs.plan(_Gathering), _Lanes(is_half=is_half)
+    plan, lanes = batch.specs.plan(_Gathering), _Lanes(batch.dtype)
     exact = 0.0
     with plan.memory() as (buffer, wide):
         for gathered in plan.small(batch.tensors, buffer):
@@ -68,12 +68,12 @@ class _Lanes:
     """Sums squares by lanes, and those in float64.
 
     Args:
-        is_half: Whether tensors are of bfloat16 or float16, else of float32.
+        dtype: Of the tensors: bfloat16, float16 or float32.
     """
 
-    def __init__(self, *, is_half: bool) -> None:
-        self._is_half = is_half
-        self._width = halves.WIDTH if is_half else LANES
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._is_half = dtype in halves.HALVES
+        self._width = halves.WIDTHS.get(dtype, LANES)
         self._found: list[Tensor] = []
         self._rests: list[Tensor] = []
         self._total, self._count, self._held = 0.0, 0, 0

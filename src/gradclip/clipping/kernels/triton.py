@@ -10,7 +10,6 @@ The order of every sum follows from shapes: aligned and unaligned memory are rea
 added alike, so that ranks agree bit by bit.
 """
 
-import struct
 from collections import defaultdict
 
 import torch
@@ -19,38 +18,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from gradclip.clipping.kernels import Batch, Clamped, TensorSpecs, Write, foreach
+from gradclip.clipping.kernels import Batch, Clamped, Write, foreach, triton_plan
 from gradclip.clipping.kernels import triton_programs as programs
 from gradclip.clipping.kernels.blocks import representable
 from gradclip.clipping.kernels.fused import FusedStep, Report
-from gradclip.clipping.kernels.tables import Addresses, Table
 from gradclip.clipping.kernels.triton_launch import Launcher, current
 from gradclip.clipping.kernels.writes import run_each
 
-CHUNK = 1 << 14
-"""Elements of one program."""
-
-BLOCK = 1 << 12
-"""Elements that a program holds at a time."""
-
-_RECOUNT = 1 << 10
-"""Elements at a time where a chunk is counted in float64."""
-
 _LARGEST_POWER = 1e6
 """Of quotients in float32."""
-
-_PROGRAMS = 8
-"""Programs for each multiprocessor, of a pass that may have nothing to do and then ends at once."""
-
-_FOLD = 1 << 10
-"""Sums of chunks that are added at a time."""
-
-_TYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
 
 _LAUNCHERS: defaultdict[torch.device, Launcher] = defaultdict(Launcher)
 """For what belongs to no plan."""
@@ -76,7 +52,7 @@ def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
         return foreach.scaled_power_sums(batch, p, scale_R)
     # Below p = 1, quotients that float32 cannot hold would count; a large p it cannot hold itself.
     kind = _wide(batch.dtype) if 1 <= p <= _LARGEST_POWER else tl.float64
-    plan = batch.specs.plan(_Plan)
+    plan = batch.specs.plan(triton_plan.Chunks)
     sums_C = _empty(batch, plan.chunks)
     with current(batch.device):
         plan.launch(
@@ -85,12 +61,12 @@ def scaled_power_sums(batch: Batch, p: float, scale_R: Tensor) -> Tensor:
             plan.addresses_of(batch),
             plan.table.on(batch.device),
             scale_R.contiguous(),
-            _bits(p),
+            triton_plan.bits(p),
             sums_C,
-            DTYPE=_TYPES[batch.dtype],
+            DTYPE=triton_plan.TYPES[batch.dtype],
             KIND=kind,
-            BLOCK=_RECOUNT if kind is tl.float64 else BLOCK,
-            RECOUNT=_RECOUNT,
+            BLOCK=triton_plan.RECOUNT if kind is tl.float64 else triton_plan.BLOCK,
+            RECOUNT=triton_plan.RECOUNT,
         )
         return _folded(batch, plan, sums_C, columns=1, largest=False)
 
@@ -104,7 +80,7 @@ def scaling(
     """Prepare to multiply each row by its coefficient, or all by the one that there is."""
     if not _is_served(batch):
         return foreach.scaling(batch, coefficients, zeroes=zeroes)
-    plan, device = batch.specs.plan(_Plan), batch.device
+    plan, device = batch.specs.plan(triton_plan.Chunks), batch.device
     if not isinstance(coefficients, Tensor):
         coefficients = torch.full((1,), coefficients, dtype=torch.float64, device=device)
     addresses, table = plan.addresses_of(batch), plan.table.on(device)
@@ -115,14 +91,14 @@ def scaling(
         with current(device):
             plan.launch(
                 programs.scale,
-                (min(plan.chunks, _PROGRAMS * _multiprocessors(device)),),
+                (min(plan.chunks, triton_plan.programs_on(device)),),
                 addresses,
                 table,
                 factors,
                 plan.chunks,
                 PER_ROW=factors.numel() > 1,
-                DTYPE=_TYPES[batch.dtype],
-                BLOCK=BLOCK,
+                DTYPE=triton_plan.TYPES[batch.dtype],
+                BLOCK=triton_plan.BLOCK,
             )
 
     return [Write(run_each, ([launch],))]
@@ -157,7 +133,7 @@ class _Clamp:
 
     def __init__(self, batch: Batch, limit: float | Tensor, *, write: bool) -> None:
         self._batch, self._write = batch, write
-        self._plan = plan = batch.specs.plan(_Plan)
+        self._plan = plan = batch.specs.plan(triton_plan.Chunks)
         self._columns = _columns(batch)
         top = representable(limit, batch.dtype)
         if not isinstance(top, Tensor):
@@ -183,11 +159,11 @@ class _Clamp:
                 self.before_CA,
                 self.after_CA,
                 self._changed_C,
-                DTYPE=_TYPES[batch.dtype],
+                DTYPE=triton_plan.TYPES[batch.dtype],
                 KIND=_wide(batch.dtype),
                 WRITE=self._write,
-                BLOCK=BLOCK,
-                RECOUNT=_RECOUNT,
+                BLOCK=triton_plan.BLOCK,
+                RECOUNT=triton_plan.RECOUNT,
             )
 
     def folded(self, found_CA: Tensor) -> Tensor:
@@ -218,23 +194,23 @@ def coefficients(
         ]
     else:
         given = []
-        threshold_bits, target_bits = _bits(thresholds), _bits(targets)
+        threshold_bits, target_bits = triton_plan.bits(thresholds), triton_plan.bits(targets)
     found_S = torch.empty_like(norms_S)
     with current(norms_S.device):
         _LAUNCHERS[norms_S.device](
             programs.coefficients,
-            (triton.cdiv(len(norms_S), _FOLD),),
+            (triton.cdiv(len(norms_S), triton_plan.FOLD),),
             norms_S.contiguous(),
             *(each.contiguous() for each in given or (norms_S, norms_S)),
             threshold_bits,
             target_bits,
             committed,
-            _bits(1 - guard),
-            _bits(skipped_coefficient),
+            triton_plan.bits(1 - guard),
+            triton_plan.bits(skipped_coefficient),
             found_S,
             len(norms_S),
             NUMBERS=not given,
-            BLOCK=_FOLD,
+            BLOCK=triton_plan.FOLD,
         )
     return found_S
 
@@ -252,7 +228,7 @@ def _is_served(batch: Batch) -> bool:
 
 
 def _reduced(batch: Batch, power: int) -> Tensor:
-    plan = batch.specs.plan(_Plan)
+    plan = batch.specs.plan(triton_plan.Chunks)
     columns = 1 if power == programs.MAXIMUM.value else _columns(batch)
     found_CA = _empty(batch, plan.chunks, columns)
     with current(batch.device):
@@ -263,10 +239,10 @@ def _reduced(batch: Batch, power: int) -> Tensor:
             plan.table.on(batch.device),
             found_CA,
             POWER=power,
-            DTYPE=_TYPES[batch.dtype],
+            DTYPE=triton_plan.TYPES[batch.dtype],
             KIND=_wide(batch.dtype),
-            BLOCK=BLOCK,
-            RECOUNT=_RECOUNT,
+            BLOCK=triton_plan.BLOCK,
+            RECOUNT=triton_plan.RECOUNT,
         )
         return _folded(
             batch, plan, found_CA, columns=columns, largest=power == programs.MAXIMUM.value
@@ -274,7 +250,7 @@ def _reduced(batch: Batch, power: int) -> Tensor:
 
 
 def _folded(
-    batch: Batch, plan: "_Plan", found_CA: Tensor, *, columns: int, largest: bool
+    batch: Batch, plan: triton_plan.Chunks, found_CA: Tensor, *, columns: int, largest: bool
 ) -> Tensor:
     """Bring what was found in chunks together by rows: (R, A)."""
     folded_RA = _empty(batch, plan.rows, columns)
@@ -286,19 +262,13 @@ def _folded(
         folded_RA,
         COLUMNS=columns,
         LARGEST=largest,
-        BLOCK=_FOLD,
+        BLOCK=triton_plan.FOLD,
     )
     return folded_RA
 
 
 def _empty(batch: Batch, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float64, device=batch.device)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":  # in the interpreter
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _columns(batch: Batch) -> int:
@@ -308,46 +278,3 @@ def _columns(batch: Batch) -> int:
 def _wide(dtype: torch.dtype) -> tl.dtype:
     """Return what elements are computed in."""
     return tl.float64 if dtype is torch.float64 else tl.float32
-
-
-def _numbers(count: int) -> Tensor:
-    return torch.arange(count, device="cpu")
-
-
-def _bits(number: float) -> int:
-    """Return the bits of a float64: Triton would round a number to float32."""
-    bits: int = struct.unpack("q", struct.pack("d", number))[0]
-    return bits
-
-
-class _Plan:
-    """The chunks of a specs, and where its tensors were found last."""
-
-    def __init__(self, specs: TensorSpecs) -> None:
-        sizes_R = torch.tensor(specs.row_sizes, dtype=torch.int64, device="cpu")
-        rows_T = torch.tensor(specs.rows, dtype=torch.int64, device="cpu")
-        tensor_R = _numbers(len(specs)).repeat_interleave(rows_T)
-        first_row_T = rows_T.cumsum(0) - rows_T
-        start_R = (_numbers(len(sizes_R)) - first_row_T[tensor_R]) * sizes_R
-        chunks_R = (sizes_R + CHUNK - 1) // CHUNK
-        row_C = _numbers(len(sizes_R)).repeat_interleave(chunks_R)
-        last_R = chunks_R.cumsum(0)
-        offset_C = (_numbers(len(row_C)) - (last_R - chunks_R)[row_C]) * CHUNK
-        count_C = (sizes_R[row_C] - offset_C).clamp(max=CHUNK)
-        self.rows = len(sizes_R)
-        self.chunks = len(row_C)
-        self.table = Table(
-            torch.stack([tensor_R[row_C], start_R[row_C] + offset_C, count_C, row_C], dim=1)
-        )
-        """For each chunk: tensor, first element, elements, row; int64 (C, 4)."""
-        self.firsts = Table(torch.cat([last_R.new_zeros(1), last_R]))
-        """The first chunk of each row, and their number: int64 (R + 1,)."""
-        self.launch = Launcher()
-        self._addresses: Addresses | None = None
-
-    def addresses_of(self, batch: Batch) -> Tensor:
-        """Return where the tensors of a batch are: int64 (T,), on their device."""
-        self.table.on(batch.device)  # refuses a capture that comes before the first steps
-        if self._addresses is None:
-            self._addresses = Addresses(batch.device, len(batch.tensors))
-        return self._addresses.of(batch.addresses)

@@ -1,7 +1,7 @@
 """A clip by norm in three launches: sums of chunks, the decision, and the scaling.
 
-With ``triton.py``, whose plans and programs it launches, it shares everything but the order of
-launches: nothing is asked of the host, or of torch, between two of them.
+With ``triton.py`` it shares plans and programs, but not the order of launches: nothing is asked of
+the host, or of torch, between two of them.
 """
 
 from collections import defaultdict
@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from gradclip.clipping.kernels import triton as backend
-from gradclip.clipping.kernels import triton_decide, triton_programs
+from gradclip.clipping.kernels import triton_decide, triton_plan, triton_programs
 from gradclip.clipping.kernels.blocks import representable
 from gradclip.clipping.kernels.device import is_capturing, stream_of
 from gradclip.clipping.kernels.fused import COLUMNS, FusedStep, Layout, Report
@@ -98,9 +97,9 @@ class _Part:
         if element_limit is not None:
             top = representable(element_limit, specs.dtypes[0])
             self.top = Table.of([float(top)], torch.float64)
-        plan = specs.plan(backend._Plan)  # noqa: SLF001 - the other half of this backend
+        plan = specs.plan(triton_plan.Chunks)
         self.specs, self.indices, self.chunks = specs, indices, plan.chunks
-        self.dtype = backend._TYPES[specs.dtypes[0]]  # noqa: SLF001
+        self.dtype = triton_plan.TYPES[specs.dtypes[0]]
         self.firsts = plan.firsts.on(_CPU)
         self.table = plan.table
         """For each chunk: which of all tensors, first element, elements, pattern; int64 (C, 4)."""
@@ -137,7 +136,7 @@ class _FusedPlan:
         self.serves = self._chunks > 0
         self._spans = Table(_spans(self._parts, len(specs)))
         self._width = triton.next_power_of_2(max(layout.patterns, 2))
-        self._programs = backend._PROGRAMS * backend._multiprocessors(self._device)  # noqa: SLF001
+        self._programs = triton_plan.programs_on(self._device)
         self._launch = Launcher()
         self._scratch: defaultdict[int, list[_Scratch]] = defaultdict(list)
         self._tables: dict[int, _Tables] = {}
@@ -227,8 +226,8 @@ class _FusedPlan:
                     POWER=_POWERS[self._layout.power],
                     DTYPE=part.dtype,
                     KIND=tl.float32,
-                    BLOCK=backend.BLOCK,
-                    RECOUNT=backend._RECOUNT,  # noqa: SLF001
+                    BLOCK=triton_plan.BLOCK,
+                    RECOUNT=triton_plan.RECOUNT,
                 )
             else:
                 increment_version(part.of(step.tensors))  # autograd sees no write of its own
@@ -242,8 +241,8 @@ class _FusedPlan:
                     DTYPE=part.dtype,
                     KIND=tl.float32,
                     WRITE=True,
-                    BLOCK=backend.BLOCK,
-                    RECOUNT=backend._RECOUNT,  # noqa: SLF001
+                    BLOCK=triton_plan.BLOCK,
+                    RECOUNT=triton_plan.RECOUNT,
                 )
 
     def _decide(self, step: FusedStep, scratch: _Scratch, report: Report, tables: _Tables) -> None:
@@ -256,7 +255,7 @@ class _FusedPlan:
             scaled = _BY_DOUBLE if wide else _BY_SINGLE
             scale_there = scale.to(torch.float64) if wide else scale
         elif scale is not None:
-            scaled, scale_bits = _BY_NUMBER, backend._bits(scale)  # noqa: SLF001
+            scaled, scale_bits = _BY_NUMBER, triton_plan.bits(scale)
         chunks, rows = [whole for whole, _ in scratch.chunks], scratch.rows
         unused = [] if layout.clamps else [limits, limits]
         self._launch(
@@ -282,7 +281,7 @@ class _FusedPlan:
             SKIPS=layout.skips,
             SCALED=scaled,
             WIDTH=self._width,
-            BLOCK=backend._FOLD,  # noqa: SLF001
+            BLOCK=triton_plan.FOLD,
         )
 
     def _scale(self, scratch: _Scratch, addresses: Tensor, tables: _Tables) -> None:
@@ -297,7 +296,7 @@ class _FusedPlan:
                 part.chunks,
                 PER_ROW=self._layout.patterns > 1,
                 DTYPE=part.dtype,
-                BLOCK=backend.BLOCK,
+                BLOCK=triton_plan.BLOCK,
             )
 
     def _memory(self, stream: int, *, capturing: bool) -> tuple[_Scratch, Report]:

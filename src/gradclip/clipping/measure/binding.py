@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from gradclip.clipping.arguments import Options
@@ -13,13 +14,15 @@ from gradclip.clipping.collect.sources import ParameterSource
 from gradclip.clipping.kernels import SpecsCache
 from gradclip.clipping.measure.norm import reads_twice
 from gradclip.clipping.measure.pattern import Pattern, rule_of
-from gradclip.clipping.policies import Policy
+from gradclip.clipping.policies import Division, Policy
+from gradclip.clipping.policies.changes import check_change, refused
 from gradclip.clipping.ranks import find_peers, pass_by
-from gradclip.clipping.ranks.peers import Peers, ReplacedError, SingleProcess
+from gradclip.clipping.ranks.peers import Peers, ReplacedError, Rule, SingleProcess, in_words
 
 if TYPE_CHECKING:
     from gradclip.clipping.ranks import Meet
 
+_CPU = torch.device("cpu")
 _EUCLIDEAN = 2.0
 
 
@@ -30,7 +33,7 @@ class Binding:
         source: Where parameters and gradients come from.
         policies: What bounds them, by name pattern; None leaves a pattern alone.
         options: The checked keywords.
-        by_pattern: Whether patterns were given; otherwise there is one, of all parameters.
+        division: What has a policy of its own.
         known: Recognises gradients, for all engines that share it; None for one per pattern.
         meet: Finds the ranks of parameters; None to agree with them anew.
     """
@@ -41,34 +44,80 @@ class Binding:
         policies: Mapping[str, Policy | None],
         options: Options,
         *,
-        by_pattern: bool,
+        division: Division,
         known: SpecsCache | None,
         meet: "Meet | None",
     ) -> None:
-        self._source, self._policies, self._options = source, policies, options
+        self._source, self._options, self._division = source, options, division
         self._known, self._meet = known, meet
-        units = {name: policy.unit_dims for name, policy in policies.items() if policy}
-        self._parameters = Parameters(source, list(policies) if by_pattern else None, units)
-        self._rules = {
-            name: None if policy is None else rule_of(policy) for name, policy in policies.items()
-        }
-        orders = {policy.order for policy in policies.values() if policy}
-        self.total_order = orders.pop() if len(orders) == 1 else _EUCLIDEAN
-        """p of the norm of all patterns together."""
         self.patterns: list[Pattern] = []
         """Those that have a policy, in order."""
         self.may_skip = False
         """Whether a policy may ask to skip a step."""
         self.asks = False
         """Whether a policy is asked at each step, and may have a history."""
-        orders = {self.total_order, *(policy.order for policy in policies.values() if policy)}
-        self.reads_twice = any(map(reads_twice, orders))
-        """Whether a norm needs the largest modulus first; the same on all ranks."""
         self.peers: Peers = SingleProcess()
         """The processes that hold the parameters."""
         self._groups: dict[str, ParameterGroup] | None = None
         self._unbounded = SpecsCache()
         self._by_unit = self._warned = False
+        self._parameters = self._sorted(policies)
+        self._take(policies)
+
+    def _sorted(self, policies: Mapping[str, Policy | None]) -> Parameters:
+        """Return the parameters sorted by what has a policy.
+
+        Raises:
+            ArgumentValueError: GC010, for a parameter that has none.
+        """
+        units = {name: policy.unit_dims for name, policy in policies.items() if policy}
+        patterns = None if self._division == "whole" else list(policies)
+        by_group = self._division == "by group"
+        return Parameters(self._source, patterns, units, by_group=by_group)
+
+    def _take(self, policies: Mapping[str, Policy | None]) -> None:
+        self.policies, self._rules = policies, _rules_of(policies)
+        orders = {policy.order for policy in policies.values() if policy}
+        self.total_order = next(iter(orders)) if len(orders) == 1 else _EUCLIDEAN
+        """p of the norm of all patterns together."""
+        self.reads_twice = any(map(reads_twice, {self.total_order, *orders}))
+        """Whether a norm needs the largest modulus first; the same on all ranks."""
+
+    def check_change(self, policies: Mapping[str, Policy | None], division: Division) -> None:
+        """Refuse policies that cannot take the place of those so far; nothing is changed.
+
+        Raises:
+            ArgumentValueError: GC010.
+        """
+        names = list(self.policies)
+        if division != self._division or (list(policies) != names and division != "by group"):
+            kinds = {"whole": "one for all", "by name": "a mapping of {}", "by group": "a list"}
+            before, after = kinds[self._division].format(names), kinds[division]
+            raise refused(f"it is {before}, and would be {after.format(list(policies))}")
+        if list(policies) != names:  # groups were added, or will not fit
+            self._sorted(policies)
+        told = {pattern.name: pattern.told(_CPU) for pattern in self.patterns}
+        rules = _rules_of(policies)
+        for name in filter(policies.__contains__, self._groups or ()):  # others have no history
+            check_change(name, self.policies[name], policies[name], told.get(name))
+            old, new = self._rules.get(name), rules[name]
+            changes = old and new and old.exchanged != new.exchanged
+            if changes and not self.peers.is_single:
+                raise refused(
+                    f"{self.policies[name]!r} and {policies[name]!r} need other numbers of the "
+                    "other ranks"
+                )
+
+    def change(self, policies: Mapping[str, Policy | None]) -> None:
+        """Bind other policies, which were checked, to the same parameters."""
+        if list(policies) != list(self.policies):
+            self._parameters = self._sorted(policies)
+        self.policies = policies
+        if self._groups is None or list(policies) != list(self._groups):
+            return  # groups were added: the next ``find`` binds them, on all ranks
+        self._take(policies)
+        self.peers.assign(in_words(self._rules, self._options.in_words))
+        self._bind(self._groups)
 
     def find(self, *, anew: bool) -> Peers:
         """Bind to the parameters that there are now, where they were replaced.
@@ -97,6 +146,7 @@ class Binding:
             awaited: Whether other ranks do so now, and wait for this one.
         """
         groups = self._parameters.groups()
+        self._take(self.policies)
         self.peers = self._find_peers(groups, awaited=awaited)
         if self._groups is None and self.peers.is_single and self._meet is None:
             pass_by(self._rules, self._options.in_words)
@@ -108,8 +158,9 @@ class Binding:
     @property
     def here(self) -> list[Pattern]:
         """The patterns, if their parameters are those that were bound, and here alone."""
-        same = self._parameters.groups() is self._groups
-        return self.patterns if same and self.peers.is_single else []
+        if not self.peers.is_single:
+            return []
+        return self.patterns if self._parameters.groups() is self._groups else []
 
     def bounded(self) -> list[Tensor]:
         """Return the parameters that have a policy, in the order that all ranks have."""
@@ -120,7 +171,7 @@ class Binding:
         groups = self._parameters.groups()
         return [
             left_alone(groups[name], self._unbounded)
-            for name, policy in self._policies.items()
+            for name, policy in self.policies.items()
             if policy is None
         ]
 
@@ -154,7 +205,7 @@ class Binding:
                 self.peers.share(name),
                 self._known or known.get(name) or SpecsCache(),
             )
-            for name, policy in self._policies.items()
+            for name, policy in self.policies.items()
             if policy is not None
         ]
         by_unit = [pattern for pattern in self.patterns if pattern.by_unit]
@@ -163,3 +214,7 @@ class Binding:
             self._warned = any(each.parameters.warn_of_units() for each in by_unit)
         self.may_skip = any(each.may_skip and each.writes for each in self.patterns)
         self.asks = any(pattern.limit is None for pattern in self.patterns)
+
+
+def _rules_of(policies: Mapping[str, Policy | None]) -> dict[str, Rule | None]:
+    return {name: None if policy is None else rule_of(policy) for name, policy in policies.items()}

@@ -59,6 +59,11 @@ class Pattern:
         self.known, self._known_weights = known, SpecsCache()
         self._told: dict[torch.device, Scopes] = {}
 
+    def zeroes(self, decision: Decision) -> bool:
+        """Return whether gradients are set to zero in any case, whatever they are."""
+        limit = decision.targets if self.element_limit is None else self.element_limit
+        return not isinstance(limit, Tensor) and limit == 0
+
     @property
     def is_outdated(self) -> bool:
         """Whether parameters were given other shapes, so that there are other units."""
@@ -119,4 +124,5 @@ def rule_of(policy: Policy) -> Rule:
         clamps=policy.element_limit is not None and policy.writes,
         is_fixed=limit is not None and limit.skip_above == inf,
         weighs=policy.needs_weight_norms and limit is None,
+        is_asked=limit is None,
     )

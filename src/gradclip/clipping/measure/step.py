@@ -38,6 +38,13 @@ class Step:
         """Return norms, (S,), as if gradients were not multiplied by the scale."""
         return sums.norms(self.scale, wide=self.wide)
 
+    def totals(self, found: list[Found], norms: list[Tensor]) -> list[Tensor]:
+        """Return the norms of each pattern with the p of all together, unscaled."""
+        return [
+            norms_S if each.total is each.norm else self.unscaled(each.total)
+            for each, norms_S in zip(found, norms, strict=True)
+        ]
+
     def pattern_norm(self, group: Group, found: Found, norms_S: Tensor) -> Tensor:
         """Return the norm of all parameters of a pattern, on all ranks: 0-d."""
         if found.pattern_norm is not None:

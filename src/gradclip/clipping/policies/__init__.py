@@ -1,7 +1,8 @@
 """What decides the coefficient: one file per policy, each named in the union here."""
 
-from collections.abc import Mapping
-from typing import Annotated, TypeAlias
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -45,6 +46,12 @@ BUILT_IN = (
 PolicyLike: TypeAlias = Policy | float
 """A policy, or a number that means ``NormClip(max_norm=number)``."""
 
+PoliciesLike: TypeAlias = PolicyLike | Mapping[str, PolicyLike | None] | Sequence[PolicyLike | None]
+"""What bounds all gradients, or by name pattern, or a list with one entry per ``param_group``."""
+
+Division: TypeAlias = Literal["whole", "by name", "by group"]
+"""What has a policy of its own: all parameters, those of a name pattern, or a ``param_group``."""
+
 
 def as_policy(value: object, name: str = "policy") -> Policy:
     """Turn a number or a policy into a policy.
@@ -58,7 +65,8 @@ def as_policy(value: object, name: str = "policy") -> Policy:
     if isinstance(value, type) or callable(value) or value is None:
         raise ArgumentTypeError(
             f"{name} is {value!r}: expected a number (max_norm), a policy such as "
-            "NormClip(max_norm=1.0), or a mapping of name patterns to those"
+            "NormClip(max_norm=1.0), a mapping of name patterns to those, or a list of them, one "
+            "for each param_group"
         )
     return NormClip(max_norm=as_ceiling(value, name))
 
@@ -68,27 +76,46 @@ def any_writes(policies: Mapping[str, Policy | None]) -> bool:
     return any(policy.writes for policy in policies.values() if policy)
 
 
-def as_policies(value: object) -> tuple[dict[str, Policy | None], bool]:
-    """Turn what a clipper accepts into policies by pattern.
+def as_policies(value: object) -> tuple[dict[str, Policy | None], Division]:
+    """Turn what a clipper accepts into policies by name.
 
     Returns:
-        The policies by name pattern, and whether patterns were given at all. None leaves the
-        parameters of a pattern alone.
+        The policies by name pattern, or by "group 0" and so on, and which of these. None leaves
+        the parameters of a pattern or group alone.
 
     Raises:
-        ArgumentTypeError: GC011, for what is neither number, policy nor mapping of strings.
-        ArgumentValueError: GC010, for a number out of range, or an empty mapping.
+        ArgumentTypeError: GC011, for what is neither number, policy, mapping of strings nor list.
+        ArgumentValueError: GC010, for a number out of range, or nothing to clip.
     """
-    if not isinstance(value, Mapping):
-        return {"*": as_policy(value)}, False
-    if not value:
-        raise ArgumentValueError("policy is an empty mapping, so nothing would be clipped")
-    for pattern in value:
-        if not isinstance(pattern, str):
-            raise ArgumentTypeError(f"policy has the key {pattern!r}: expected a name pattern")
-    if all(entry is None for entry in value.values()):
-        raise ArgumentValueError(f"policy={value!r} bounds nothing: every pattern has None")
+    if isinstance(value, list | tuple):
+        division: Division = "by group"
+        entries = [(f"group {n}", f"policy[{n}]", entry) for n, entry in enumerate(value)]
+    elif isinstance(value, Mapping):
+        division = "by name"
+        for pattern in value:
+            if not isinstance(pattern, str):
+                raise ArgumentTypeError(f"policy has the key {pattern!r}: expected a name pattern")
+        entries = [(name, f"policy[{name!r}]", entry) for name, entry in value.items()]
+    else:
+        return {"*": as_policy(value)}, "whole"
+    if not entries:
+        kind = "mapping" if division == "by name" else "list"
+        raise ArgumentValueError(f"policy is an empty {kind}, so nothing would be clipped")
+    if all(entry is None for _, _, entry in entries):
+        raise ArgumentValueError(f"policy={value!r} bounds nothing: every entry is None")
     return {
-        pattern: None if entry is None else as_policy(entry, f"policy[{pattern!r}]")
-        for pattern, entry in value.items()
-    }, True
+        name: None if entry is None else as_policy(entry, label) for name, label, entry in entries
+    }, division
+
+
+def as_given(
+    policies: Mapping[str, Policy | None], division: Division
+) -> Policy | Mapping[str, Policy | None] | tuple[Policy | None, ...]:
+    """Return policies in the form in which they are given; it cannot be changed."""
+    if division == "by group":
+        return tuple(policies.values())
+    if division == "by name":
+        return MappingProxyType(dict(policies))
+    (policy,) = policies.values()
+    assert policy is not None  # one that bounds nothing was refused
+    return policy

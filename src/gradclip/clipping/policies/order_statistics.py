@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from math import inf
 from typing import NamedTuple
 
 import torch
@@ -10,8 +9,6 @@ from torch import Tensor
 
 from gradclip.clipping import flags
 from gradclip.clipping.kernels.tables import Table
-
-_HALF = 0.5
 
 
 class Push(NamedTuple):
@@ -45,34 +42,29 @@ class Push(NamedTuple):
         return of_rows[0].scatter(1, *of_rows[1:])
 
 
-def fill(q: float) -> float:
-    """Return what stands for a norm that is not there yet: it is never near the quantile."""
-    return 0.0 if q >= _HALF else inf
-
-
 def quantile(kept_SW: Tensor, counts_S: Tensor, q: float) -> Tensor:
     """Return a quantile of the norms that each scope has kept, linear between two of them: (S,).
 
     Args:
-        kept_SW: The last norms; ``fill(q)`` where there is none yet.
+        kept_SW: The last norms; 0 where there is none yet.
         counts_S: How many norms there were: float64.
         q: Which quantile, 0 to 1.
     """
     places = _places(kept_SW.shape[1], q)
     rows_S = counts_S.clamp(max=kept_SW.shape[1]).to(torch.int64)
     found_S3 = places.table.on(kept_SW.device).index_select(0, rows_S)
-    # Few norms are on the other side of most quantiles, so these take less than to sort all.
-    beyond_SK = kept_SW.topk(places.enough, 1, largest=q >= _HALF).values
+    # Few norms are above most quantiles, so these take less than to sort all.
+    beyond_SK = kept_SW.topk(places.enough, 1).values
     two_S2 = beyond_SK.gather(1, found_S3[:, :2].to(torch.int64))
     return torch.lerp(two_S2[:, 0], two_S2[:, 1], found_S3[:, 2])
 
 
 class _Places(NamedTuple):
-    """Between which two norms a quantile is, counted from the end that is nearer to it.
+    """Between which two norms a quantile is, counted from the largest.
 
     Args:
         table: For each number of norms, from 0: the places, and how far it is from the first.
-        enough: How many norms from that end are needed.
+        enough: How many of the largest norms are needed.
     """
 
     table: Table
@@ -86,7 +78,7 @@ def _places(width: int, q: float) -> _Places:
         last = max(count - 1, 0)
         below, apart = divmod(last * q, 1.0)
         above = min(below + 1.0, last)
-        rows.append([below, above, apart] if q < _HALF else [last - below, last - above, apart])
+        rows.append([last - below, last - above, apart])
     most = max(max(row[:2]) for row in rows)
     return _Places(Table.of(rows, torch.float64), int(most) + 1)
 

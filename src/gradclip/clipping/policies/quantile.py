@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gradclip.clipping.policies.adaptive import AdaptiveClip, History, Limits, Sight
-from gradclip.clipping.policies.order_statistics import Push, chosen, fill, quantile, renewed
+from gradclip.clipping.policies.order_statistics import Push, chosen, quantile, renewed
 
 _TURNS = 16
 """Norms of a tensor for which its quantile is found once: to sort many norms takes long."""
@@ -45,11 +45,10 @@ class QuantileClip(AdaptiveClip):
 
     def initial_history(self, scopes: int, device: torch.device) -> History:
         """Return no norms."""
-        empty_S = torch.empty(scopes, dtype=torch.float64, device=device)
-        norms = {"norms": empty_S.new_full((scopes, self.window), fill(self.q))}
+        norms = {"norms": torch.zeros(scopes, self.window, dtype=torch.float64, device=device)}
         if self.scope == "group":
             return norms
-        none_S = torch.full_like(empty_S, torch.inf)
+        none_S = torch.full((scopes,), torch.inf, dtype=torch.float64, device=device)
         return {**norms, "quantile": none_S, "turn": torch.zeros_like(none_S)}
 
     def limits(self, seen: Sight, history: History) -> Limits:

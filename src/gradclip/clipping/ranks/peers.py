@@ -25,6 +25,7 @@ class Rule:
         clamps: Whether elements are limited, so that norms do not tell what is left.
         is_fixed: Whether numbers say it completely, so that it needs no other norm.
         weighs: Whether it asks for the norms of the weights.
+        is_asked: Whether it is asked at each step.
     """
 
     label: str
@@ -33,11 +34,17 @@ class Rule:
     clamps: bool
     is_fixed: bool
     weighs: bool
+    is_asked: bool
 
     @property
     def needs_pattern_norm(self) -> bool:
         """Whether the norm of the whole pattern does not follow from that of the scopes here."""
         return self.scope != "group" and not self.is_fixed
+
+    @property
+    def exchanged(self) -> tuple[object, ...]:
+        """What decides on the numbers that ranks exchange, and how often they do."""
+        return self.needs_pattern_norm, self.clamps, self.weighs, self.is_asked
 
 
 def in_words(rules: Mapping[str, Rule | None], options: str) -> str:
@@ -171,6 +178,10 @@ class Peers(Protocol):
         """Forget what other ranks were to hear at the next call."""
         ...
 
+    def assign(self, policies: str) -> None:
+        """Clip by other policies from now on, as all ranks do; their words are compared."""
+        ...
+
     def maximise(self, maxima: Sequence[Tensor]) -> list[Tensor]:
         """Return the maxima of all ranks, where a norm asks for them before it sums powers.
 
@@ -246,6 +257,9 @@ class SingleProcess:
         return _NOTHING
 
     def forget(self) -> None:
+        """Do nothing."""
+
+    def assign(self, policies: str) -> None:
         """Do nothing."""
 
     def maximise(self, maxima: Sequence[Tensor]) -> list[Tensor]:

@@ -59,6 +59,7 @@ class Ranks:
         result_device: Device of small results, the same at every step.
         module: What has the parameters, if it is known.
         alike: What ranks have alike, in words: one that calls another clipper has other words.
+        policies: What is done with gradients, in words; another policy may be assigned later.
         agreed: Whether they have compared it already, and everything else.
     """
 
@@ -75,6 +76,7 @@ class Ranks:
         result_device: torch.device,
         module: nn.Module | None,
         alike: str,
+        policies: str,
         agreed: bool,
     ) -> None:
         self.rank = dist.get_rank()
@@ -105,6 +107,7 @@ class Ranks:
         largest = [(column.share, 1) for column in self._columns if column.order == inf]
         self._largest = Pack(topology.dimensions, largest)
         self._failures = Pack(topology.dimensions, [], FAILURE)
+        self.assign(policies)
 
     def check_lengths(self) -> None:
         """Refuse scopes that do not match those of other ranks; all ranks ask at the same time.
@@ -234,6 +237,11 @@ class Ranks:
         """Forget what other ranks were to hear: a state is loaded."""
         self._owed = None
 
+    def assign(self, policies: str) -> None:
+        """Clip by other policies from now on, which are compared at each step."""
+        self._policies = policies
+        self._policy_digest = digest([policies.encode()], self._count)
+
     def maximise(self, maxima: Sequence[Tensor]) -> list[Tensor]:
         """Return the maxima of all ranks, for those p that scale by them."""
         if not self._scaled.shapes:
@@ -343,7 +351,9 @@ class Ranks:
             replaced=replaced,
             rank=self.rank,
             step_tag=step_tag,
+            policies=self._policies,
             whole=(0, 0, 0),
+            policy=(0, 0, 0),
             split=(0, 0, 0),
             missing=(),
             count=0,
@@ -406,7 +416,9 @@ class Ranks:
             replaced=False,
             rank=self.rank,
             step_tag=step_tag,
+            policies=self._policies,
             whole=digest([step_tag.encode(), *(each.whole for each in here)], self._count),
+            policy=self._policy_digest,
             split=digest([each.split for each in here], self._count),
             missing=[
                 name

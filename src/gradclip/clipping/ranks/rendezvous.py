@@ -91,6 +91,7 @@ class Rendezvous:
             result_device=device,
             module=self.source.module,
             alike=_numbered(known) if agree else self._unagreed(parameters, survey, facts),
+            policies=words,
             agreed=agree,
         )
         if agree:
@@ -109,11 +110,12 @@ class Rendezvous:
     ) -> Facts:
         """Return what this rank says of itself."""
         doubles = [_is_double(parameter) for parameter in parameters]
-        names = [name for p, group in groups.items() if self.rules[p] for name in group.names]
+        bounded = [(p, group.names) for p, group in groups.items() if self.rules[p]]
+        labels = [f"{pattern}: {name}" for pattern, names in bounded for name in names]
         return Facts(
             policies=in_words(self.rules, self.options),
             outline=survey.outline(),
-            parameters=survey.fingerprints(names) if agree else {},
+            parameters=survey.fingerprints(labels) if agree else {},
             doubles=any(doubles),
             singles=not all(doubles),
             unmatched=self._unmatched(groups, survey.matched),
@@ -149,7 +151,11 @@ class Rendezvous:
         self, groups: Mapping[str, ParameterGroup], matched: set[str]
     ) -> frozenset[tuple[str, str]]:
         """Return the patterns that match nothing here, each with the argument that has it."""
-        empty = {("policy", pattern) for pattern, group in groups.items() if not group.parameters}
+        empty = {
+            ("policy", pattern)
+            for pattern, group in groups.items()
+            if not (group.parameters or group.may_be_empty)
+        }
         empty |= {("units", each) for group in groups.values() for each in group.unused_units}
         for declared in (self.partitioned, self.duplicated):
             unused = declared.groups.keys() - matched

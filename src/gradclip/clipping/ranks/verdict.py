@@ -21,11 +21,14 @@ FAILURE = 2
 """How many numbers tell of an error: whether there was one, and on which rank."""
 
 _FLAGS = FAILURE + 3
-STATUS = _FLAGS + 2 * NUMBERS
+STATUS = _FLAGS + 3 * NUMBERS
 """How many numbers ``Status`` has."""
 
 _WHOLE = slice(_FLAGS, _FLAGS + NUMBERS)
-_SPLIT = slice(_FLAGS + NUMBERS, STATUS)
+_POLICY = slice(_FLAGS + NUMBERS, _FLAGS + 2 * NUMBERS)
+_SPLIT = slice(_FLAGS + 2 * NUMBERS, STATUS)
+_ALIKE = slice(_WHOLE.start, _POLICY.stop)
+"""What all ranks have to have alike."""
 
 Gather: TypeAlias = Callable[[Callable[[], Any]], list[Any]]
 """Returns what every rank gave; all ranks ask at the same step."""
@@ -41,7 +44,9 @@ class Status:
         replaced: Whether parameters were replaced or added.
         rank: Which rank it is.
         step_tag: Where it stands, in words that are the same on all ranks.
-        whole: A digest of that and of which gradients there are that all ranks hold alike.
+        policies: What is done with gradients, likewise.
+        whole: A digest of the tag and of which gradients there are that all ranks hold alike.
+        policy: A digest of the policies.
         split: The same of those that ranks hold parts of.
         missing: The names of those that there are not.
         count: How many parameters it was given.
@@ -52,7 +57,9 @@ class Status:
     replaced: bool
     rank: int
     step_tag: str
+    policies: str
     whole: tuple[int, int, int]
+    policy: tuple[int, int, int]
     split: tuple[int, int, int]
     missing: Sequence[str]
     count: int
@@ -69,6 +76,7 @@ class Status:
             float(self.replaced),
             float(not warned),
             *numbers(self.whole),
+            *numbers(self.policy),
             *numbers(self.split),
         )
 
@@ -138,8 +146,9 @@ class Verdict:
         if late is not None and not late[1].failed:  # of its own it was told at once
             read, of_then = late
             self._read(read[:STATUS], sum(read[STATUS:]), of_then, None, None)
-        expected = table_of(tuple(numbers(status.whole, self._ranks))).on(sums.device)
-        wrong = [sums[0] > 0, sums[FAILURE] > 0, (sums[_WHOLE] != expected).any()]
+        alike = numbers((*status.whole, *status.policy), self._ranks)
+        expected = table_of(tuple(alike)).on(sums.device)
+        wrong = [sums[0] > 0, sums[FAILURE] > 0, (sums[_ALIKE] != expected).any()]
         return ~torch.stack([*wrong, (differing > 0).any()]).any()
 
     def say(self) -> None:
@@ -198,6 +207,8 @@ class Verdict:
                 "reduce their gradients (DDP does), or declare what is different on purpose: "
                 "partitioned={pattern: process group}. No gradient was changed."
             )
+        if list(sums[_POLICY]) != numbers(status.policy, self._ranks):
+            raise self._other_policies(status, late=copies is None)
         if differing:
             which = self._which(status, copies)
             raise ReplicaError(
@@ -244,6 +255,19 @@ class Verdict:
                     "none, give all the same grad_scale, and give a function the same parameters "
                     "on every rank, those without a gradient too. No gradient was changed."
                 )
+
+    def _other_policies(self, status: Status, *, late: bool) -> RankError:
+        """Return the error of ranks that were not assigned the same policy."""
+        facts = [] if late else self._gather(lambda: (status.rank, status.policies))
+        others = [fact for fact in facts if fact[1] != facts[0][1]]
+        when = f"did so {LAG} steps ago" if late else "do so at this step"
+        left = "Steps were skipped since." if late else "No gradient was changed."
+        told = "".join(f"\n  rank {rank} has {words}" for rank, words in facts[:1] + others[:1])
+        return RankError(
+            f"ranks should clip by the same policy, and {when} by different ones: another one was "
+            "assigned on some of them alone. Assign it on every rank, between the same two steps. "
+            f"{left}{told}"
+        )
 
     def _missing(self, status: Status, *, late: bool) -> str:
         if late:

@@ -8,14 +8,14 @@ from math import isfinite
 
 from torch import Tensor
 
-from gradclip.clipping.apply.fused import FusedClip
 from gradclip.clipping.arguments import Options
 from gradclip.clipping.flags import Flag, all_of, any_of, negated
-from gradclip.clipping.kernels.fused import Report
+from gradclip.clipping.kernels.fused import FusedClip, Report
+from gradclip.clipping.measure.binding import Binding
 from gradclip.clipping.measure.group import Found, Group
 from gradclip.clipping.measure.norm import combine
 from gradclip.clipping.measure.pattern import Pattern
-from gradclip.clipping.policies import Decision
+from gradclip.clipping.policies import Decision, PolicyState
 from gradclip.clipping.ranks.peers import Peers
 from gradclip.clipping.step.nonfinite import (
     Describe,
@@ -48,6 +48,18 @@ class Decided:
     unwanted: Flag
     made: Flag
 
+    def histories(self, groups: list[Group]) -> dict[str, tuple[PolicyState, Flag]]:
+        """Return the history of each policy that was asked, and whether it counts."""
+        return {
+            # The history of what only measures sees no NaN either.
+            group.of.name: (
+                decision.state,
+                self.made if group.of.writes else all_of([self.made, fine]),
+            )
+            for group, decision, fine in zip(groups, self.decisions, self.bounded, strict=True)
+            if group.of.limit is None
+        }
+
 
 class Judge:
     """Decides what a NaN, an infinity or a policy's skip means for the step.
@@ -56,17 +68,17 @@ class Judge:
 
     Args:
         options: The checked keywords.
-        total_order: p of the norms that an error quotes.
+        binding: Has p of the norms that an error quotes.
         called: What clips, as its user knows it; None for a function.
         owned: Whether a step that is skipped is kept from being made.
     """
 
     def __init__(
-        self, options: Options, total_order: float, *, called: str | None, owned: bool
+        self, options: Options, binding: Binding, *, called: str | None, owned: bool
     ) -> None:
         self.skips = SkipCounter(options.max_consecutive_skips)
         self._nonfinite = options.nonfinite
-        self._total_order = total_order
+        self._binding = binding
         self._called, self._owned = called, owned
         self._recent: deque[Tensor | Report | float] = deque(maxlen=32)
 
@@ -150,7 +162,7 @@ class Judge:
                     self._first_skip_of, clip, _present(clip, found), patterns, step, peers.rank
                 )
             if self.skips.record_late(on_host, overflow_expected, describe, waits=on_host.waits):
-                groups = [Group.collect(pattern, self._total_order) for pattern in patterns]
+                groups = [Group.collect(pattern, self._binding.total_order) for pattern in patterns]
                 limits = [each.of.decision for each in groups if each.of.decision is not None]
                 said = self._report(groups, limits, peers, step, self.skips.by_policy)
                 raise too_many_skips(said, self.skips.limit)
@@ -168,7 +180,7 @@ class Judge:
         self._recent.append(norms_S)
 
     def _norm_of_all(self, seen: Tensor | Report) -> Tensor:
-        return seen.norm if isinstance(seen, Report) else combine(seen, self._total_order)
+        return seen.norm if isinstance(seen, Report) else combine(seen, self._binding.total_order)
 
     def _describing(
         self, groups: list[Group], found: list[Found], peers: Peers, step: int

@@ -7,7 +7,7 @@ that they clipped. An owner looks for the marks of others before the step; a gue
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 from weakref import ref
@@ -79,6 +79,10 @@ def check_unclaimed(optimizer: torch.optim.Optimizer, owner: object, label: str)
 
 class Role(Protocol):
     """What an engine is to others that clip the same gradients."""
+
+    def admit(self, policy: object) -> None:
+        """Look at a policy that is assigned during the run, before anything is changed."""
+        ...
 
     def check(self, gradients: Sequence[Tensor]) -> None:
         """Look at gradients that will be clipped, before anything is changed."""
@@ -166,17 +170,31 @@ class _Marking:
 class Guest(_Marking):
     """Clips in a loop that may have an owner: leaves marks, and never refuses."""
 
+    def admit(self, policy: object) -> None:
+        """Refuse nothing."""
+
     def check(self, gradients: Sequence[Tensor]) -> None:
         """Refuse nothing: to clip twice in a loop is its author's choice."""
 
 
 class Owner(_Marking):
-    """Clips before every step: refuses gradients that a guest or another owner clipped."""
+    """Clips before every step: refuses gradients that a guest or another owner clipped.
 
-    def __init__(self, label: str) -> None:
+    Args:
+        label: What an error calls it.
+        admits: Refuses a policy that is assigned, where it cannot be followed.
+    """
+
+    def __init__(self, label: str, admits: Callable[[object], None] | None = None) -> None:
         super().__init__(label)
+        self._admits = admits
         _Marking.owners += 1
         _forget_marks_of_none()  # it looks at all marks, at every step
+
+    def admit(self, policy: object) -> None:
+        """Refuse a policy that the owner cannot follow."""
+        if self._admits is not None:
+            self._admits(policy)
 
     def check(self, gradients: Sequence[Tensor]) -> None:
         """Refuse to clip what another one clipped, where nothing has changed since.

@@ -14,6 +14,7 @@ from gradclip.clipping.flags import Flag
 from gradclip.clipping.kernels.device import HostCopy, copy_to_host, is_capturing
 from gradclip.clipping.kernels.fused import CLIPPED, NORM, SKIPPED, HostReport
 from gradclip.clipping.step.loop import LoopWatch
+from gradclip.errors import CaptureError
 from gradclip.record.ring import Copied, Reader, StepNumbers, StepRing
 from gradclip.record.stats import Stats, StepStats, together
 
@@ -216,6 +217,8 @@ class StepLog:
     def __init__(self, called: str, *, owned: bool) -> None:
         self.counted = StepStats()
         """What the steps came to whose numbers were read; ``catch_up`` reads those of all."""
+        self.is_captured = False
+        """Whether a step went into a CUDA graph, which has its limits in it."""
         self._loop = LoopWatch(called, owned=owned)
         self._ring = StepRing(copy_rows, self.counted, self._loop)
 
@@ -236,11 +239,13 @@ class StepLog:
         if result.on_host is not None:
             limit = float(result.one_threshold)
             self._ring.push(ReportRow(step, expected, result.on_host, limit), 0)
-        elif isinstance(result.coefficients, OneCoefficient):  # as the threshold; the step is made
-            known, limit = result.coefficients, float(result.thresholds)
-            numbers = StepNumbers(step, known.norm, limit, known.number < 1, False, expected)
+        elif isinstance(result.coefficients, OneCoefficient):  # as all numbers; the step is made
+            known, limit = result.coefficients, float(result.one_threshold)
+            clipped = known.number < 1 or result.clamped is True
+            numbers = StepNumbers(step, known.norm, limit, clipped, False, expected)
             self._ring.push(numbers, 0)
         elif is_capturing(result.measured_S.device):
+            self.is_captured = True
             return
         else:
             row = StepRow.of(result, step, expected=expected)
@@ -254,6 +259,19 @@ class StepLog:
         """
         self.catch_up()
         self._ring.readers.append(reader)
+
+    def require_uncaptured(self, policy: object) -> None:
+        """Refuse to change a policy that a CUDA graph has in it.
+
+        Raises:
+            CaptureError: GC022.
+        """
+        if self.is_captured:
+            raise CaptureError(
+                f"policy={policy!r} would change nothing: a CUDA graph has captured clip() with "
+                "the limits of then in it, and replays them. Change a limit before the capture, or "
+                "make a new clipper and capture anew. Nothing was changed."
+            )
 
     def catch_up(self) -> None:
         """Tell all readers of the last steps too; waits for the device."""

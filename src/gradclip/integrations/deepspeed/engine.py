@@ -9,7 +9,13 @@ from weakref import WeakSet
 import torch
 
 from gradclip.clipping import ClipResult
-from gradclip.clipping.arguments import ClipOptions, Nonfinite, one_policy, read_options
+from gradclip.clipping.arguments import (
+    ClipOptions,
+    HasPolicy,
+    Nonfinite,
+    one_policy,
+    read_options,
+)
 from gradclip.clipping.step.nonfinite import SkipCounter
 from gradclip.clipping.step.rows import StepLog
 from gradclip.errors import (
@@ -26,6 +32,7 @@ from gradclip.integrations.deepspeed.limits import (
     check_limits,
     checked_nonfinite,
     limit_of,
+    refuse_change,
 )
 from gradclip.record.stats import Stats
 
@@ -162,7 +169,7 @@ def engine_of(accelerator: "Accelerator | None", model: object) -> Any:
     return model if is_engine else None
 
 
-class EngineWatch:
+class EngineWatch(HasPolicy):
     """Follows an engine from step to step: a result for each, and errors where they are due.
 
     Args:
@@ -186,8 +193,8 @@ class EngineWatch:
         **options: Unpack[ClipOptions],
     ) -> None:
         self.engine = engine
-        policy, checked = read_options(type(self).__name__, policy, options)
-        self._limit = limit_of(policy)
+        self._policy, checked = read_options(type(self).__name__, policy, options)
+        self._limit = limit_of(self._policy)
         self._raises = checked_nonfinite(checked.nonfinite) == "raise"
         self._skips = SkipCounter(checked.max_consecutive_skips)
         self._norms: list[float] = []
@@ -195,6 +202,19 @@ class EngineWatch:
         """The numbers of all steps."""
         self._seen = engine.global_steps if from_step is None else from_step
         check_engine(engine, self._limit)
+
+    @property
+    def policy(self) -> Any:
+        """What was lowered.
+
+        Raises:
+            DoubleClippingError: GC101, in an assignment: the engine has read its limit.
+        """
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: object) -> None:
+        refuse_change(policy)
 
     def check(self) -> None:
         """Check that the engine still has the limit: loading a checkpoint brings an old one back.

@@ -5,7 +5,7 @@ from math import inf
 from typing import Any
 
 from gradclip.clipping.arguments import check_nonfinite
-from gradclip.clipping.policies import NormClip, Schedule, as_policies
+from gradclip.clipping.policies import NormClip, Schedule, as_given, as_policies
 from gradclip.errors import DoubleClippingError
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "check_limits",
     "checked_nonfinite",
     "limit_of",
+    "refuse_change",
 ]
 
 KEY = "gradient_clipping"
@@ -33,11 +34,12 @@ def limit_of(policy: Any) -> float:
     if hasattr(policy, "as_policy"):
         checked_nonfinite(policy.nonfinite)
         policy = policy.as_policy()
-    policies, by_pattern = as_policies(policy)
-    if by_pattern and list(policies) != ["*"]:
+    policies, division = as_policies(policy)
+    if division == "by group" or list(policies) != ["*"]:
         raise _impossible(
-            f"policy = {dict(policies)!r}",
-            "DeepSpeed has one limit for all parameters together, and none by name",
+            f"policy = {as_given(policies, division)!r}",
+            "DeepSpeed has one limit for all parameters together, and none by name or by "
+            "param_group",
         )
     (wanted,) = policies.values()
     assert wanted is not None  # a mapping that bounds nothing was refused
@@ -65,6 +67,18 @@ def limit_of(policy: Any) -> float:
             "max_norm = 0.0", "to DeepSpeed a limit of 0 means that nothing is clipped"
         )
     return limit.target if limit.target < inf else 0.0
+
+
+def refuse_change(policy: object) -> None:
+    """Refuse a policy that is assigned during a run: the engine has read its limit.
+
+    Raises:
+        DoubleClippingError: GC101.
+    """
+    raise _impossible(
+        f"policy = {policy!r}    (assigned during the run)",
+        "DeepSpeed reads its limit once, when the engine is made",
+    )
 
 
 def checked_nonfinite(nonfinite: object) -> str:

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
+from weakref import ref
 
 from gradclip.clipping import ClipResult, GradientClipper
-from gradclip.clipping.arguments import ClipOptions
+from gradclip.clipping.arguments import ClipOptions, HasPolicy
 from gradclip.clipping.collect.sources import OptimizerParameters
+from gradclip.clipping.policies import as_given, as_policies
 from gradclip.errors import MissingDependencyError, StateError
 from gradclip.integrations.lightning.refusals import refuse_kind, refuse_other_clipping
 from gradclip.integrations.lightning.step import LightningStep
@@ -27,7 +29,7 @@ except ModuleNotFoundError:
         ) from error
 
 if TYPE_CHECKING:
-    from gradclip.clipping.clipper import PoliciesLike
+    from gradclip.clipping.policies import PoliciesLike
 
 __all__ = ["GradientClippingCallback"]
 
@@ -38,7 +40,7 @@ _WAY_OUT = (
 )
 
 
-class GradientClippingCallback(Callback):
+class GradientClippingCallback(HasPolicy, Callback):
     """Clips before each optimizer step of a ``Trainer``, in the place of ``gradient_clip_val``.
 
     It works for every precision and strategy but DeepSpeed, for automatic and manual optimisation,
@@ -55,7 +57,8 @@ class GradientClippingCallback(Callback):
     clippers are saved in Lightning's checkpoints.
 
     Args:
-        policy: As ``GradientClipper`` takes it.
+        policy: As ``GradientClipper`` takes it. A list has one entry for each ``param_group`` of
+            every optimizer.
         nonfinite: Likewise.
         max_consecutive_skips: Likewise; overflows of an active loss scaler do not count until its
             scale is down to 1.
@@ -95,6 +98,24 @@ class GradientClippingCallback(Callback):
         for clipper in self.clippers:
             clipper.step_log.catch_up()
         return together(clipper.step_log.counted for clipper in self.clippers)
+
+    @property
+    def policy(self) -> Any:
+        """What bounds the gradients of every optimizer, in this fit and the next.
+
+        Another one may be assigned; see ``GradientClipper.policy``. All optimizers get it, or none.
+        """
+        return as_given(*as_policies(self._policy))
+
+    @policy.setter
+    def policy(self, policy: "PoliciesLike") -> None:
+        as_policies(policy)
+        clippers = self.clippers if self._bound else []
+        for clipper in clippers:
+            clipper.admit(policy)
+        for clipper in clippers:
+            clipper.policy = policy
+        self._policy = policy
 
     @property
     def clippers(self) -> list[GradientClipper]:
@@ -220,7 +241,10 @@ class GradientClippingCallback(Callback):
         # FSDP1's parameters do not tell which ranks have the rest, and few optimizers have names.
         source = OptimizerParameters(optimizer, module=trainer.model)
         label = type(self).__name__
-        step = OwnedStep(optimizer, source, self._policy, self._options, owner=self, label=label)
+        admits = partial(_refuse_other, ref(trainer))
+        step = OwnedStep(
+            optimizer, source, self._policy, self._options, owner=self, label=label, admits=admits
+        )
         return LightningStep(step)
 
     def _number_of(self, trainer: Any, optimizer: Any) -> int:
@@ -262,3 +286,10 @@ class GradientClippingCallback(Callback):
         for name, value in numbers_of(result, since).items():
             if name not in _OF_EPOCH:
                 log(name.replace("gradclip", prefix, 1), value)
+
+
+def _refuse_other(trainer: "ref[Any]", policy: object) -> None:
+    """Refuse a policy that clips, where it is assigned and Lightning clips as well."""
+    known = trainer()
+    if known is not None:
+        refuse_other_clipping(known, known.lightning_module, policy)

@@ -5,8 +5,9 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Unpack
 
 from gradclip.clipping import ClipResult, GradientClipper
-from gradclip.clipping.arguments import ClipOptions
+from gradclip.clipping.arguments import ClipOptions, HasPolicy
 from gradclip.clipping.collect.sources import OptimizerParameters
+from gradclip.clipping.policies import as_given, as_policies
 from gradclip.clipping.step.held import lend
 from gradclip.clipping.step.ownership import owner_of
 from gradclip.clipping.step.rows import StepLog
@@ -19,6 +20,7 @@ from gradclip.errors import (
     StateError,
 )
 from gradclip.integrations.deepspeed import EngineWatch, engine_of, uses_deepspeed
+from gradclip.integrations.deepspeed.limits import refuse_change
 from gradclip.integrations.loss_scaling import begin_anew
 from gradclip.integrations.owned_step import OwnedStep, checked_options
 from gradclip.integrations.tracked import Tracked, numbers_of
@@ -38,7 +40,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from gradclip.clipping.clipper import PoliciesLike
+    from gradclip.clipping.policies import PoliciesLike
 
 __all__ = ["ClippingTrainerMixin", "GradientClippingCallback"]
 
@@ -51,7 +53,7 @@ _FORMER_NAMES = {
 """Names that were logged before; they go with the next release."""
 
 
-class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
+class GradientClippingCallback(HasPolicy, TrainerCallback):  # type: ignore[misc]
     """Clips where an accumulation window ends, right before the trainer steps.
 
     A step whose gradients hold a NaN or an infinity changes neither weights nor moments nor the
@@ -110,6 +112,24 @@ class GradientClippingCallback(TrainerCallback):  # type: ignore[misc]
     def stats(self) -> Stats:
         """What the steps of this training came to, or of the last one; waits for the device."""
         return Stats() if self._log is None else self._log.stats
+
+    @property
+    def policy(self) -> Any:
+        """What bounds the gradients, in this training and the next; see ``GradientClipper.policy``.
+
+        Raises:
+            DoubleClippingError: GC101, in an assignment, under DeepSpeed.
+        """
+        return as_given(*as_policies(self._policy))
+
+    @policy.setter
+    def policy(self, policy: "PoliciesLike") -> None:
+        if self._accelerator is not None:
+            refuse_change(policy)
+        as_policies(policy)
+        if self.clipper is not None:
+            self.clipper.policy = policy
+        self._policy = policy
 
     @property
     def clipper(self) -> GradientClipper | None:

@@ -21,13 +21,14 @@ from gradclip.clipping import (
     Policy,
     ValueClip,
 )
-from gradclip.clipping.arguments import ClipOptions
+from gradclip.clipping.arguments import ClipOptions, HasPolicy
 from gradclip.clipping.collect.sources import OptimizerParameters
-from gradclip.clipping.policies import BUILT_IN
+from gradclip.clipping.policies import BUILT_IN, PoliciesLike, as_given, as_policies
 from gradclip.config import Ceiling, ClassType, ConfigOf, NormOrder
 from gradclip.errors import ArgumentValueError, DoubleClippingError
 from gradclip.hook import HookContext
 from gradclip.integrations.deepspeed import EngineWatch, engine_of, lower
+from gradclip.integrations.deepspeed.limits import refuse_change
 from gradclip.integrations.owned_step import OwnedStep
 from gradclip.integrations.wrapped import behind_accelerate
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["GradientClippingHook", "GradientClippingHookConfig"]
 
 
-class GradientClippingHook(PipelineHooks):
+class GradientClippingHook(HasPolicy, PipelineHooks):
     """Clips the gradients of the optimizer's parameters, once per optimizer step.
 
     It clips after ``on_step``, at its own place, or before ``on_optimizer_step`` if that comes
@@ -72,7 +73,8 @@ clipped=True, skipped=False, nonfinite=0)
     def __init__(self, cfg: "GradientClippingHookConfig") -> None:
         super().__init__()
         self._cfg = cfg
-        self._policy = cfg.as_policy()
+        self._policy: Any = cfg.as_policy()
+        self._is_lowered = False
         self._step: OwnedStep | None = None
         self._watch: EngineWatch | None = None
         self._state: Mapping[str, Any] | None = None
@@ -92,26 +94,74 @@ clipped=True, skipped=False, nonfinite=0)
             ),
         )
 
-    # To be read: to set one would change nothing, the policy is made of them.
+    @property
+    def policy(self) -> Any:
+        """What bounds the gradients; to be assigned, as ``GradientClipper.policy``.
+
+        Raises:
+            ArgumentValueError: GC010, in an assignment here, or to one of the four fields below,
+                that cannot be, or would change nothing.
+            DoubleClippingError: GC101, likewise, under DeepSpeed.
+        """
+        return as_given(*as_policies(self._policy))
+
+    @policy.setter
+    def policy(self, policy: PoliciesLike) -> None:
+        self._assign(self._cfg.with_policy(policy), policy)
+
     @property
     def clip_mode(self) -> str | None:
-        """As configured."""
+        """That of the configuration; to be assigned where ``clip_value`` or ``max_norm`` is set."""
         return self._cfg.clip_mode
+
+    @clip_mode.setter
+    def clip_mode(self, mode: Literal["norm", "value"]) -> None:
+        self._assign_field("clip_mode", mode)
 
     @property
     def clip_value(self) -> Any:
-        """As configured."""
+        """That of the configuration; to be assigned where ``clip_mode`` is "value"."""
         return self._cfg.clip_value
+
+    @clip_value.setter
+    def clip_value(self, value: float) -> None:
+        self._assign_field("clip_value", value)
 
     @property
     def max_norm(self) -> Any:
-        """As configured."""
+        """That of the configuration; to be assigned where ``clip_mode`` is "norm"."""
         return self._cfg.max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: float) -> None:
+        self._assign_field("max_norm", value)
 
     @property
     def norm_type(self) -> Any:
-        """As configured."""
+        """Likewise, before the first step."""
         return self._cfg.norm_type
+
+    @norm_type.setter
+    def norm_type(self, value: float) -> None:
+        self._assign_field("norm_type", value)
+
+    def _assign_field(self, name: str, value: object) -> None:
+        used = {"norm": ("max_norm", "norm_type"), "value": ("clip_value",)}
+        mode = self._cfg.clip_mode
+        if mode is None or name not in ("clip_mode", *used[mode]):
+            raise ArgumentValueError(
+                f"to assign {name} would change nothing: this hook clips by {self.policy!r}. "
+                "Assign policy. Nothing was changed."
+            )
+        cfg = self._cfg.replace(**{name: value})
+        self._assign(cfg, cfg.as_policy())
+
+    def _assign(self, cfg: "GradientClippingHookConfig", policy: PoliciesLike) -> None:
+        if self._is_lowered or self._watch is not None:
+            refuse_change(policy)
+        if self.clipper is not None:
+            self.clipper.policy = policy
+        self._cfg, self._policy = cfg, policy
 
     @property
     def clipper(self) -> GradientClipper | None:
@@ -148,6 +198,7 @@ clipped=True, skipped=False, nonfinite=0)
             DoubleClippingError: GC101, DeepSpeed cannot do what this hook is configured for.
         """
         lower(accelerator, self._cfg)
+        self._is_lowered = True
 
     def _after_loop(self, arg: PipelineHookArgs) -> None:
         counts = self._watch or self.clipper
@@ -243,13 +294,17 @@ clipped=True, skipped=False, nonfinite=0)
 
 
 def _read_none(policies: Any) -> Any:
+    if isinstance(policies, list | tuple):
+        return [None if each == "none" else each for each in policies]
     if not isinstance(policies, Mapping):
         return policies
     return {pattern: None if each == "none" else each for pattern, each in policies.items()}
 
 
-def _write_none(policies: dict[str, Any], write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+def _write_none(policies: Any, write: SerializerFunctionWrapHandler) -> Any:
     written = write(policies)
+    if not isinstance(written, Mapping):
+        return ["none" if each is None else each for each in written]
     return {pattern: "none" if each is None else each for pattern, each in written.items()}
 
 
@@ -267,6 +322,8 @@ def _kind(value: Any) -> str:
 
 
 def _kind_or_patterns(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "groups"
     if not isinstance(value, Mapping):
         return _kind(value)
     # A parameter may be called "z" or "q": one name of a field makes no policy of patterns.
@@ -287,11 +344,17 @@ PolicyByPattern: TypeAlias = Annotated[
     # TOML has no null, and a pattern that is left out would mean something else.
     WrapSerializer(_write_none, when_used="json"),
 ]
+PolicyByGroup: TypeAlias = Annotated[
+    tuple[PolicyOrNumber | None, ...],
+    BeforeValidator(_read_none),
+    WrapSerializer(_write_none, when_used="json"),
+]
 PolicyField: TypeAlias = Annotated[
     Annotated[AnyPolicy, Tag("policy")]
     | Annotated[ConfigOf[Policy], Tag("named")]
     | Annotated[Ceiling, Tag("number")]
-    | Annotated[PolicyByPattern, Tag("patterns")],
+    | Annotated[PolicyByPattern, Tag("patterns")]
+    | Annotated[PolicyByGroup, Tag("groups")],
     Discriminator(_kind_or_patterns),
 ]
 
@@ -310,8 +373,9 @@ class GradientClippingHookConfig(PipelineHooksConfig[GradientClippingHook]):
     norm_type: NormOrder = 2.0
     """p of the p-norm, > 0, or infinity; used by ``"norm"`` alone."""
     policy: PolicyField | None = None
-    """What ``GradientClipper`` takes: a number (``max_norm``), a policy, or a mapping of name
-    patterns to these, where None (in a file ``"none"``) leaves the parameters alone."""
+    """What ``GradientClipper`` takes: a number (``max_norm``), a policy, a mapping of name patterns
+    to these, or a list of these, one for each ``param_group`` of the optimizer. None (in a file
+    ``"none"``) leaves parameters alone."""
     nonfinite: Literal["skip", "raise", "propagate"] = "skip"
     """What to do about a NaN or an infinity in the gradients."""
     max_consecutive_skips: int = Field(default=25, ge=0)
@@ -380,7 +444,20 @@ class GradientClippingHookConfig(PipelineHooksConfig[GradientClippingHook]):
             )
         return self
 
-    def as_policy(self) -> "PolicyOrNumber | PolicyByPattern":
+    def with_policy(self, policy: PoliciesLike) -> Self:
+        """Return a copy that clips by another policy, in the fields that this one has."""
+        if self.clip_mode is not None:
+            one: Any = as_given(*as_policies(policy))
+            fields = {"max_norm", "norm_type", "clip_value", "clip_mode"}
+            plain = isinstance(one, NormClip | ValueClip) and one.model_fields_set <= fields
+            if plain and isinstance(getattr(one, "max_norm", 0.0), float):
+                return self.replace(
+                    **{f: getattr(one, f) for f in type(one).model_fields if f in fields}
+                )
+        others = dict.fromkeys(("clip_mode", "clip_value", "max_norm"))
+        return self.replace(policy=policy, norm_type=2.0, **others)
+
+    def as_policy(self) -> "PolicyOrNumber | PolicyByPattern | PolicyByGroup":
         """Return what the hook gives to ``GradientClipper``."""
         if self.policy is not None:
             return self.policy

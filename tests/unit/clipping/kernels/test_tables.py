@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from gradclip import GradientClipper
-from gradclip.clipping import short
 from gradclip.clipping.kernels import tables
 from gradclip.clipping.kernels.tables import Addresses, Table
+from gradclip.clipping.short import ways
 from gradclip.errors import CaptureError
 
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -16,7 +16,7 @@ META, CPU = torch.device("meta"), torch.device("cpu")
 def capturing(monkeypatch):
     def begin():
         monkeypatch.setattr(tables, "is_capturing", lambda device: True)
-        monkeypatch.setattr(short, "is_capturing", lambda device: True)
+        monkeypatch.setattr(ways, "is_capturing", lambda device: True)
 
     return begin
 

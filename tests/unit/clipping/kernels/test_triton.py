@@ -14,11 +14,12 @@ import torch
 import oracle
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip, clip_grad_norm_
 from gradclip.clipping.kernels import Batch, carry_out, choose
-from gradclip.clipping.kernels.tables import Addresses
+from gradclip.clipping.kernels.tables import Addresses, Table
 from gradclip.clipping.measure import norm
 from pairwise import ALL_COMBINATIONS, pairwise
 
 triton = pytest.importorskip("gradclip.clipping.kernels.triton")
+triton_plan = pytest.importorskip("gradclip.clipping.kernels.triton_plan")
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
@@ -39,11 +40,11 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(triton, "CHUNK", CHUNK)
-    monkeypatch.setattr(triton, "BLOCK", BLOCK)
-    monkeypatch.setattr(triton, "_RECOUNT", BLOCK)
-    monkeypatch.setattr(triton, "_FOLD", BLOCK)
-    monkeypatch.setattr(triton, "_PROGRAMS", 7)
+    monkeypatch.setattr(triton_plan, "CHUNK", CHUNK)
+    monkeypatch.setattr(triton_plan, "BLOCK", BLOCK)
+    monkeypatch.setattr(triton_plan, "RECOUNT", BLOCK)
+    monkeypatch.setattr(triton_plan, "FOLD", BLOCK)
+    monkeypatch.setattr(triton_plan, "PROGRAMS", 7)
 
 
 @pytest.fixture
@@ -269,19 +270,19 @@ def test_what_is_not_one_stretch_of_memory_is_measured_and_scaled_too(kernels):
 
 def test_elements_beyond_two_to_the_31(kernels, monkeypatch):
     """Only what is touched takes memory on the CPU; on a GPU the tensor takes 4.3 GB."""
-    monkeypatch.setattr(triton, "CHUNK", 1 << 30)
+    monkeypatch.setattr(triton_plan, "CHUNK", 1 << 30)
     make = torch.zeros if ON_GPU else torch.empty
     tensor = make((1 << 31) + 20, dtype=torch.float16, device=DEVICE)
     tensor[-20:] = 0.0
     tensor[-17:] = 2.0
     batch = Batch.of([tensor])
-    plan = batch.specs.plan(triton._Plan)
+    plan = batch.specs.plan(triton_plan.Chunks)
     assert plan.table.on(torch.device("cpu"))[-1].tolist() == [0, 1 << 31, 20, 0]
     if not ON_GPU:  # the interpreter would take hours for the chunks before the last
         plan.chunks = 1
         last = plan.table.on(DEVICE)[-1:]
-        plan.table = triton.Table(last)
-        plan.firsts = triton.Table(torch.tensor([0, 1]))
+        plan.table = Table(last)
+        plan.firsts = Table(torch.tensor([0, 1]))
     assert kernels.power_sums(batch, 2.0).tolist() == [[68.0]]
     scale_(kernels, batch, 0.5)
     assert tensor[-20:].tolist() == [0.0] * 3 + [1.0] * 17

@@ -15,12 +15,11 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from gradclip.clipping.kernels import triton as backend
-from gradclip.clipping.kernels import triton_decide, triton_launch
+from gradclip.clipping.kernels import triton_decide, triton_launch, triton_plan
 from gradclip.clipping.kernels import triton_programs as programs
 
 I64, F64 = torch.int64, torch.float64
-BITS = backend._bits(0.3)
+BITS = triton_plan.bits(0.3)
 POINTERS = {
     programs.power_sums: (I64, I64, F64),
     programs.scaled_power_sums: (I64, I64, F64, BITS, F64),
@@ -33,14 +32,14 @@ POINTERS = {
         *(148, 2),
     ),
 }
-SIZES = {"BLOCK": backend.BLOCK, "RECOUNT": backend._RECOUNT}
-FOLD = {"BLOCK": backend._FOLD}
-FEW = {"BLOCK": backend._RECOUNT}
+SIZES = {"BLOCK": triton_plan.BLOCK, "RECOUNT": triton_plan.RECOUNT}
+FOLD = {"BLOCK": triton_plan.FOLD}
+FEW = {"BLOCK": triton_plan.RECOUNT}
 FLOAT32 = {"DTYPE": tl.float32, "KIND": tl.float32, **SIZES}
 BFLOAT16 = {"DTYPE": tl.bfloat16, "KIND": tl.float32, **SIZES}
 FLOAT64 = {"DTYPE": tl.float64, "KIND": tl.float64, **SIZES}
 DECIDE = {"POWER": 2, "CLAMPS": False, "SKIPS": True, "SCALED": 0, "WIDTH": 2, **FOLD}
-ONE = {"PER_ROW": False, "DTYPE": tl.bfloat16, "BLOCK": backend.BLOCK}
+ONE = {"PER_ROW": False, "DTYPE": tl.bfloat16, "BLOCK": triton_plan.BLOCK}
 CASES = {
     "power_sums float32": (programs.power_sums, {"POWER": 2, **FLOAT32}),
     "power_sums bfloat16": (programs.power_sums, {"POWER": 2, **BFLOAT16}),

@@ -147,6 +147,7 @@ def test_what_cannot_be_meant_is_refused_in_our_words(fields, said):
         GradientClippingHookConfig(policy=ZScoreClip(cap=inf, on_spike="skip")),
         GradientClippingHookConfig(policy={"z": EMAClip(warmup_max_norm=1.0), "*": ZScoreClip()}),
         GradientClippingHookConfig(policy={"*.bias": None, "*": ValueClip(clip_value=inf)}),
+        GradientClippingHookConfig(policy=[0.5, None, ValueClip(clip_value=inf)]),
         GradientClippingHookConfig(policy=NormClip(max_norm=inf, scope="tensor", skip_above=9.0)),
         GradientClippingHookConfig(
             policy={

@@ -30,7 +30,8 @@ class Loop:
         layer = linear([0.0, 0.0])
         optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
         self.record = RecordHookConfig(path=str(path))()
-        clipping = [GradientClippingHookConfig(clip_mode="norm", max_norm=1.0)] if clip else []
+        self.clipping = GradientClippingHookConfig(clip_mode="norm", max_norm=1.0)()
+        clipping = [self.clipping] if clip else []
         self.hooks = PipelineHooks.from_hooks([self.record, OptimizerHook(), *clipping])
         self.arg = PipelineHookArgs(
             accelerator=accelerator,
@@ -55,7 +56,12 @@ def test_every_optimizer_step_is_a_line(path, linear):
         loop.step(2.0, 3.0, 4.0)
         loop.step(1.0, math.nan, 4.0)
         loop.step(0.5, 0.0, 0.5)
-    first, skipped, last = read_record(path)
+        loop.clipping.max_norm = 0.25
+        loop.step(0.5, 0.0, 0.5)
+        loop.step(0.5, 0.0, 0.5)
+    first, skipped, last, changed, after = read_record(path)
+    assert "max_norm=0.25" in changed.new_policy
+    assert (last.new_policy, after.new_policy, after.threshold) == (None, None, 0.25)
     assert (first.step, skipped.step, last.step) == (0, 1, 2)
     assert (first.loss, skipped.loss, last.loss) == (2.0, 1.0, 0.5)
     assert (first.norm_pre, last.norm_pre) == (5.0, 0.5)

@@ -1,8 +1,4 @@
-"""The short ways: what most steps come to, without what only unusual ones need.
-
-Each answers only where nothing is unusual. Otherwise nothing was done, and the engine goes its
-ordinary way from the start.
-"""
+"""Which short ways there are for the policies of an engine, and how they are tried."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -10,14 +6,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gradclip.clipping.apply.fused import Fused
-from gradclip.clipping.apply.lean import FEW, Lean
 from gradclip.clipping.arguments import Options
 from gradclip.clipping.kernels import Backends
 from gradclip.clipping.kernels.device import is_capturing
 from gradclip.clipping.measure.binding import Binding
 from gradclip.clipping.policies import Policy
-from gradclip.clipping.result import ClipResult, of_fused, of_small
+from gradclip.clipping.result import ClipResult
+from gradclip.clipping.short.fused import Fused
+from gradclip.clipping.short.lean import FEW, Lean
+from gradclip.clipping.short.results import of_fused, of_small
 from gradclip.clipping.step.judge import Judge
 from gradclip.clipping.step.ownership import Role
 
@@ -48,13 +45,20 @@ class ShortWays:
         *,
         by_pattern: bool,
     ) -> None:
-        self._binding, self._backends = binding, backends
+        self._binding, self._backends, self._options = binding, backends, options
         self._role, self._judge = role, judge
         self._by_pattern = by_pattern
-        lean = backends.are_portable and not by_pattern
-        self._lean = Lean.of(policies["*"]) if lean else None
-        self._fused = Fused.of(policies, options, backends, role, by_pattern=by_pattern)
         self._fuses = False
+        self.assign(policies)
+
+    def assign(self, policies: Mapping[str, Policy | None]) -> None:
+        """Find the ways that these policies have."""
+        backends = self._backends
+        lean = backends.are_portable and not self._by_pattern
+        self._lean = Lean.of(policies["*"]) if lean else None
+        self._fused = Fused.of(
+            policies, self._options, backends, self._role, by_pattern=self._by_pattern
+        )
 
     def follow(self, device: torch.device) -> None:
         """Take the ways that a device has, once gradients were seen there."""

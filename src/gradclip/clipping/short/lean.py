@@ -1,4 +1,4 @@
-"""The common step of a small model on a CPU: one sum over all gradients, one limit, one factor.
+"""The common step of a small model on a CPU: one norm of all gradients, and one limit.
 
 There the checks and results of the ordinary way take longer than the arithmetic. This way reads
 all gradients as one, and answers only where nothing is unusual. Otherwise nothing was done, and the
@@ -6,7 +6,7 @@ ordinary way begins from the start: it alone knows what to do about a NaN.
 """
 
 from collections.abc import Sequence
-from math import hypot, inf
+from math import hypot, inf, isfinite, nan
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from gradclip.clipping.apply.coefficients import quotient
 from gradclip.clipping.collect.gradients import COARSE_GUARD
 from gradclip.clipping.collect.overlap import Bytes
 from gradclip.clipping.kernels import SpecsCache, TensorSpecs
+from gradclip.clipping.kernels.blocks import representable
+from gradclip.clipping.kernels.writes import clamp_each
 from gradclip.clipping.policies import FixedLimit, Policy
 from gradclip.clipping.step.ownership import Role
 
@@ -36,7 +38,7 @@ _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """Squares of their elements neither vanish nor overflow in float64."""
 
 _CPU = torch.device("cpu")
-_EUCLIDEAN = 2.0
+_ORDERS = (2.0, inf)
 _LARGEST = torch.finfo(torch.float32).max
 _COARSE = 2.0**-100
 """Smaller coefficients are applied in steps."""
@@ -48,23 +50,33 @@ class LeanStep(NamedTuple):
     Args:
         gradients: Those that exist.
         policy: What bounds them.
-        threshold: Above this their norm is brought down.
+        threshold: Above this their norm is brought down, or their elements.
+        one_threshold: The same of the norm; NaN where elements are clamped.
+        order: p of the norm.
         norm: Their norm, which float32 has room for.
         number: What they are multiplied by.
         factor: The same in float32, which multiplies any of their dtypes; None for 1.
+        ceiling: What elements are clamped to, as their dtype has it; None where none exceeds it.
+        left: The norm of what is left behind that.
     """
 
     gradients: list[Tensor]
     policy: Policy
     threshold: float
+    one_threshold: float
+    order: float
     norm: float
     number: float
     factor: Tensor | None
+    ceiling: float | None
+    left: float | None
 
     def write(self, role: Role) -> None:
-        """Multiply the gradients, and let a role mark them."""
+        """Multiply or clamp the gradients, and let a role mark them."""
         if self.factor is not None:
             torch._foreach_mul_(self.gradients, self.factor)
+        if self.ceiling is not None:
+            _clamp(self.gradients, self.ceiling)
         role.mark([(self.gradients, self.policy)] if self.policy.writes else [])
 
 
@@ -79,6 +91,11 @@ class Lean:
     def __init__(self, policy: Policy, limit: FixedLimit) -> None:
         self._policy = policy
         self._threshold, self._target = limit.threshold, limit.target
+        self._order, self._element_limit = policy.order, policy.element_limit
+        self._shown = limit.threshold, limit.threshold
+        if self._element_limit is not None:
+            self._shown = self._element_limit, nan
+        self._ceilings: dict[torch.dtype, float] = {}
 
     @classmethod
     def of(cls, policy: Policy | None) -> "Lean | None":
@@ -86,8 +103,8 @@ class Lean:
         limit = None if policy is None else policy.fixed()
         if policy is None or limit is None:
             return None
-        is_one_norm = policy.scope == "group" and policy.order == _EUCLIDEAN
-        plain = limit.target > 0 and limit.skip_above == inf and policy.element_limit is None
+        is_one_norm = policy.scope == "group" and policy.order in _ORDERS
+        plain = limit.target > 0 and limit.skip_above == inf
         return cls(policy, limit) if is_one_norm and plain else None
 
     def read(self, found: Sequence[Tensor | None], known: SpecsCache) -> LeanStep | None:
@@ -97,16 +114,12 @@ class Lean:
             found: The gradient of each parameter, if it has one.
             known: Recognises gradients that the ordinary way has checked before.
         """
-        gradients: Any = found
-        specs = known.find(gradients)  # what holds a None fits none
-        if specs is None:
-            gradients = [each for each in found if each is not None]
-            specs = known.find(gradients)
-        if specs is None or not (plan := specs.plan(_Gathering)).fit or flags.host_waits_for(_CPU):
+        there = _there(found, known)
+        if there is None:
             return None
-        if not plan.bytes.lie_apart(list(map(Tensor.data_ptr, gradients))):
-            return None
-        norm = plan.norm(gradients)
+        gradients, plan, dtype = there
+        ceiling = None if self._element_limit is None else self._ceiling(dtype)
+        norm, left = plan.norms(gradients, self._order, ceiling)
         if not norm <= _LARGEST:  # NaN, too
             return None
         number = quotient(norm, self._threshold, self._target, COARSE_GUARD)
@@ -115,7 +128,54 @@ class Lean:
         factor = None
         if number != 1:
             factor = torch.scalar_tensor(number, dtype=torch.float32, device="cpu")
-        return LeanStep(gradients, self._policy, self._threshold, norm, number, factor)
+        if left is None:
+            ceiling = None
+        shown, one, order = *self._shown, self._order
+        return LeanStep(
+            gradients, self._policy, shown, one, order, norm, number, factor, ceiling, left
+        )
+
+    def clamp(self, found: Sequence[Tensor | None], known: SpecsCache, role: Role) -> bool:
+        """Clamp gradients whose norm nobody asks for; False where that takes the ordinary way.
+
+        Args:
+            found: The gradient of each parameter, if it has one.
+            known: Recognises gradients that the ordinary way has checked before.
+            role: Marks them.
+        """
+        there = _there(found, known)
+        if there is None:
+            return False
+        gradients, _, dtype = there
+        ceiling = self._ceiling(dtype)
+        _clamp(gradients, ceiling)
+        role.mark([(gradients, self._policy)] if self._policy.writes else [])
+        return True
+
+    def _ceiling(self, dtype: torch.dtype) -> float:
+        """Return what elements are clamped to, as a dtype has it."""
+        if (known := self._ceilings.get(dtype)) is None:
+            known = self._ceilings[dtype] = float(representable(self._element_limit or 0.0, dtype))
+        return known
+
+
+def _there(
+    found: Sequence[Tensor | None], known: SpecsCache
+) -> tuple[list[Tensor], "_Gathering", torch.dtype] | None:
+    """Return the gradients that exist, how they are gathered, and of what dtype they are.
+
+    None where anything about them is unusual.
+    """
+    gradients: Any = found
+    specs = known.find(gradients)  # what holds a None fits none
+    if specs is None:
+        gradients = [each for each in found if each is not None]
+        specs = known.find(gradients)
+    if specs is None or not (plan := specs.plan(_Gathering)).fit or flags.host_waits_for(_CPU):
+        return None
+    if not plan.bytes.lie_apart(list(map(Tensor.data_ptr, gradients))):
+        return None
+    return gradients, plan, specs.dtypes[0]
 
 
 class _Gathering:
@@ -138,17 +198,32 @@ class _Gathering:
         )
         self._free: list[tuple[list[Tensor], Sequence[Tensor]]] = []
 
-    def norm(self, tensors: list[Tensor]) -> float:
-        """Return the 2-norm of all: finite just where all elements are."""
+    def norms(
+        self, tensors: list[Tensor], order: float, ceiling: float | None
+    ) -> tuple[float, float | None]:
+        """Return the norm of all, and of what is left of them: finite just where all elements are.
+
+        Args:
+            tensors: The gradients.
+            order: p of the norms: 2, or inf.
+            ceiling: What elements are clamped to.
+
+        Returns:
+            The norm, and that of the clamped elements; None for it where none exceeds the ceiling.
+        """
         try:
             buffer = self._free.pop()
         except IndexError:  # the first call, or another thread has it
             buffer = self._buffer()
         places, pieces = buffer
         torch._foreach_copy_(places, tensors)
-        norms = [torch.linalg.vector_norm(piece).item() for piece in pieces]
+        norm, left = _norm(pieces, order), None
+        if ceiling is not None and norm > ceiling and _norm(pieces, inf) > ceiling:
+            for piece in pieces:
+                piece.clamp_(-ceiling, ceiling)
+            left = _norm(pieces, order)
         self._free.append(buffer)
-        return hypot(*norms)
+        return norm, left
 
     def _buffer(self) -> tuple[list[Tensor], Sequence[Tensor]]:
         """Return the place of each tensor in memory of float64, and that memory in pieces.
@@ -159,3 +234,14 @@ class _Gathering:
             values = torch.empty(sum(self._sizes), dtype=torch.float64, device="cpu")
             each = zip(values.split(self._sizes), self._shapes, strict=True)
             return [place.view(shape) for place, shape in each], values.split(_PIECE)
+
+
+def _norm(pieces: Sequence[Tensor], order: float) -> float:
+    norms = [torch.linalg.vector_norm(piece, order).item() for piece in pieces]
+    if order != inf:
+        return hypot(*norms)
+    return max(norms) if isfinite(sum(norms)) else inf  # the largest of a NaN is any of them
+
+
+def _clamp(gradients: list[Tensor], ceiling: float) -> None:
+    clamp_each(gradients, [-ceiling] * len(gradients), [ceiling] * len(gradients))

@@ -6,7 +6,6 @@ once. Otherwise nothing was done, and the ordinary way begins from the start.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from math import inf
 from typing import Any, TypeAlias
@@ -17,7 +16,7 @@ from gradclip.clipping.arguments import Options, check_grad_scale, check_one_num
 from gradclip.clipping.collect.gradients import COARSE_GUARD
 from gradclip.clipping.collect.overlap import Bytes
 from gradclip.clipping.kernels import Backends, SpecsCache, TensorSpecs
-from gradclip.clipping.kernels.fused import FusedStep, HostReport, Layout, Limit, Report
+from gradclip.clipping.kernels.fused import FusedClip, FusedStep, Layout, Limit, Report
 from gradclip.clipping.policies import Policy
 from gradclip.clipping.step.ownership import Role
 
@@ -29,23 +28,6 @@ _ORDERS = {1.0, 2.0, inf}
 
 _EXTREME = 2.0**300
 """Divided by a number within it, norms of float32 have squares that float64 holds."""
-
-
-@dataclass(frozen=True, eq=False)
-class FusedClip:
-    """What a clip in few launches came to.
-
-    Args:
-        report: Its numbers on the device.
-        on_host: The same on their way to the host; None inside a CUDA graph.
-        layout: What the gradients were like.
-        deferred: Whether the gradients were left as they are, for the optimizer to scale.
-    """
-
-    report: Report
-    on_host: HostReport | None
-    layout: Layout
-    deferred: bool
 
 
 class Fused:
