@@ -1,0 +1,168 @@
+"""What the experiments share: the policies that are compared, the loop, and how lines are written.
+
+Each experiment has a line for each run: a policy under one condition with one seed.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+import gradclip
+from gradclip import (
+    AGCClip,
+    EMAClip,
+    NormClip,
+    QuantileClip,
+    ZScoreClip,
+    presets,
+)
+
+sys.path.append(str(Path(__file__).parents[1]))
+from timing import RESULTS, machine, rounded, write
+
+Row = dict[str, object]
+CHECKED_EACH = 25
+"""Steps after which the weights are looked at: a run whose weights are lost is not continued."""
+
+
+@dataclass(frozen=True)
+class TorchClip:
+    """``torch.nn.utils.clip_grad_norm_`` before each step."""
+
+    max_norm: float
+
+
+def policies(limit: float, head: str = "head.*") -> dict[str, Any]:
+    """Return what is compared, by name.
+
+    Args:
+        limit: The fixed limit, where a policy has one.
+        head: The last layer, which AGC leaves out: it gets a fixed limit.
+    """
+    return {
+        "none": None,
+        "norm": NormClip(max_norm=limit),
+        "zscore": ZScoreClip(),
+        "zscore, cap": ZScoreClip(cap=limit),
+        "ema": EMAClip(),
+        "quantile": QuantileClip(),
+        "agc": {head: NormClip(max_norm=limit), "*": AGCClip()},
+        "zclip_paper": presets.zclip_paper(),
+        "adagc_paper": presets.adagc_paper(),
+        "autoclip": presets.autoclip(),
+    }
+
+
+@dataclass
+class Run:
+    """What became of a run.
+
+    Args:
+        coefficients: Of each step, the norm after clipping as a part of the norm before.
+        skipped: Steps that were not made.
+        lost: Whether weights became NaN or infinite, or gradclip ended the run, since the
+            gradients of 25 steps in a row were not finite.
+    """
+
+    coefficients: list[float] = field(default_factory=list)
+    skipped: int = 0
+    lost: bool = False
+
+    def clipped(self, last: int = 0) -> float:
+        """Return the share of steps that were clipped, of all or of so many last ones."""
+        return fmean([each < 1 for each in self.coefficients[-last:]] or [0.0])
+
+    def columns(self) -> Row:
+        """Return the columns that every line has."""
+        return {"clipped": self.clipped(), "skipped": self.skipped, "lost": self.lost}
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    policy: Any,
+    loss_at: Callable[[int], Tensor],
+    steps: int,
+) -> Run:
+    """Train, and clip.
+
+    Args:
+        model: What is trained.
+        optimizer: Made of ``model.named_parameters()``, so that patterns of names work.
+        policy: One of ``policies``, or a ``TorchClip``.
+        loss_at: Returns the loss of a step.
+        steps: How many steps.
+    """
+    run = Run()
+    handle = None
+    if policy is not None and not isinstance(policy, TorchClip):
+        handle = gradclip.attach(optimizer, policy)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_at(step).backward()
+        if isinstance(policy, TorchClip):
+            norm = float(clip_grad_norm_(model.parameters(), policy.max_norm))
+            run.coefficients.append(min(1.0, policy.max_norm / norm))
+        try:
+            optimizer.step()
+        except gradclip.errors.TooManySkipsError:
+            run.lost = True
+            break
+        if handle is not None:
+            note(run, handle.last)
+        if (step + 1) % CHECKED_EACH == 0 and not is_finite(model):
+            run.lost = True
+            break
+    run.lost = run.lost or not is_finite(model)
+    return run
+
+
+def note(run: Run, result: gradclip.ClipResult) -> None:
+    """Add what was done at a step."""
+    numbers = result.to_host()
+    if numbers.skipped:
+        run.skipped += 1
+    else:
+        run.coefficients.append(numbers.norm_post / numbers.norm_pre if numbers.clipped else 1.0)
+
+
+def is_finite(model: nn.Module) -> bool:
+    return all(bool(each.isfinite().all()) for each in model.parameters())
+
+
+def main(name: str, doc: str, rows: Callable[[int, int], Iterator[Row]], steps: int) -> None:
+    """Run an experiment and write its lines.
+
+    Args:
+        name: Of the CSV file.
+        doc: What ``--help`` says.
+        rows: Yields a line for each run; it is told how many seeds and steps.
+        steps: Of each run, unless the command says otherwise.
+    """
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=steps)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore", UserWarning)  # some policies are meant to clip every step here
+    torch.set_num_threads(1)
+    where = {"steps": arguments.steps, "machine": f"{machine('cpu')}{_scikit_learn()}"}
+    listed = []
+    for row in rows(arguments.seeds, arguments.steps):
+        listed.append({**row, **where})
+        print(rounded(row), flush=True)
+        write(RESULTS / f"experiment_{name}.csv", listed)
+
+
+def _scikit_learn() -> str:
+    import sklearn  # noqa: PLC0415 - as above
+
+    return f", scikit-learn {sklearn.__version__}"
