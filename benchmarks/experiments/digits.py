@@ -1,6 +1,7 @@
 """Images of digits, 8 x 8 pixels, as scikit-learn brings them."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,11 +15,16 @@ BATCH = 64
 
 def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return images (n, 64) between 0 and 1 and their classes: 1437 to train on, 360 to test."""
-    images, classes = load_digits(return_X_y=True)
+    images, classes = _all()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     images = torch.tensor(images, dtype=torch.float32)[order] / 16
     classes = torch.tensor(classes)[order]
     return images[360:], classes[360:], images[:360], classes[:360]
+
+
+@cache
+def _all() -> tuple[Any, Any]:
+    return load_digits(return_X_y=True)
 
 
 def trained(

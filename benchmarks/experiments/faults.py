@@ -1,6 +1,6 @@
 """E5: what does a NaN do to a run, and an infinity?
 
-    python benchmarks/experiments/faults.py [--seeds 5] [--steps 300]
+    python benchmarks/experiments/faults.py [--seeds 5] [--steps 250]
 
 Writes ``benchmarks/results/experiment_faults.csv``. The transformer of ``wrong_scale.py``, by
 AdamW. The loss is NaN at a third of the run, and infinite at half of it.
@@ -23,4 +23,4 @@ def rows(seeds: int, steps: int) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    main("faults", __doc__, rows, steps=300)
+    main("faults", __doc__, rows, steps=250)

@@ -42,7 +42,7 @@ class Deep(nn.Module):
 
 
 def rows(seeds: int, steps: int) -> Iterator[Row]:
-    runs = product(LEARNING_RATES, policies(1.0).items(), range(seeds))
+    runs = product(LEARNING_RATES, policies(1.0, "adagc_paper").items(), range(seeds))
     for lr, (name, policy), seed in runs:
         found, run = trained(Deep, lr, policy, seed, steps)
         yield {"lr": lr, "policy": name, "seed": seed, "accuracy": found, **run.columns()}

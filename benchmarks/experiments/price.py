@@ -47,8 +47,8 @@ def trained(policy: Any, noise: float, seed: int, steps: int) -> tuple[float, Ru
 
 
 def rows(seeds: int, steps: int) -> Iterator[Row]:
-    compared = policies(1.0)
-    del compared["norm"], compared["agc"]  # all limits are below; AGC leaves out the last layer
+    compared = policies(1.0, "autoclip", "adagc_paper")
+    del compared["norm"], compared["agc"]  # all limits are below; AGC leaves out the only layer
     compared |= {f"norm, {limit:g}": NormClip(max_norm=limit) for limit in LIMITS}
     runs = product(NOISES.items(), compared.items(), range(seeds))
     for (noise, scale), (name, policy), seed in runs:

@@ -1,6 +1,6 @@
 """E1: does clipping let a recurrent network train at higher learning rates?
 
-    python benchmarks/experiments/recurrent.py [--seeds 5] [--steps 600]
+    python benchmarks/experiments/recurrent.py [--seeds 5] [--steps 500]
 
 Writes ``benchmarks/results/experiment_recurrent.csv``. A recurrent network of ReLUs, whose
 recurrent weights begin as the identity (Le et al. 2015), reads images of digits as 16 steps of 4
@@ -38,7 +38,7 @@ class Recurrent(nn.Module):
 
 
 def rows(seeds: int, steps: int) -> Iterator[Row]:
-    compared = policies(1.0)
+    compared = policies(1.0, "zscore, cap", "autoclip", "adagc_paper")
     compared["norm, 0.3"] = NormClip(max_norm=0.3)
     for lr, (name, policy), seed in product(LEARNING_RATES, compared.items(), range(seeds)):
         found, run = trained(Recurrent, lr, policy, seed, steps)
@@ -46,4 +46,4 @@ def rows(seeds: int, steps: int) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    main("recurrent", __doc__, rows, steps=600)
+    main("recurrent", __doc__, rows, steps=500)

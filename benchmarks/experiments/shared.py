@@ -41,25 +41,32 @@ class TorchClip:
     max_norm: float
 
 
-def policies(limit: float, head: str = "head.*") -> dict[str, Any]:
+def policies(limit: float, *more: str) -> dict[str, Any]:
     """Return what is compared, by name.
 
     Args:
-        limit: The fixed limit, where a policy has one.
-        head: The last layer, which AGC leaves out: it gets a fixed limit.
+        limit: The fixed limit, where a policy has one. AGC leaves out the last layer, which gets
+            this limit.
+        more: Which there are besides those that are in each experiment.
     """
-    return {
+    always = {
         "none": None,
         "norm": NormClip(max_norm=limit),
         "zscore": ZScoreClip(),
-        "zscore, cap": ZScoreClip(cap=limit),
         "ema": EMAClip(),
         "quantile": QuantileClip(),
-        "agc": {head: NormClip(max_norm=limit), "*": AGCClip()},
+        "agc": {"head.*": NormClip(max_norm=limit), "*": AGCClip()},
+    }
+    others = {
+        "zscore, cap": ZScoreClip(cap=limit),
+        "zscore, skip": ZScoreClip(on_spike="skip"),
+        "ema, skip": EMAClip(on_spike="skip"),
+        "quantile 0.99, skip": QuantileClip(q=0.99, on_spike="skip"),
         "zclip_paper": presets.zclip_paper(),
         "adagc_paper": presets.adagc_paper(),
         "autoclip": presets.autoclip(),
     }
+    return always | {name: others[name] for name in more}
 
 
 @dataclass

@@ -10,7 +10,9 @@ from shared import Run, train
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-WIDTH, CONTEXT, BATCH = 48, 32, 8
+WIDTH, CONTEXT, BATCH = 32, 32, 8
+TESTED = 256
+"""Windows whose loss is the result."""
 OPTIMIZERS = {
     "AdamW": lambda named: torch.optim.AdamW(named, lr=0.01),
     "SGD": lambda named: torch.optim.SGD(named, lr=0.3, momentum=0.9),
@@ -79,6 +81,6 @@ def trained(
         return loss_of(model, learned, starts) * factors.get(step, 1.0)
 
     run = train(model, OPTIMIZERS[optimizer](model.named_parameters()), policy, loss_at, steps)
-    starts = torch.linspace(0, len(unseen) - CONTEXT - 1, 256).long()
+    starts = torch.linspace(0, len(unseen) - CONTEXT - 1, TESTED).long()
     with torch.no_grad():
         return (nan if run.lost else float(loss_of(model, unseen, starts))), run

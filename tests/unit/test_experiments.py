@@ -30,7 +30,9 @@ def test_every_experiment_runs_and_writes_what_its_table_reads(monkeypatch, tmp_
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     for name in ("recurrent", "learning_rates"):
         monkeypatch.setattr(import_module(name), "LEARNING_RATES", (0.01,))
-    monkeypatch.setattr(sys, "argv", ["", "--seeds", "1", "--steps", "3"])
+    monkeypatch.setattr(import_module("text"), "TESTED", 2)
+    monkeypatch.setattr(import_module("wrong_scale"), "CONDITIONS", [("SGD", "three")])
+    monkeypatch.setattr(sys, "argv", ["", "--seeds", "1", "--steps", "2"])
     threads = torch.get_num_threads()
     for make in tables.MADE:
         script = import_module(make.__name__)
