@@ -1,6 +1,6 @@
 """E4: what does clipping cost where it is not needed, and where is it too low?
 
-    python benchmarks/experiments/price.py [--seeds 5] [--steps 600]
+    python benchmarks/experiments/price.py [--seeds 5] [--steps 400]
 
 Writes ``benchmarks/results/experiment_price.csv``. Softmax regression on digits, by SGD on all
 images at each step, so that its gradients are exact; or with noise of heavy tails added to the
@@ -40,7 +40,7 @@ def trained(policy: Any, noise: float, seed: int, steps: int) -> tuple[float, Ru
             loss = loss + lengths[step] * (direction * model.weight).sum()
         return loss
 
-    optimizer = torch.optim.SGD(model.named_parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=LEARNING_RATE, fused=True)
     run = train(model, optimizer, policy, loss_at, steps)
     with torch.no_grad():
         return float(cross_entropy(model(images), classes)), run
@@ -58,4 +58,4 @@ def rows(seeds: int, steps: int) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    main("price", __doc__, rows, steps=600)
+    main("price", __doc__, rows, steps=400)

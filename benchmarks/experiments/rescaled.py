@@ -12,7 +12,7 @@ are multiplied by.
 
 from collections.abc import Iterator
 from itertools import product
-from statistics import median
+from statistics import fmean, median
 
 from shared import Row, main, policies
 from text import trained
@@ -22,15 +22,16 @@ def rows(seeds: int, steps: int) -> Iterator[Row]:
     skipping = ("zscore, skip", "ema, skip", "quantile 0.99, skip")
     compared = policies(1.0, *skipping, "zclip_paper", "adagc_paper", "autoclip")
     larger = dict.fromkeys(range(steps // 2, steps), 10.0)
-    end = max(1, steps // 10)
-    for optimizer, (name, policy), seed in product(
-        ("AdamW", "slow SGD"), compared.items(), range(seeds)
-    ):
+    runs = product(("AdamW", "slow SGD"), compared.items(), range(seeds))
+    for optimizer, (name, policy), seed in runs:
         loss, run = trained(policy, optimizer, seed, steps, larger)
         about: Row = {"optimizer": optimizer, "policy": name, "seed": seed, "loss": loss}
-        last = run.coefficients[-end:] or [1.0]
-        about |= {"clipped_at_end": run.clipped(end), "coefficient_at_end": median(last)}
-        yield {**about, **run.columns()}
+        last = run.last or [1.0]
+        at_end: Row = {
+            "clipped_at_end": fmean([each < 1 for each in last]),
+            "coefficient_at_end": median(last),
+        }
+        yield {**about, **at_end, **run.columns()}
 
 
 if __name__ == "__main__":

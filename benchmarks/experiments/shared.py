@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -74,23 +73,25 @@ class Run:
     """What became of a run.
 
     Args:
-        coefficients: Of each step, the norm after clipping as a part of the norm before.
-        skipped: Steps that were not made.
+        steps: How many steps were asked for.
+        clipped: At how many of them something was clipped.
+        skipped: How many were not made.
         lost: Whether weights became NaN or infinite, or gradclip ended the run, since the
             gradients of 25 steps in a row were not finite.
+        last: Of each step that was made in the last tenth, the norm after clipping as a part of
+            the norm before.
     """
 
-    coefficients: list[float] = field(default_factory=list)
+    steps: int = 0
+    clipped: int = 0
     skipped: int = 0
     lost: bool = False
-
-    def clipped(self, last: int = 0) -> float:
-        """Return the share of steps that were clipped, of all or of so many last ones."""
-        return fmean([each < 1 for each in self.coefficients[-last:]] or [0.0])
+    last: list[float] = field(default_factory=list)
 
     def columns(self) -> Row:
         """Return the columns that every line has."""
-        return {"clipped": self.clipped(), "skipped": self.skipped, "lost": self.lost}
+        share = self.clipped / self.steps
+        return {"clipped": share, "skipped": self.skipped, "lost": self.lost}
 
 
 def train(
@@ -117,29 +118,22 @@ def train(
         optimizer.zero_grad()
         loss_at(step).backward()
         if isinstance(policy, TorchClip):
-            norm = float(clip_grad_norm_(model.parameters(), policy.max_norm))
-            run.coefficients.append(min(1.0, policy.max_norm / norm))
+            norm = clip_grad_norm_(model.parameters(), policy.max_norm)
+            run.clipped += bool(norm > policy.max_norm)
+        run.steps += 1
         try:
             optimizer.step()
         except gradclip.errors.TooManySkipsError:
             run.lost = True
             break
-        if handle is not None:
-            note(run, handle.last)
-        if (step + 1) % CHECKED_EACH == 0 and not is_finite(model):
-            run.lost = True
+        if handle is not None and step >= steps * 9 // 10 and not handle.last.skipped:
+            run.last.append(float(handle.last.norm_post / handle.last.norm_pre))
+        if run.steps % CHECKED_EACH == 0 and not is_finite(model):
             break
+    if handle is not None:
+        run.clipped, run.skipped = handle.stats.clipped, handle.stats.skipped
     run.lost = run.lost or not is_finite(model)
     return run
-
-
-def note(run: Run, result: gradclip.ClipResult) -> None:
-    """Add what was done at a step."""
-    numbers = result.to_host()
-    if numbers.skipped:
-        run.skipped += 1
-    else:
-        run.coefficients.append(numbers.norm_post / numbers.norm_pre if numbers.clipped else 1.0)
 
 
 def is_finite(model: nn.Module) -> bool:

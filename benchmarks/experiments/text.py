@@ -14,9 +14,9 @@ WIDTH, CONTEXT, BATCH = 32, 32, 8
 TESTED = 256
 """Windows whose loss is the result."""
 OPTIMIZERS = {
-    "AdamW": lambda named: torch.optim.AdamW(named, lr=0.01),
-    "SGD": lambda named: torch.optim.SGD(named, lr=0.3, momentum=0.9),
-    "slow SGD": lambda named: torch.optim.SGD(named, lr=0.03, momentum=0.9),
+    "AdamW": lambda named: torch.optim.AdamW(named, lr=0.01, fused=True),
+    "SGD": lambda named: torch.optim.SGD(named, lr=0.3, momentum=0.9, fused=True),
+    "slow SGD": lambda named: torch.optim.SGD(named, lr=0.03, momentum=0.9, fused=True),
 }
 
 
