@@ -54,7 +54,7 @@ def accuracy(rows: list[Row]) -> str:
 def loss(rows: list[Row]) -> str:
     """Return the loss, or how many runs were lost."""
     lost = sum(row["lost"] == "True" for row in rows)
-    return f"lost {lost} of {len(rows)}" if lost else span([float(row["loss"]) for row in rows], 3)
+    return f"lost {lost} of {len(rows)}" if lost else span([float(row["loss"]) for row in rows], 2)
 
 
 def span(values: list[float], digits: int) -> str:
@@ -77,7 +77,7 @@ def recurrent() -> str:
 
 def wrong_scale() -> str:
     """E2: the loss, with batches of the wrong scale and without."""
-    return of_policies(experiment("wrong_scale"), ("optimizer", "wrong"), {"{}, {}": loss})
+    return of_policies(experiment("wrong_scale"), ("optimizer", "wrong"), {"{}, wrong: {}": loss})
 
 
 def learning_rates() -> str:
