@@ -40,7 +40,7 @@ def of_policies(rows: list[Row], columns: tuple[str, ...], cells: dict[str, Cell
     found = {key: by(some, *columns) for key, some in by(rows, "policy").items()}
     heads = by(rows, *columns)
     lines = [
-        [name, *(cell(of[condition]) for condition in heads for cell in cells.values())]
+        [name, *(cell(of[each]) if each in of else "" for each in heads for cell in cells.values())]
         for (name,), of in found.items()
     ]
     head = [text.format(*condition) for condition in heads for text in cells]
