@@ -16,14 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 import gradclip
-from gradclip import (
-    AGCClip,
-    EMAClip,
-    NormClip,
-    QuantileClip,
-    ZScoreClip,
-    presets,
-)
+from gradclip import AGCClip, EMAClip, NormClip, QuantileClip, ZScoreClip, presets
 
 sys.path.append(str(Path(__file__).parents[1]))
 from timing import RESULTS, machine, rounded, write
