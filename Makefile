@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 ROBO := .venv-robo
 ROBO_PYTEST := OMP_NUM_THREADS=1 $(ROBO)/bin/python -m pytest -o addopts=-q -o filterwarnings=default
 .PHONY: help demo smoke test test-all test-integrations test-optimizers test-oldest-triton test-robo-orchard test-gpu \
-	gpu-check check format ways-in bench bench-gpu clean
+	gpu-check check format ways-in bench bench-gpu experiments clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -100,6 +100,14 @@ bench: $(VENV)/.bench  ## measure on the CPU: benchmarks/results/*.csv, and the 
 	$(BENCH) benchmarks/scale.py
 	$(BENCH) benchmarks/policies.py
 	$(BENCH) benchmarks/report.py
+
+EXPERIMENTS := recurrent wrong_scale learning_rates price faults rescaled
+
+experiments: $(VENV)/.dev  ## train small models under each policy, half an hour on one core: docs/experiments.md
+	for name in $(EXPERIMENTS); do \
+		OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/experiments/$$name.py || exit 1; \
+	done
+	$(BIN)/python benchmarks/report.py
 
 bench-gpu:  ## measure on a CUDA device, with the machine's own python and its torch; under 8 minutes
 	failed=; \

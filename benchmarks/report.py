@@ -14,17 +14,17 @@ from math import nan
 from pathlib import Path
 from textwrap import fill
 
+import experiment_tables
+from tables import Row, table
 from timing import RESULTS, optional, read
 
 ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
 PAGES = (
     ROOT / "README.md",
-    *(DOCS / f"{page}.md" for page in ("performance", "hooks", "policies")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "hooks", "policies", "experiments")),
 )
-PLOT = DOCS / "images" / "performance.svg"
+PLOT = ROOT / "docs" / "images" / "performance.svg"
 
-Row = dict[str, str]
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 WHATS = {
     "within": "the norm is within its limit",
@@ -76,13 +76,6 @@ def faster(ours: Row, theirs: Row) -> str:
     if not ours.get("faster_q1"):
         return value
     return f"{value} ({times(float(ours['faster_q1']))} to {times(float(ours['faster_q3']))})"
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
-    rule = "|".join(["---"] * len(head))
-    return "\n".join(
-        [f"| {' | '.join(head)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)]
-    )
 
 
 def summary() -> str:
@@ -359,7 +352,7 @@ def policies() -> str:
 
 MADE: tuple[Callable[[], str], ...] = (
     *(summary, cpu, others, errors, small, cuda, host, steps, pipeline, trainer, hooks),
-    *(goals, sharded, scale, policies),
+    *(goals, sharded, scale, policies, *experiment_tables.MADE),
 )
 BY_NAME = {make.__name__: make for make in MADE}
 
