@@ -31,7 +31,7 @@ from gradclip.clipping.policies import (
     as_given,
     as_policies,
 )
-from gradclip.clipping.policies.checks import check_decision, decide_by_shared
+from gradclip.clipping.policies.checks import check_decision, check_skips, decide_by_shared
 from gradclip.clipping.ranks import telling_others
 from gradclip.clipping.ranks.peers import Peers
 from gradclip.clipping.result import ClipResult, over_all
@@ -76,6 +76,7 @@ class Engine:
         meet: "Meet | None" = None,
         called: str | None = None,
     ) -> None:
+        check_skips(policies.values(), options.max_consecutive_skips)
         self.source, self.policies = source, policies
         self._role, self._division, self._by_pattern = role, division, division != "whole"
         self._backends = choose(options.backend)
@@ -113,6 +114,7 @@ class Engine:
         """Return policies that may be assigned; refuse others, before anything is changed."""
         policies, division = as_policies(value)
         self.step_log.require_uncaptured(value)
+        check_skips(policies.values(), self._judge.skips.limit)
         self._binding.check_change(policies, division)
         self._role.admit(value)
         return policies

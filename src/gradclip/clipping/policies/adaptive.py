@@ -116,6 +116,11 @@ class AdaptiveClip(Policy):
             history: What was remembered. It must not be changed.
         """
 
+    @property
+    def skips_in_a_row(self) -> int:
+        """``max_spikes``, where it skips."""
+        return self.max_spikes if self.on_spike == "skip" else 0
+
     def initial_state(self, scopes: Scopes) -> PolicyState:
         """Return the history of each scope, and that of their total where it decides on skips."""
         count, device = len(scopes.names), scopes.device
@@ -133,7 +138,8 @@ class AdaptiveClip(Policy):
                 of_total[name] = of_total[name].scatter(1, *pushed)
         skip: bool | Tensor = False
         if above_S is not None and self.on_spike == "skip":
-            skip = above_S.any() & (seen.skips < self.max_spikes)
+            is_above = above_S[0] if len(above_S) == 1 else above_S.any()
+            skip = is_above & (seen.skips < self.max_spikes)
         return Decision(
             judged.thresholds_S,
             judged.targets_S,

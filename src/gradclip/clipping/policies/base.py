@@ -184,6 +184,11 @@ class Policy(Config, ABC):
         """Whether gradients can change, or steps be skipped; else gradients are only measured."""
         return True
 
+    @property
+    def skips_in_a_row(self) -> int:
+        """How many steps in a row it asks to skip, after which it takes a norm as usual; or 0."""
+        return 0
+
     def fixed(self) -> FixedLimit | None:
         """Return the rule as numbers, where that is all there is; ``decide`` is not called then."""
         return None

@@ -13,6 +13,26 @@ from gradclip.clipping.policies.base import Decision, Measurement, Policy, Polic
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
 
 
+def check_skips(policies: Iterable[Policy | None], tolerated: int) -> None:
+    """Refuse a policy that asks to skip more steps in a row than are tolerated.
+
+    Args:
+        policies: Those of a clipper.
+        tolerated: Its ``max_consecutive_skips``.
+
+    Raises:
+        ArgumentValueError: GC010.
+    """
+    for policy in policies:
+        if policy is not None and policy.skips_in_a_row > tolerated:
+            raise ArgumentValueError(
+                f"max_consecutive_skips={tolerated} is below the max_spikes="
+                f"{policy.skips_in_a_row} of {policy!r}: a level of the norm that has risen for "
+                "good would end in an error, and not in a step that follows it. Raise "
+                "max_consecutive_skips, or lower max_spikes."
+            )
+
+
 def check_decision(policy: Policy, decision: object, norms_S: Tensor) -> None:
     """Refuse an answer that cannot be followed, before anything is written.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from math import sqrt
+from math import inf, sqrt
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,6 +17,9 @@ _EPSILON = 1e-6
 _LEAST = 1e-3
 """The least standard deviation, as a share of the mean: norms without any scatter, such as those
 of a constant gradient, would allow no other norm ever again."""
+_EARLY = 5.0
+"""What a norm of warm-up is remembered as at most, in means of those before it: a single spike
+there would leave the limit beyond reach for hundreds of steps."""
 
 
 class ZScoreClip(AdaptiveClip):
@@ -45,7 +48,8 @@ class ZScoreClip(AdaptiveClip):
     feedback: Literal["bounded", "clipped", "raw"] = "bounded"
     """What is remembered of a spike: the limit, or the norm it got, or its own norm. The second
     never follows a level that has risen for good, the third lets spikes raise the limit. A spike
-    that ``max_spikes`` lets pass is remembered as the limit in any case."""
+    that ``max_spikes`` lets pass is remembered as the limit in any case. With the first a norm of
+    warm-up is remembered as at most 5 times the mean of those before it."""
 
     @property
     def follows(self) -> tuple[str, ...]:
@@ -66,9 +70,9 @@ class ZScoreClip(AdaptiveClip):
         targets_S = thresholds_S
         if seen.may_be_above(thresholds_S):
             targets_S = self._targets(seen.norms_S, mean_S, sigma_S, width_S, thresholds_S)
-        fed_S = self._fed(seen.norms_S, thresholds_S, targets_S)
+        weights, shares, rests, most = self._weights(seen)
+        fed_S = self._fed(seen, thresholds_S, targets_S, mean_S, most)
         away_S = fed_S - mean_S
-        weights, shares, rests = self._weights(seen)
         # hypot: squares may be beyond float64.
         later_S = torch.hypot(deviation_S, shares * away_S) * rests
         followed = {"mean": torch.lerp(mean_S, fed_S, weights), "deviation": later_S}
@@ -84,9 +88,19 @@ class ZScoreClip(AdaptiveClip):
         scores_S = (norms_S - mean_S) / width_S
         return torch.addcdiv(mean_S, sigma_S, scores_S, value=self.z * self.z)
 
-    def _fed(self, norms_S: Tensor, thresholds_S: Tensor, targets_S: Tensor) -> Tensor:
+    def _fed(
+        self,
+        seen: Sight,
+        thresholds_S: Tensor,
+        targets_S: Tensor,
+        mean_S: Tensor,
+        most: float | Tensor,
+    ) -> Tensor:
+        norms_S = seen.norms_S
         if self.feedback == "bounded" or self.on_spike == "skip":
-            return torch.minimum(norms_S, thresholds_S)
+            fed_S = torch.minimum(norms_S, thresholds_S)
+            # The first norm has no mean before it: infinity times 0 is no number, and no bound.
+            return torch.fmin(fed_S, mean_S * most) if seen.is_early else fed_S
         if self.feedback == "clipped":
             return torch.where(norms_S > thresholds_S, targets_S, norms_S)
         return norms_S
@@ -101,7 +115,10 @@ class ZScoreClip(AdaptiveClip):
 
 
 class _Weights(NamedTuple):
-    """Weights of a norm by its number: of the norm, of its distance, and of the deviation before.
+    """What a norm counts, by its number.
+
+    Weights of the norm, of its distance, and of the deviation before; and how many means it is
+    remembered as at most.
 
     Args:
         table: Of each norm of warm-up, from number 0, and in the last row those of all later ones.
@@ -114,12 +131,14 @@ class _Weights(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _weights(warmup: int, decay: float) -> _Weights:
-    rows = [_row(1 / max(number, 1), 1.0) for number in range(warmup + 1)]
+    rows = [
+        _row(1 / max(number, 1), 1.0, _EARLY if number > 1 else inf) for number in range(warmup + 1)
+    ]
     # After warm-up the distance is that from the new mean.
-    rows.append(_row(1 - decay, 1 - (1 - decay)))
+    rows.append(_row(1 - decay, 1 - (1 - decay), inf))
     return _Weights(Table.of(rows, torch.float64), rows[-1])
 
 
-def _row(weight: float, share: float) -> list[float]:
-    """Return the weights of a norm; of the first n the last adds away^2 (n - 1) / n^2."""
-    return [weight, sqrt(weight * share), sqrt(1 - weight)]
+def _row(weight: float, share: float, most: float) -> list[float]:
+    """Return what a norm counts; of the first n the last adds away^2 (n - 1) / n^2."""
+    return [weight, sqrt(weight * share), sqrt(1 - weight), most]

@@ -15,6 +15,7 @@ from gradclip import EMAClip, GradientClipper, QuantileClip, ZScoreClip, presets
 from gradclip.clipping import flags
 from gradclip.clipping.policies import Measurement, Scopes
 from gradclip.clipping.policies.checks import decide_by_shared
+from gradclip.errors import ArgumentValueError
 
 each_policy = pytest.mark.parametrize("name", SPIKING)
 either = pytest.mark.parametrize("on_spike", ["clip", "skip"])
@@ -175,6 +176,25 @@ def test_a_level_that_rises_for_good_ends_neither_stuck_nor_in_an_error(name, on
     last = found.coefficients[-100:]
     assert last.mean() > 0.9
     assert (last > 0).to(torch.float64).mean() > 0.9
+
+
+def test_a_spike_of_warm_up_does_not_spoil_the_start():
+    norms = lognormal(60)
+    norms[10] = 1000.0
+    assert replay(norms, ZScoreClip()).thresholds[25] < 4.0
+    paper = replay(norms, presets.zclip_paper())
+    assert paper.thresholds[25] > 100.0
+
+
+def test_fewer_skips_than_a_policy_asks_for_are_refused():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    skipping = ZScoreClip(on_spike="skip", max_spikes=3)
+    with pytest.raises(ArgumentValueError, match=r"skips=2 is below the max_spikes=3"):
+        GradientClipper([weight], skipping, max_consecutive_skips=2)
+    clipper = GradientClipper([weight], ZScoreClip(), max_consecutive_skips=2)
+    with pytest.raises(ArgumentValueError, match="max_consecutive_skips=2"):
+        clipper.policy = skipping
+    clipper.policy = ZScoreClip(on_spike="skip", max_spikes=2)
 
 
 def test_norms_without_scatter_allow_another_level():
