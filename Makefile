@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 ROBO := .venv-robo
 ROBO_PYTEST := OMP_NUM_THREADS=1 $(ROBO)/bin/python -m pytest -o addopts=-q -o filterwarnings=default
 .PHONY: help demo smoke test test-all test-integrations test-optimizers test-oldest-triton test-robo-orchard test-gpu \
-	gpu-check check format ways-in bench bench-gpu clean
+	gpu-check check format ways-in bench bench-gpu experiments clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,7 +35,7 @@ test-integrations: $(VENV)/.integrations  ## run the tests of the frameworks tha
 	$(PYTEST) --dist worksteal tests/integrations tests/contract/test_ways_in.py \
 		tests/unit/clipping/test_arguments.py
 
-test-optimizers: $(VENV)/.optimizers  ## run the optimizers of other libraries, and write docs/optimizers.md
+test-optimizers: $(VENV)/.optimizers  ## run the optimizers and the clippers of other libraries, and write docs/optimizers.md
 	PYTHONPATH=$(VENV)/optimizers $(PYTEST) tests/optimizers
 	PYTHONPATH=$(VENV)/optimizers $(BIN)/python tests/optimizers/table.py
 
@@ -98,7 +98,16 @@ bench: $(VENV)/.bench  ## measure on the CPU: benchmarks/results/*.csv, and the 
 	$(BENCH) benchmarks/pipeline_overhead.py
 	$(BENCH) benchmarks/sharded.py
 	$(BENCH) benchmarks/scale.py
+	$(BENCH) benchmarks/policies.py
 	$(BENCH) benchmarks/report.py
+
+EXPERIMENTS := recurrent wrong_scale learning_rates price faults rescaled
+
+experiments: $(VENV)/.dev  ## train small models under each policy, half an hour on one core: docs/experiments.md
+	for name in $(EXPERIMENTS); do \
+		OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/experiments/$$name.py || exit 1; \
+	done
+	$(BIN)/python benchmarks/report.py
 
 bench-gpu:  ## measure on a CUDA device, with the machine's own python and its torch; under 8 minutes
 	failed=; \
@@ -130,9 +139,9 @@ $(VENV)/.integrations: $(VENV)/.dev
 
 # In a folder of their own, so that no other test meets them. They need less than they ask for.
 $(VENV)/.optimizers: $(VENV)/.dev
-	$(PIP) --no-deps --upgrade --target $(VENV)/optimizers dadaptation heavyball lion-pytorch muon-optimizer \
-		opacus opt_einsum prodigyopt pytorch_optimizer pytorch_ranger schedulefree scipy timm torch-optimi \
-		torch-optimizer torchao
+	$(PIP) --no-deps --upgrade --target $(VENV)/optimizers autoclip dadaptation heavyball lion-pytorch \
+		muon-optimizer opacus opt_einsum prodigyopt pytorch_optimizer pytorch_ranger schedulefree scipy \
+		smartclip timm torch-optimi torch-optimizer torchao zclip
 	@touch $@
 
 $(VENV)/.oldest-triton: $(VENV)/.dev

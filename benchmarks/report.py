@@ -14,13 +14,17 @@ from math import nan
 from pathlib import Path
 from textwrap import fill
 
+import experiment_tables
+from tables import Row, table
 from timing import RESULTS, optional, read
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "hooks.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "hooks", "policies", "experiments")),
+)
 PLOT = ROOT / "docs" / "images" / "performance.svg"
 
-Row = dict[str, str]
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 WHATS = {
     "within": "the norm is within its limit",
@@ -72,13 +76,6 @@ def faster(ours: Row, theirs: Row) -> str:
     if not ours.get("faster_q1"):
         return value
     return f"{value} ({times(float(ours['faster_q1']))} to {times(float(ours['faster_q3']))})"
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
-    rule = "|".join(["---"] * len(head))
-    return "\n".join(
-        [f"| {' | '.join(head)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)]
-    )
 
 
 def summary() -> str:
@@ -329,9 +326,33 @@ def goals() -> str:
     return table(["on a CPU", "goal", "reached"], lines)
 
 
+POLICIES = {"zscore": ("ZScoreClip", 0.3), "ema": ("EMAClip", 0.3), "quantile": ("QuantileClip", 1)}
+
+
+def policies() -> str:
+    """What policies take for 300 tensors beside a clip by norm, and AGC beside torch's."""
+    found = read(RESULTS / "policies_cpu.csv")
+    by = {(row["policy"], row["scope"], row["what"]): row for row in found}
+    lines = []
+    for (policy, scope, what), row in by.items():
+        if policy in POLICIES and what == "within":
+            name, goal = POLICIES[policy]
+            line = [f'`{name}(scope="{scope}")`', ms(by["norm", scope, what]["cpu_ms"])]
+            for each in (row, by[policy, scope, "varying"]):
+                over = [ms(each[f"over_cpu_ms{quartile}"]) for quartile in ("", "_q1", "_q3")]
+                line.append(f"{over[0]} ({over[1]} to {over[2]}) ms more")
+            lines.append([*line, f"{goal} ms more"])
+    agc, torch_ = (by[who, "unit", "within"] for who in ("agc", "torch"))
+    longer = f"{times(1 / float(agc['faster_cpu']))} times as long"
+    line = ["`AGCClip()` on GPT-2 124M, beside torch's norm", ms(torch_["cpu_ms"]), longer, ""]
+    lines.append([*line, "3 times as long"])
+    head = ["policy", "`NormClip`, ms", "nothing clips", "norms vary, and some clip"]
+    return table([*head, "goal: at most"], lines)
+
+
 MADE: tuple[Callable[[], str], ...] = (
     *(summary, cpu, others, errors, small, cuda, host, steps, pipeline, trainer, hooks),
-    *(goals, sharded, scale),
+    *(goals, sharded, scale, policies, *experiment_tables.MADE),
 )
 BY_NAME = {make.__name__: make for make in MADE}
 

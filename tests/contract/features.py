@@ -10,8 +10,21 @@ from math import hypot, inf, isfinite, nan
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+from tiny_model import MOMENTUM
+
 from documented_policies import documented
-from gradclip import NormClip, ObserveClip, ValueClip
+from gradclip import (
+    AGCClip,
+    EMAClip,
+    GuardClip,
+    NormClip,
+    ObserveClip,
+    QuantileClip,
+    Schedule,
+    ValueClip,
+    ZScoreClip,
+)
 
 Gradient: TypeAlias = dict[str, list[float]]
 """The numbers of each layer."""
@@ -144,6 +157,98 @@ def by_history(gradients: Sequence[Gradient]) -> list[Gradient | None]:
     return steps
 
 
+def _by_limits(
+    gradients: Sequence[Gradient], limit_of: Callable[[list[float]], float]
+) -> list[Gradient | None]:
+    """All layers have one norm, whose limit follows from those up to this one."""
+    norms = [_l2(_all(gradient)) for gradient in gradients]
+    return [
+        {name: _scaled(layer, limit_of(norms[: n + 1]), norms[n]) for name, layer in each.items()}
+        for n, each in enumerate(gradients)
+    ]
+
+
+def by_quantile(gradients: Sequence[Gradient]) -> list[Gradient | None]:
+    """The upper quartile of the last three norms is the limit, after one."""
+    return _by_limits(gradients, lambda n: np.quantile(n[-3:], 0.75) if len(n) > 1 else inf)
+
+
+def by_score(gradients: Sequence[Gradient]) -> list[Gradient | None]:
+    """The mean and one deviation is the limit, after two norms; half of each stays at a step."""
+
+    def limit_of(norms: list[float]) -> float:
+        if len(norms) <= 2:
+            return inf
+        mean, variance = float(np.mean(norms[:2])), float(np.var(norms[:2]))
+        for norm in norms[2:]:
+            limit = mean + variance**0.5 + 1e-6
+            fed = min(norm, limit)
+            mean = (mean + fed) / 2
+            variance = (variance + (fed - mean) ** 2) / 2
+        return limit
+
+    return _by_limits(gradients, limit_of)
+
+
+def by_average(gradients: Sequence[Gradient]) -> list[Gradient | None]:
+    """1.5 times the average norm is the limit, after one; above it a step is not made, but once."""
+    average, skips, steps = 0.0, 0, list[Gradient | None]()
+    for gradient in gradients:
+        norm = _l2(_all(gradient))
+        limit = 1.5 * average or inf
+        if norm > limit and not skips:
+            skips += 1
+            steps.append(None)
+            continue
+        skips = 0
+        steps.append({name: _scaled(layer, limit, norm) for name, layer in gradient.items()})
+        average = (average + min(norm, limit)) / 2 if average else norm
+    return steps
+
+
+def by_weights(gradients: Sequence[Gradient]) -> list[Gradient | None]:
+    """Each layer may have half of the norm of its weights, and of 0.25 where these are smaller."""
+    steps: list[Gradient | None] = []
+    weights = velocity = {name: [0.0] * len(layer) for name, layer in gradients[0].items()}
+    for gradient in gradients:
+        step = {
+            name: _scaled(layer, 0.5 * max(_l2(weights[name]), 0.25), _l2(layer))
+            for name, layer in gradient.items()
+        }
+        velocity = {
+            name: [MOMENTUM * v + g for v, g in zip(velocity[name], layer, strict=True)]
+            for name, layer in step.items()
+        }
+        weights = {
+            name: [w - v for w, v in zip(weights[name], layer, strict=True)]
+            for name, layer in velocity.items()
+        }
+        steps.append(step)
+    return steps
+
+
+def falling(gradients: Sequence[Gradient]) -> list[Gradient | None]:
+    """Each layer has the same limit, which falls to 1.0 in three steps; above 50 none is made."""
+    steps: list[Gradient | None] = []
+    made = 0
+    for gradient in gradients:
+        if _l2(_all(gradient)) > 50.0:
+            steps.append(None)
+            continue
+        limit = max(1.0, 4.0 - made)
+        steps += by_layer([gradient], dict.fromkeys(gradient, limit))
+        made += 1
+    return steps
+
+
+def guarded(gradients: Sequence[Gradient]) -> list[Gradient | None]:
+    """The head has a limit, and the rest has none; a step with a NaN is not made."""
+    return [
+        step if isfinite(_l2(_all(step or {}))) else None
+        for step in by_layer(gradients, {"head": 0.7, "body": inf})
+    ]
+
+
 def _policy(name: str, **fields: float) -> dict[str, Any]:
     """Return a policy from outside the package."""
     return {"policy": documented()[name](**fields)}
@@ -190,6 +295,44 @@ FEATURES = [
         STEPS,
     ),
     Feature("`ObserveClip`", {"policy": ObserveClip()}, unchanged, STEPS),
+    Feature(
+        "`GuardClip`",
+        {"policy": {"head.*": 0.7, "*": GuardClip()}},
+        guarded,
+        WITH_A_NAN,
+    ),
+    Feature(
+        "`skip_above`, `Schedule`",
+        {
+            "policy": NormClip(
+                max_norm=Schedule(points=((0, 4.0), (3, 1.0)), shape="linear"),
+                scope="tensor",
+                skip_above=50.0,
+            )
+        },
+        falling,
+        STEPS,
+    ),
+    Feature("`AGCClip`", {"policy": AGCClip(clip_factor=0.5, eps=0.25)}, by_weights, STEPS),
+    Feature(
+        "`QuantileClip`", {"policy": QuantileClip(q=0.75, window=3, warmup=1)}, by_quantile, STEPS
+    ),
+    Feature(
+        "`ZScoreClip`",
+        {"policy": ZScoreClip(z=1.0, decay=0.5, warmup=2, target="threshold")},
+        by_score,
+        STEPS,
+    ),
+    Feature(
+        "`EMAClip`, `on_spike`",
+        {
+            "policy": EMAClip(
+                ratio=1.5, decay=0.5, warmup=1, scope="group", on_spike="skip", max_spikes=1
+            )
+        },
+        by_average,
+        STEPS,
+    ),
     Feature(
         "own policy",
         _policy("TensorLimit", max_norm=1.25),

@@ -54,10 +54,13 @@ def trained(way, feature, folder):
     runs = [feature.gradients]
     if (first := feature.interrupted_after) is not None:
         runs = [feature.gradients[:first], feature.gradients[first:]]
-    *before, last = [train(feature, run, folder / "run") for run in runs]
+    outcomes: list[Trained] = []
+    for run in runs:
+        outcomes.append(train(feature, run, folder / "run"))
+        gc.collect()  # as where Python ends: what was not closed is written
+    *before, last = outcomes
     steps = [*(step for run in before for step in run), *last]
     if feature.told is not None and feature.told[0] == "recorded" and last.recorded is None:
-        gc.collect()  # what was not closed is written when it is gone
         last.recorded = told_by_record(folder / "record")
     return Trained(steps, last.stats, last.logged, last.recorded)
 

@@ -26,7 +26,8 @@ def function(feature, gradients, folder):
     policy = feature.clip.get("policy")
     limit = {"max_norm": policy} if policy is not None else feature.clip
     if isinstance(policy, NormClip):
-        limit = {"max_norm": policy.max_norm, "norm_type": policy.norm_type}
+        fields = {name: getattr(policy, name) for name in ("max_norm", "norm_type")}
+        limit = fields if policy == NormClip(**fields) else limit
 
     def step():
         gradclip.clip_grad_norm_(model.parameters(), **limit, error_if_nonfinite=True)

@@ -93,6 +93,15 @@ class Way:
 
 
 OWN = ["own policy", "own policy with a history", "own policy that skips", "history restored"]
+ADAPTIVE = ["`AGCClip`", "`QuantileClip`", "`ZScoreClip`", "`EMAClip`, `on_spike`"]
+BEYOND_NUMBERS = [
+    "name patterns",
+    "list by `param_group`",
+    "`GuardClip`",
+    "`skip_above`, `Schedule`",
+    *ADAPTIVE,
+    *OWN,
+]
 ONLY_NUMBERS = Refusal(
     ArgumentTypeError,
     "GC011",
@@ -117,20 +126,12 @@ NOT_THEIRS = Absent("its loggers ask no hook: `arg.clip_result` and `stats` have
 NOT_SAVED = Fault(AssertionError, "RoboOrchardLab's checkpoints do not hold the history")
 
 _no_logger = {"log names": NO_LOGGER}
-_refused_by_function = [
-    "name patterns",
-    "list by `param_group`",
-    "`ValueClip`",
-    "`ObserveClip`",
-    *OWN,
-]
+_refused_by_function = ["`ValueClip`", "`ObserveClip`", *BEYOND_NUMBERS]
 _refused_by_deepspeed = [
-    "name patterns",
-    "list by `param_group`",
     "`policy` assigned",
     "`NormClip`, p = inf",
     "`ValueClip`",
-    *OWN,
+    *BEYOND_NUMBERS,
 ]
 
 WAYS = [

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from every_policy import EVERY
 from gradclip import GradientClipper, attach
 
 pytestmark = [
@@ -45,10 +46,11 @@ def test_amp_ends_where_unscale_clip_and_step_by_hand_end(flags):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_a_fused_optimizer_never_waits():
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "patterns"])
+def test_a_fused_optimizer_never_waits(name):
     module = model()
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, fused=True)
-    attach(optimizer, 0.7)
+    attach(optimizer, EVERY[name])
     for step in range(3):
         loss_of(module, step).backward()
         optimizer.step()

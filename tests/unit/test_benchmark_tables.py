@@ -58,6 +58,7 @@ def test_every_benchmark_runs_and_writes_what_the_report_reads(script, monkeypat
         "host": script("host", COUNTS={4: 2}),
         "small": script("small", CASES={4: [(3, 2), (2,)] * 2}, WARM_UP=1),
         "hook_overhead": script("hook_overhead"),
+        "policies": script("policies", SMALL=[(2,)] * 2, LARGE=[(3, 2)], WARM_UP=1),
         "pipeline_overhead": script("pipeline_overhead", SHORT=1, LONG=2, TENSORS=(4,)),
         "training_step": script("training_step", gpt2=tiny_model, robot_policy=tiny_model),
     }

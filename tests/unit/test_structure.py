@@ -54,6 +54,7 @@ def test_the_engine_has_its_rooms_and_no_other_loose_file():
         "flags.py",
         "functional.py",
         "result.py",
+        "saved.py",
         "state.py",
     }
 

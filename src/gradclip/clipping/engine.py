@@ -23,21 +23,21 @@ from gradclip.clipping.kernels.device import is_capturing, result_device_of
 from gradclip.clipping.measure.binding import Binding
 from gradclip.clipping.measure.exchange import exchange_maxima, exchange_sums
 from gradclip.clipping.measure.group import Found, Group, read, read_again, tensor_sums
-from gradclip.clipping.measure.step import Step, is_small
+from gradclip.clipping.measure.step import Measured, Step, is_small
 from gradclip.clipping.policies import (
     Decision,
     Division,
-    Measurement,
     Policy,
     as_given,
     as_policies,
 )
-from gradclip.clipping.policies.checks import check_decision, decide_by_shared
+from gradclip.clipping.policies.checks import check_decision, check_skips, decide_by_shared
 from gradclip.clipping.ranks import telling_others
 from gradclip.clipping.ranks.peers import Peers
 from gradclip.clipping.result import ClipResult, over_all
+from gradclip.clipping.saved import STATE_VERSION, read_state
 from gradclip.clipping.short import ShortWays
-from gradclip.clipping.state import STATE_VERSION, Histories, read_state
+from gradclip.clipping.state import Histories
 from gradclip.clipping.step.judge import Decided, Judge
 from gradclip.clipping.step.ownership import Owner, Role
 from gradclip.clipping.step.recorder import recorder_of
@@ -75,6 +75,7 @@ class Engine:
         meet: "Meet | None" = None,
         called: str | None = None,
     ) -> None:
+        check_skips(policies.values(), options.max_consecutive_skips)
         self.source, self.policies = source, policies
         self._role, self._division, self._by_pattern = role, division, division != "whole"
         self._backends = choose(options.backend)
@@ -113,6 +114,7 @@ class Engine:
         """Return policies that may be assigned; refuse others, before anything is changed."""
         policies, division = as_policies(value)
         self.step_log.require_uncaptured(value)
+        check_skips(policies.values(), self._judge.skips.limit)
         self._binding.check_change(policies, division)
         self._role.admit(value)
         return policies
@@ -371,14 +373,12 @@ class Engine:
         self, step: Step, group: Group, found: Found, norms_S: Tensor, committed: Flag
     ) -> Decision:
         pattern = group.of
-        total = step.pattern_norm(group, found, norms_S)
         # Copies: what a policy writes into them by mistake is not what was measured.
-        seen = Measurement(
+        seen = Measured(
+            self._histories,
+            partial(step.pattern_norm, group, found, norms_S),
             norms_S=norms_S.clone(),
-            total_norm=total.clone(),
             committed=as_flag(committed, norms_S.device).clone(),
-            step=self._histories.step,
-            skips=self._histories.skips,
             weight_norms_S=None if found.weights is None else found.weights.norms(),
         )
         state = self._histories.of(pattern.name)

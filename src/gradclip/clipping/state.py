@@ -6,8 +6,9 @@ finds the same memory at each replay.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -18,38 +19,10 @@ from gradclip.clipping.flags import Flag, negated
 from gradclip.clipping.measure.scopes import ScopeNames
 from gradclip.clipping.policies import Policy, PolicyState, Scopes
 from gradclip.clipping.policies.changes import is_same_kind
-from gradclip.errors import ArgumentValueError, StateError, warn
+from gradclip.clipping.saved import SavedHistory, damaged
+from gradclip.errors import ArgumentValueError, warn
 
-STATE_VERSION = 2
 _SHOWN = 4
-_COUNTS = ("step", "committed_steps", "consecutive_skips", "policy_skips")
-
-
-@dataclass(frozen=True, eq=False)
-class SavedHistory:
-    """A history with the names of its scopes.
-
-    Args:
-        scope: What a scope is.
-        scopes: Each parameter: its name, the number of its first scope, and how many it has.
-        named: Whether those are names; otherwise they are positions.
-        state: The tensors.
-    """
-
-    scope: str
-    scopes: list[tuple[str, int, int]]
-    named: bool
-    state: PolicyState
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as lists, strings and tensors."""
-        return {
-            "scope": self.scope,
-            "scopes": [list(part) for part in self.scopes],
-            "named": self.named,
-            "per_scope": self.state.copy().per_scope,
-            "shared": self.state.copy().shared,
-        }
 
 
 class Histories:
@@ -60,8 +33,8 @@ class Histories:
         self._of: dict[str, Scopes] = {}
         self._loaded: dict[str, SavedHistory | None] = {}
         self._loaded_counts = 0, 0
-        self._counts: Tensor | None = None
-        self._before: list[tuple[Tensor, Tensor]] = []
+        self._counts: Tensor | tuple[int, int] | None = None
+        self._undo: list[Callable[[], object]] = []
         self._copies: dict[int, tuple[Tensor, Tensor, int]] = {}
 
     def prepare(self, pattern: str, policy: Policy, scopes: Scopes, *, named: bool) -> None:
@@ -77,11 +50,7 @@ class Histories:
             StateError: GC030, for a history that was loaded and does not fit.
             ArgumentValueError: GC010, for an ``initial_state`` that has not one row per scope.
         """
-        if self._counts is None or self._counts.device != scopes.device:
-            counts = self.steps, self.skips_in_a_row
-            self._counts = torch.stack(
-                [torch.full((), n, dtype=torch.int64, device=scopes.device) for n in counts]
-            )
+        self._place_counts(scopes.device)
         if self._of.get(pattern) is scopes and pattern not in self._loaded:
             return
         initial = policy.initial_state(scopes)
@@ -120,39 +89,66 @@ class Histories:
         """
         state = self._kept[pattern].state
         return PolicyState(
-            {name: self._copied(buffer) for name, buffer in state.per_scope.items()},
-            {name: self._copied(buffer) for name, buffer in state.shared.items()},
+            {name: self._told(buffer) for name, buffer in state.per_scope.items()},
+            {name: self._told(buffer) for name, buffer in state.shared.items()},
         )
 
-    def _copied(self, buffer: Tensor) -> Tensor:
-        """Return the last copy again where neither was written to since: histories may be large.
+    def _told(self, buffer: Tensor) -> Tensor:
+        """Return a copy, for a policy. A captured CUDA graph would find one as it was."""
+        if flags.host_waits_for(buffer.device):
+            self._copies.pop(id(buffer), None)
+        return self._copied(buffer)
 
-        A captured CUDA graph would find the copy as it was, so only on the CPU.
-        """
-        if flags.host_waits_for(buffer.device) or buffer.is_inference():
-            return buffer.clone()
-        of, copy, version = self._copies.get(id(buffer), (None, buffer, 0))
-        if of is not buffer or copy._version != version:  # noqa: SLF001 - there is no other way
-            copy = buffer.clone()
-            self._copies[id(buffer)] = buffer, copy, copy._version  # noqa: SLF001
+    def _copied(self, buffer: Tensor) -> Tensor:
+        """Return the last copy again where neither was written to since: histories may be large."""
+        known = self._intact(buffer)
+        copy = buffer.clone() if known is None else known
+        if not copy.is_inference():
+            self._copies[id(buffer)] = buffer, copy, copy._version  # noqa: SLF001 - there is no other
         return copy
 
-    def _is_unchanged(self, buffer: Tensor, new: Tensor) -> bool:
-        """Return whether a policy returned what it was given."""
-        of, copy, version = self._copies.get(id(buffer), (None, None, 0))
-        return of is buffer and copy is new and new._version == version  # noqa: SLF001
+    def _intact(self, buffer: Tensor) -> Tensor | None:
+        """Return the last copy of a buffer, unless a policy wrote to it."""
+        of, copy, version = self._copies.get(id(buffer), (None, buffer, 0))
+        return copy if of is buffer and copy._version == version else None  # noqa: SLF001
 
     @property
     def step(self) -> Tensor:
         """How many steps were made: a copy, 0-d int64 on the device."""
-        assert self._counts is not None
-        return self._counts[0].clone()
+        return self._count(0)
 
     @property
     def skips(self) -> Tensor:
         """How many steps in a row policies kept from being made: a copy, 0-d int64."""
+        return self._count(1)
+
+    def _count(self, which: int) -> Tensor:
+        counts = self._counts
+        assert counts is not None
+        if isinstance(counts, Tensor):
+            return counts[which].clone()
+        return torch.full((), counts[which], dtype=torch.int64, device="cpu")
+
+    def _place_counts(self, device: torch.device) -> None:
+        """Keep counts on a device, where reading them would make the host wait; else as numbers."""
+        known = self._counts
+        if not flags.host_waits_for(device):
+            if not isinstance(known, tuple):
+                self._counts = self.steps, self.skips_in_a_row
+        elif not isinstance(known, Tensor) or known.device != device:
+            counts = self.steps, self.skips_in_a_row
+            self._counts = torch.stack(
+                [torch.full((), n, dtype=torch.int64, device=device) for n in counts]
+            )
+
+    def _counted(self, made: Flag, asked: Flag) -> Tensor | tuple[int, int]:
+        """Return the counts after this step."""
         assert self._counts is not None
-        return self._counts[1].clone()
+        if isinstance(self._counts, tuple):
+            steps, skips = self._counts
+            return (steps + 1, 0) if made else (steps, skips + bool(asked))
+        on_device, skips_there = self._counts
+        return torch.stack([on_device + made, (skips_there + asked) * negated(made)])
 
     def check(self, pattern: str, policy: Policy, new: PolicyState) -> None:
         """Refuse what a policy returned, if it does not fit its buffers.
@@ -173,6 +169,10 @@ class Histories:
                         f"{kind}[{name!r}] is {expected}, returned "
                         f"{tuple(other.shape)} {other.dtype} on {other.device}",
                     )
+        for name, pushed in new.pushed.items():
+            rows = [tuple(each.shape) for each in pushed]
+            if name not in new.per_scope or rows != [(len(new.per_scope[name]), 1)] * 2:
+                raise _unfit(policy, f"pushed[{name!r}] is of {rows}: expected (scopes, 1) twice")
 
     def commit(self, new: Mapping[str, tuple[PolicyState, Flag]], made: Flag, asked: Flag) -> None:
         """Write what policies returned, each where its step is made.
@@ -189,25 +189,61 @@ class Histories:
             for pattern, (state, made_here) in new.items()
             for _, mine, theirs in _pairs(self._kept[pattern].state, state)
             for name, buffer in mine.items()
-            if made_here is not False and not self._is_unchanged(buffer, theirs[name])
+            if made_here is not False and theirs[name] is not self._intact(buffer)
         ]
-        steps, skips = self._counts
-        counts = torch.stack([steps + made, (skips + asked) * negated(made)])
-        buffers = [self._counts, *(buffer for buffer, _, _ in written)]
-        self._before = [(buffer, buffer.clone()) for buffer in buffers]
+        counts = self._counted(made, asked)
+        before = self._counts
+        self._undo = [
+            partial(self._count_again, before.clone() if isinstance(before, Tensor) else before)
+        ]
+        self._undo += [partial(buffer.copy_, self._copied(buffer)) for buffer, _, _ in written]
+        pushes = [
+            self._pushed(self._kept[pattern].state.per_scope[name], *pushed, made_here)
+            for pattern, (state, made_here) in new.items()
+            for name, pushed in state.pushed.items()
+            if made_here is not False
+        ]
+        # Nothing was written so far.
         for buffer, after, made_here in written:
-            if isinstance(made_here, Tensor):
-                after = torch.where(made_here, after, buffer)  # noqa: PLW2901
-            buffer.copy_(after)
             self._copies.pop(id(buffer), None)
-        self._counts.copy_(counts)
+            if isinstance(made_here, Tensor):
+                torch.where(made_here, after, buffer, out=buffer)
+            else:
+                buffer.copy_(after)
+        for push in pushes:
+            self._write(*push)
+        self._count_again(counts)
+
+    def _count_again(self, counts: Tensor | tuple[int, int]) -> None:
+        """Set the counts: a captured CUDA graph writes where they are."""
+        if isinstance(self._counts, Tensor) and isinstance(counts, Tensor):
+            self._counts.copy_(counts)
+        else:
+            self._counts = counts
+
+    def _pushed(
+        self, buffer: Tensor, places_S1: Tensor, values_S1: Tensor, made: Flag
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a buffer, places in it, and what is written there."""
+        before_S1 = buffer.gather(1, places_S1)
+        if isinstance(made, Tensor):
+            values_S1 = torch.where(made, values_S1, before_S1)
+        self._undo.append(partial(buffer.scatter_, 1, places_S1, before_S1))
+        return buffer, places_S1, values_S1
+
+    def _write(self, buffer: Tensor, places_S1: Tensor, values_S1: Tensor) -> None:
+        copy = self._intact(buffer)
+        self._copies.pop(id(buffer), None)
+        buffer.scatter_(1, places_S1, values_S1)
+        if copy is not None:  # and stays one
+            copy.scatter_(1, places_S1, values_S1)
+            self._copies[id(buffer)] = buffer, copy, copy._version  # noqa: SLF001
 
     def take_back(self) -> None:
         """Put back what the last ``commit`` wrote over."""
-        for buffer, before in self._before:
-            buffer.copy_(before)
-            self._copies.pop(id(buffer), None)
-        self._before = []
+        for undo in self._undo:
+            undo()
+        self._undo, self._copies = [], {}
 
     def tensors(self) -> dict[str, dict[tuple[str, str], Tensor]]:
         """Return all tensors of each pattern, by what they are and name."""
@@ -284,7 +320,7 @@ def _restore(pattern: str, saved: SavedHistory, made: SavedHistory) -> None:
     if not (saved.named and made.named) and saved.scopes != made.scopes:
         counts = [(start, rows) for _, start, rows in saved.scopes]
         if counts != [(start, rows) for _, start, rows in made.scopes]:
-            raise _damaged(
+            raise damaged(
                 f"the history of {pattern!r} is of {len(saved.scopes)} parameters without names, "
                 f"and there are {len(made.scopes)}: which belongs to which cannot be told"
             )
@@ -303,13 +339,13 @@ def _check_same_kind(pattern: str, saved: SavedHistory, made: SavedHistory) -> N
         StateError: GC030.
     """
     if saved.scope != made.scope:
-        raise _damaged(
+        raise damaged(
             f"the history of {pattern!r} is of scope {saved.scope!r}, and its policy has scope "
             f"{made.scope!r}"
         )
     for kind, mine, theirs in _pairs(made.state, saved.state):
         if mine.keys() != theirs.keys():
-            raise _damaged(
+            raise damaged(
                 f"the history of {pattern!r} has {kind} {sorted(mine)}, seen "
                 f"{sorted(map(str, theirs))}"
             )
@@ -317,14 +353,14 @@ def _check_same_kind(pattern: str, saved: SavedHistory, made: SavedHistory) -> N
             kept = tensor.shape[1:] if kind == "per_scope" else tensor.shape
             seen = theirs[name].shape[1:] if kind == "per_scope" else theirs[name].shape
             if kept != seen or tensor.dtype != theirs[name].dtype:
-                raise _damaged(
+                raise damaged(
                     f"{name!r} of {pattern!r} is {tuple(tensor.shape)} {tensor.dtype}, seen "
                     f"{tuple(theirs[name].shape)} {theirs[name].dtype}"
                 )
     count = sum(rows for _, _, rows in saved.scopes)
     for name, tensor in saved.state.per_scope.items():
         if tensor.shape[:1] != (count,):
-            raise _damaged(
+            raise damaged(
                 f"{name!r} of {pattern!r} is of {count} norms, seen {tuple(tensor.shape)}"
             )
 
@@ -392,94 +428,3 @@ def _without(
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return (", ".join(names[:_SHOWN]) + more) or "none"
-
-
-@dataclass(frozen=True)
-class SavedState:
-    """A saved clipper, once it was checked.
-
-    Args:
-        step: How many calls there were.
-        committed_steps: How many steps were made.
-        consecutive_skips: Skips in a row.
-        policy_skips: How many steps in a row policies kept from being made.
-        histories: Of each pattern.
-    """
-
-    step: int
-    committed_steps: int
-    consecutive_skips: int
-    policy_skips: int
-    histories: dict[str, SavedHistory] = field(default_factory=dict)
-
-
-def read_state(state: object, own: Mapping[str, Any]) -> SavedState:
-    """Read a saved state.
-
-    Args:
-        state: What a user wants to load. Version 1 is read where it holds no history.
-        own: The state of the clipper that should load it.
-
-    Raises:
-        StateError: GC030, if it is no such state, or belongs to other policies.
-    """
-    if not isinstance(state, Mapping):
-        raise _damaged(f"expected a mapping with {sorted(own)}, seen {type(state).__name__}")
-    version = state.get("version")
-    if version == 1 and "committed_steps" not in state:
-        state = _of_version_1(state)
-    state = {"policy_skips": 0, **state}  # as it was saved before policies were told
-    if state.keys() != own.keys():
-        raise _damaged(f"expected a mapping with {sorted(own)}, seen {sorted(map(str, state))}")
-    if state["version"] != own["version"]:
-        raise _damaged(f"expected version {own['version']}, seen {version!r}")
-    modes = state["clip_modes"]
-    # In order: the first pattern that matches wins.
-    if not isinstance(modes, Mapping) or list(modes.items()) != list(own["clip_modes"].items()):
-        raise _damaged(f"it is of {state['clip_modes']!r}, the clipper of {own['clip_modes']}")
-    counts = [state[name] for name in _COUNTS]
-    if not all(type(count) is int and count >= 0 for count in counts):
-        raise _damaged(f"{', '.join(_COUNTS)} are counts, seen {counts!r}")
-    states = state["states"]
-    if not isinstance(states, Mapping) or not states.keys() <= own["clip_modes"].keys():
-        raise _damaged(f"states has a history for each pattern, seen {states!r}")
-    histories = {p: _read_history(p, each) for p, each in states.items()}
-    return SavedState(**dict(zip(_COUNTS, counts, strict=True)), histories=histories)
-
-
-def _of_version_1(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    states = state.get("states")
-    if isinstance(states, Mapping) and any(states.values()):
-        raise _damaged(
-            "it is of version 1 and holds the history of a policy, which was kept without the "
-            "names of parameters. Begin without it"
-        )
-    return {**state, "version": STATE_VERSION, "committed_steps": state.get("step"), "states": {}}
-
-
-def _read_history(pattern: str, history: object) -> SavedHistory:
-    keys = {"scope", "scopes", "named", "per_scope", "shared"}
-    if not isinstance(history, Mapping) or history.keys() != keys:
-        raise _damaged(f"the history of {pattern!r} has {sorted(keys)}, seen {history!r}")
-    tables = [history["per_scope"], history["shared"]]
-    for table in tables:
-        whole = isinstance(table, Mapping)
-        if not whole or not all(map(_is_dense, table.values())):
-            raise _damaged(f"the history of {pattern!r} has tensors by name, seen {table!r}")
-    try:
-        scopes = [(str(name), int(start), int(rows)) for name, start, rows in history["scopes"]]
-    except (TypeError, ValueError) as error:
-        raise _damaged(f"the scopes of {pattern!r} are names with counts: {error}") from error
-    state = PolicyState(*map(dict, tables)).copy()
-    return SavedHistory(str(history["scope"]), scopes, bool(history["named"]), state)
-
-
-def _is_dense(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
-
-
-def _damaged(reason: str) -> StateError:
-    return StateError(
-        f"this state cannot be loaded into this clipper: {reason}. No gradient and no history was "
-        "changed."
-    )

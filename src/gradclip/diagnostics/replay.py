@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from gradclip.clipping.flags import all_of, as_known, negated
 from gradclip.clipping.kernels import choose
 from gradclip.clipping.measure.norm import combine
 from gradclip.clipping.measure.scopes import ScopeNames
-from gradclip.clipping.policies import Decision, Measurement, Policy, PolicyLike, Scopes, as_policy
+from gradclip.clipping.measure.step import Measured
+from gradclip.clipping.policies import Decision, Policy, PolicyLike, Scopes, as_policy
 from gradclip.clipping.policies.checks import check_decision
 from gradclip.clipping.state import Histories
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
@@ -148,17 +150,16 @@ class _Run:
         return thresholds_S, values_S, left_S, torch.as_tensor(negated(made), device=_CPU)
 
     def _decide(self, norms_S: Tensor, is_sound: bool) -> Decision:
-        total_norm = combine(norms_S, self._policy.order)
+        find_total_norm = partial(combine, norms_S, self._policy.order)
         limit = self._limit
         if limit is not None:
-            skip = bool(total_norm > limit.skip_above)
+            skip = bool(find_total_norm() > limit.skip_above)
             return Decision(limit.threshold, limit.target, skip=skip)
-        seen = Measurement(
+        seen = Measured(
+            self._histories,
+            find_total_norm,
             norms_S=norms_S.clone(),
-            total_norm=total_norm.clone(),
             committed=torch.tensor(is_sound, device=_CPU),
-            step=self._histories.step,
-            skips=self._histories.skips,
         )
         decision = self._policy.decide(seen, self._histories.of(_PATTERN))
         check_decision(self._policy, decision, norms_S)

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from every_policy import EVERY
 from gradclip import (
     AGCClip,
     EMAClip,
@@ -26,6 +28,7 @@ from gradclip import (
     Schedule,
     ValueClip,
     ZScoreClip,
+    attach,
 )
 from gradclip.clipping import Policy
 from gradclip.clipping.collect import gradients as collected
@@ -120,6 +123,33 @@ def clip(policy, mode, missing, dtypes, grad_scale, partitioned):
     torch.cat([each._packed() for each in (result, *result.groups.values())])
 
 
+class NoCopies(TorchDispatchMode):
+    """Raises where numbers go from one device to another."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket
+        if name in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            source = args[name is torch.ops.aten.copy_]
+            if source.device != result.device:
+                raise RuntimeError(f"a copy from {source.device} to {result.device}")
+        return result
+
+
+def steps(policy):
+    """Make steps of a fused optimizer: it is told on the device whether to make each."""
+    weights = [torch.nn.Parameter(torch.zeros(3, 4, device=DEVICE)) for _ in range(3)]
+    for weight in weights:
+        weight.grad = torch.ones(3, 4, device=DEVICE)
+    named = [(f"{name}.weight", weight) for name, weight in zip("abc", weights, strict=True)]
+    optimizer = torch.optim.AdamW(named, lr=0.1, fused=True)
+    optimizer.step()  # it is asked on the device once it has a state
+    attach(optimizer, policy)
+    with NoCopies():
+        for _ in range(3):
+            optimizer.step()
+
+
 def main():
     backend_registration._setup_privateuseone_for_python_backend("npy")
     torch.cat, torch.stack = strict(torch.cat), strict(torch.stack)
@@ -155,4 +185,10 @@ def main():
                 said = str(error)[:150]
                 case = f"{name} {mode} {missing} {dtypes} {scale} {partitioned is None}"
                 raised.append(f"{case} {error!r:.20} {said}")
+    for name, policy in EVERY.items():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            try:
+                steps(policy)
+            except Exception as error:  # noqa: BLE001 - whatever it is
+                raised.append(f"attached: {name} {error!r:.150}")
     return raised

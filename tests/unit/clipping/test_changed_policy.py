@@ -136,7 +136,7 @@ def test_another_kind_begins_anew_and_a_schedule_knows_how_many_steps_were_made(
     for policy in (ZScoreClip(warmup=1), NormClip(max_norm=1.0), ZScoreClip(warmup=1)):
         clipper.policy = policy
         clipper.clip()
-    assert clipper.state_dict()["states"]["*"]["per_scope"]["count"].tolist() == [1]
+    assert clipper.state_dict()["states"]["*"]["per_scope"]["numbers"][:, 0].tolist() == [1]
 
 
 REFUSED = {
@@ -259,7 +259,7 @@ def test_a_group_that_is_added_needs_an_entry_before_the_next_clip():
     optimizer = of_two_groups()
     handle = gradclip.attach(optimizer, [0.5, ZScoreClip(warmup=1)])
     optimizer.step()
-    history = handle.clipper.state_dict()["states"]["group 1"]["per_scope"]["count"]
+    history = handle.clipper.state_dict()["states"]["group 1"]["per_scope"]["numbers"][:, 0]
     optimizer.add_param_group({"params": [weight(9.0, 12.0)]})
     again(optimizer)
     weights = [group["params"][0].detach().clone() for group in optimizer.param_groups]
@@ -272,5 +272,5 @@ def test_a_group_that_is_added_needs_an_entry_before_the_next_clip():
     optimizer.step()
     assert norms(optimizer)[0] == pytest.approx(0.5)
     assert optimizer.param_groups[2]["params"][0].grad.abs().max().item() == pytest.approx(1.0)
-    counts = handle.clipper.state_dict()["states"]["group 1"]["per_scope"]["count"]
+    counts = handle.clipper.state_dict()["states"]["group 1"]["per_scope"]["numbers"][:, 0]
     assert counts.tolist() == (history + 1).tolist()

@@ -23,6 +23,9 @@ _EUCLIDEAN = 2.0
 _BLOCK = 1 << 16
 """Elements that a device without float64 sums at a time."""
 
+_CONVERTED = 1 << 24
+"""Elements of a matrix whose rows are reduced together, since torch may convert them all first."""
+
 _LOST = 2.0**-100
 """Below this mean square, squares that float32 lost could be 2^-26 of the sum."""
 
@@ -41,8 +44,10 @@ def reduced(batch: Batch, p: float) -> Tensor | None:
         return None
     if result_device_of((batch.device,)) != batch.device:
         return _in_float32(batch, p) if p in {1.0, _EUCLIDEAN} else None
-    if not batch.specs.one_row_each or batch.limit is not None:
+    if batch.limit is not None:
         return None
+    if not batch.specs.one_row_each:
+        return _by_tensor(batch, p)
     filled = [index for index, size in enumerate(batch.specs.row_sizes) if size]
     norms = [torch.zeros((), dtype=torch.float64, device=batch.device)] * len(batch.tensors)
     if filled:
@@ -51,6 +56,21 @@ def reduced(batch: Batch, p: float) -> Tensor | None:
         for index, norm in zip(filled, found, strict=True):
             norms[index] = norm
     norms_R = torch.stack(norms)
+    return norms_R.square() if p == _EUCLIDEAN else norms_R
+
+
+def _by_tensor(batch: Batch, p: float) -> Tensor:
+    """Reduce the rows of each tensor together: an operation for each row would be very many."""
+    norms = [torch.zeros(0, dtype=torch.float64, device=batch.device)]
+    for tensor, rows in zip(batch.tensors, batch.specs.rows, strict=True):
+        if not tensor.numel():
+            norms.append(torch.zeros(rows, dtype=torch.float64, device=batch.device))
+            continue
+        in_rows = (tensor if rows > 1 else tensor[None])[..., None]
+        inside = tuple(range(1, in_rows.dim()))
+        for some in in_rows.split(max(1, _CONVERTED * rows // tensor.numel())):
+            norms += [torch.linalg.vector_norm(some, p, dim=inside, dtype=torch.float64)]
+    norms_R = torch.cat(norms)
     return norms_R.square() if p == _EUCLIDEAN else norms_R
 
 

@@ -62,10 +62,14 @@ class PolicyState:
     Args:
         per_scope: Tensors of shape (S, ...): saved and restored by the names of scopes.
         shared: Tensors of any shape.
+        pushed: In an answer, what is written into large tensors of ``per_scope`` that are
+            returned as they were given, and share no memory with thresholds or targets: by name the
+            places, int64 (S, 1), and the numbers, (S, 1).
     """
 
     per_scope: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
+    pushed: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def copy(self) -> "PolicyState":
         """Return the same numbers in tensors of their own."""
@@ -179,6 +183,11 @@ class Policy(Config, ABC):
     def writes(self) -> bool:
         """Whether gradients can change, or steps be skipped; else gradients are only measured."""
         return True
+
+    @property
+    def skips_in_a_row(self) -> int:
+        """How many steps in a row it asks to skip, after which it takes a norm as usual; or 0."""
+        return 0
 
     def fixed(self) -> FixedLimit | None:
         """Return the rule as numbers, where that is all there is; ``decide`` is not called then."""

@@ -13,6 +13,26 @@ from gradclip.clipping.policies.base import Decision, Measurement, Policy, Polic
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
 
 
+def check_skips(policies: Iterable[Policy | None], tolerated: int) -> None:
+    """Refuse a policy that asks to skip more steps in a row than are tolerated.
+
+    Args:
+        policies: Those of a clipper.
+        tolerated: Its ``max_consecutive_skips``.
+
+    Raises:
+        ArgumentValueError: GC010.
+    """
+    for policy in policies:
+        if policy is not None and policy.skips_in_a_row > tolerated:
+            raise ArgumentValueError(
+                f"max_consecutive_skips={tolerated} is below the max_spikes="
+                f"{policy.skips_in_a_row} of {policy!r}: a level of the norm that has risen for "
+                "good would end in an error, and not in a step that follows it. Raise "
+                "max_consecutive_skips, or lower max_spikes."
+            )
+
+
 def check_decision(policy: Policy, decision: object, norms_S: Tensor) -> None:
     """Refuse an answer that cannot be followed, before anything is written.
 
@@ -23,8 +43,9 @@ def check_decision(policy: Policy, decision: object, norms_S: Tensor) -> None:
     """
     if not isinstance(decision, Decision):
         raise _wrong_kind(policy, f"a {type(decision).__name__}: expected a Decision")
-    for name in ("thresholds", "targets"):
-        _check_numbers(policy, name, getattr(decision, name), norms_S)
+    _check_numbers(policy, "thresholds", decision.thresholds, norms_S)
+    if decision.targets is not decision.thresholds:
+        _check_numbers(policy, "targets", decision.targets, norms_S)
     skip = decision.skip
     is_flag = isinstance(skip, Tensor) and skip.dtype is torch.bool and skip.numel() == 1
     if not (isinstance(skip, bool) or is_flag):
@@ -48,7 +69,8 @@ def _check_numbers(policy: Policy, name: str, value: object, norms_S: Tensor) ->
                 f"{name} of {value.dtype} on {value.device}: expected {norms_S.dtype} on "
                 f"{norms_S.device}",
             )
-        wrong = not flags.host_waits_for(value.device) and not bool((value >= 0).all())
+        seen = value.numel() and not flags.host_waits_for(value.device)
+        wrong = seen and not value.amin().item() >= 0
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise _wrong_kind(policy, f"{name}={value!r}: expected a number or a tensor")
     else:

@@ -7,19 +7,21 @@ from pydantic import Field
 from torch import Tensor
 
 from gradclip.clipping.policies.adaptive import AdaptiveClip, History, Limits, Sight
-from gradclip.clipping.policies.order_statistics import merged, pushed, quantile, renewed
+from gradclip.clipping.policies.order_statistics import Push, chosen, quantile, renewed
 
 _TURNS = 16
-"""Steps in which the quantile of each scope is found once: to sort many norms takes long."""
+"""Norms of a tensor for which its quantile is found once: to sort many norms takes long."""
 _MIXED = 0x9E3779B97F4A7C15 - 2**64
 """An odd number whose product with an int64 has bits of all digits in its upper half."""
+_ALL_BUT_4 = 60
+"""Bits that are shifted out, so that 16 numbers are left."""
 
 
 class QuantileClip(AdaptiveClip):
     """Bound norms by the quantile ``q`` of the last ``window`` norms, that of this step among them.
 
     A norm is remembered as it is. With scope "tensor" the quantile of each tensor is found anew at
-    every sixteenth step, in turn; that of a single scope at each step.
+    every sixteenth of its norms, and tensors take turns; with scope "group" at each step.
 
     References:
         Seetharaman et al. 2020, AutoClip, arXiv:2007.14469.
@@ -36,47 +38,40 @@ class QuantileClip(AdaptiveClip):
     warmup: int = Field(default=100, ge=0)
     """Norms of a scope before its limit counts; until then there is only ``cap``."""
 
+    @property
+    def follows(self) -> tuple[str, ...]:
+        """The quantile of each tensor, and when its turn is to be found anew."""
+        return () if self.scope == "group" else ("quantile", "turn")
+
     def initial_history(self, scopes: int, device: torch.device) -> History:
         """Return no norms."""
-        none_SW = torch.full((scopes, self.window), torch.inf, dtype=torch.float64, device=device)
+        norms = {"norms": torch.zeros(scopes, self.window, dtype=torch.float64, device=device)}
         if self.scope == "group":
-            return {"norms": none_SW}
-        turns_S = torch.zeros(scopes, dtype=torch.int64, device=device)
-        recent_SB = none_SW[:, :_TURNS]
-        return {
-            "norms": none_SW,
-            "recent": recent_SB,
-            "quantile": none_SW[:, 0],
-            "turn": turns_S,
-        }
+            return norms
+        none_S = torch.full((scopes,), torch.inf, dtype=torch.float64, device=device)
+        return {**norms, "quantile": none_S, "turn": torch.zeros_like(none_S)}
 
     def limits(self, seen: Sight, history: History) -> Limits:
         """Bound norms by their quantile."""
         counts_S, kept_SW = seen.counts_S, history["norms"]
+        push = Push.of(kept_SW, seen.before_S, seen.norms_S, seen.found_S)
+
+        def found(rows: Tensor | None) -> Tensor:
+            return quantile(push.onto(kept_SW, rows), chosen(counts_S, rows), self.q)
+
         if self.scope == "group":
-            kept_SW = pushed(kept_SW, counts_S, seen.norms_S)
-            limits_S = torch.where(seen.early_S, torch.inf, quantile(kept_SW, counts_S, self.q))
-            return Limits(limits_S, limits_S, {}, {"norms": kept_SW})
-        turns_S = torch.where(counts_S == 1, _turns(seen.norms_S), history["turn"])
-        recent_SB = pushed(history["recent"], counts_S, seen.norms_S)
-
-        def last(rows: Tensor | slice) -> Tensor:
-            return merged(kept_SW[rows], recent_SB[rows], counts_S[rows])
-
-        is_due_S = counts_S > 0
-        if len(counts_S) > 1:
-            is_due_S &= turns_S == seen.step % _TURNS
-        found_S = renewed(
-            history["quantile"],
-            is_due_S,
-            lambda rows: quantile(last(rows), counts_S[rows], self.q),
+            limits_S = seen.after_warm_up(found(None))
+            return Limits(limits_S, limits_S, {}, {"norms": push})
+        turns_S = renewed(
+            history["turn"], counts_S == 1.0, lambda rows: _turns(chosen(seen.norms_S, rows))
         )
-        # All norms of many tensors are copied only where a block is full.
-        is_full_S = (counts_S % recent_SB.shape[1] == 0) & (seen.norms_S > 0)
-        norms_SW = renewed(kept_SW, is_full_S, last)
-        kept = {"norms": norms_SW, "recent": recent_SB, "quantile": found_S}
-        limits_S = torch.where(seen.early_S, torch.inf, found_S)
-        return Limits(limits_S, limits_S, {"turn": turns_S}, kept)
+        is_due_S = (counts_S + turns_S) % float(_TURNS) == 0.0
+        if self.warmup < _TURNS:  # there may be none when the first is asked for
+            is_due_S |= counts_S == self.warmup + 1.0
+        found_S = renewed(history["quantile"], is_due_S, found)
+        limits_S = seen.after_warm_up(found_S.clone())
+        followed = {"quantile": found_S, "turn": turns_S}
+        return Limits(limits_S, limits_S, followed, {"norms": push})
 
 
 def _turns(norms_S: Tensor) -> Tensor:
@@ -84,4 +79,4 @@ def _turns(norms_S: Tensor) -> Tensor:
 
     The place of a scope would be another one on ranks that hold other tensors beside it.
     """
-    return (norms_S.view(torch.int64) * _MIXED >> 48) & (_TURNS - 1)
+    return (norms_S.view(torch.int64) * _MIXED >> _ALL_BUT_4).to(torch.float64)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
-from weakref import ref
+from weakref import WeakMethod, ref
 
 import torch
 from torch import Tensor
@@ -187,14 +187,24 @@ class Owner(_Marking):
 
     def __init__(self, label: str, admits: Callable[[object], None] | None = None) -> None:
         super().__init__(label)
-        self._admits = admits
+        # Weakly: its marks keep it as long as the gradients live, and those their optimizer.
+        self._admits = None if admits is None else WeakMethod(admits)
         _Marking.owners += 1
         _forget_marks_of_none()  # it looks at all marks, at every step
 
+    def __getstate__(self) -> dict[str, Any]:
+        admits = None if self._admits is None else self._admits()
+        return {**super().__getstate__(), "_admits": admits}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        admits = state["_admits"]
+        vars(self).update(state, _admits=None if admits is None else WeakMethod(admits))
+
     def admit(self, policy: object) -> None:
         """Refuse a policy that the owner cannot follow."""
-        if self._admits is not None:
-            self._admits(policy)
+        admits = None if self._admits is None else self._admits()
+        if admits is not None:
+            admits(policy)
 
     def check(self, gradients: Sequence[Tensor]) -> None:
         """Refuse to clip what another one clipped, where nothing has changed since.
