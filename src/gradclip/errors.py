@@ -168,7 +168,7 @@ class CheckpointError(GradClipError, RuntimeError):
 
 
 class RecordError(GradClipError, OSError):
-    """A record of a run cannot be written: the disk is full, say."""
+    """A record of a run cannot be written: a full disk, say, or another run in its place."""
 
     code = "GC302"
 

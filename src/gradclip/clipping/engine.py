@@ -89,7 +89,7 @@ class Engine:
         )
         owned = isinstance(role, Owner)
         self._judge = Judge(options, self._binding, called=called, owned=owned)
-        self.step_log = StepLog(called or "gradclip", owned=owned)
+        self.step_log = StepLog(called or "gradclip", owned=owned, lasts=not once)
         self.recorder = recorder_of(self, options.folder, called, source)
         self._histories = Histories()
         self._short = None

@@ -55,6 +55,7 @@ class AcceleratorClipper(HasPolicy):
             scale is down to 1.
         partitioned: Likewise.
         duplicated: Likewise.
+        record: Likewise.
         backend: Likewise.
 
     Raises:

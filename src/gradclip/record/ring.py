@@ -142,6 +142,11 @@ class StepRing(Generic[_Row, _Told]):
         self.flush()
         return self.__dict__
 
+    @property
+    def waiting(self) -> int:
+        """How many rows the readers were not told of, as far as they are not on their way."""
+        return len(self._rows)
+
     def push(self, row: _Row, numbers: int) -> None:
         """Keep the row of a step.
 

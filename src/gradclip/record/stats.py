@@ -66,6 +66,7 @@ class StepStats:
     def __init__(self) -> None:
         self.steps = self.clipped = self.skipped = self.nonfinite = self.by_scaler = 0
         self.first_skip: int | None = None
+        self._said = 0
         self.window: deque[tuple[int, float]] = deque(maxlen=WINDOW)
 
     def add(self, numbers: StepNumbers) -> None:
@@ -84,15 +85,19 @@ class StepStats:
         """Begin anew."""
         self.__dict__.update(StepStats().__dict__)
 
-    def say_at_end(self, label: str) -> None:
+    def say_at_end(self, label: str, *, only_most: bool = False) -> None:
         """Log a line if steps were not made, unless all were overflows of a loss scale.
+
+        Nothing is logged where that was said of these steps before.
 
         Args:
             label: What clipped, as its user knows it.
+            only_most: Whether to log it only of a run of which most steps were not made.
         """
-        if self.first_skip is None:
-            return
         most = 2 * self.skipped > self.steps
+        if self.first_skip is None or self._said == self.steps or (only_most and not most):
+            return
+        self._said = self.steps
         hint = (
             "This is hardly a training: lower the learning rate, or look at the data and the loss."
             if most

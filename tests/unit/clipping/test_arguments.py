@@ -54,6 +54,7 @@ VALUES = {
     "max_consecutive_skips": 3,
     "partitioned": None,
     "duplicated": None,
+    "record": "runs/1",
     "backend": "reference",
 }
 

@@ -1,9 +1,11 @@
 """The steps of a clipper: what each leaves on the device, and how many come to the host at once."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 
 _ON_DEVICE: Any = object()
+_TRY = 10
+"""A loop of fewer steps is a try: it ends without a word."""
 
 
 class StepRow(NamedTuple):
@@ -214,15 +218,18 @@ class StepLog:
     Args:
         called: What clips, as its user knows it.
         owned: Whether it unscales by itself, and keeps the optimizer from a step.
+        lasts: Whether it is for more than one step, and says at its end if most were not made.
     """
 
-    def __init__(self, called: str, *, owned: bool) -> None:
+    def __init__(self, called: str, *, owned: bool, lasts: bool = True) -> None:
         self.counted = StepStats()
         """What the steps came to whose numbers were read; ``catch_up`` reads those of all."""
         self.is_captured = False
         """Whether a step went into a CUDA graph, which has its limits in it."""
         self._loop = LoopWatch(called, owned=owned)
         self._ring = StepRing(copy_rows, self.counted, self._loop)
+        if lasts:
+            finalize(self, _end, self._ring, self.counted, called, os.getpid())
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle after the numbers of all steps were read, by every reader."""
@@ -289,3 +296,10 @@ class StepLog:
         """What all steps came to; waits for the device."""
         self.catch_up()
         return together([self.counted])
+
+
+def _end(ring: StepRing[Any, StepNumbers], counted: StepStats, called: str, process: int) -> None:
+    """Say that most steps were not made, where nobody has said so: clipping is over."""
+    if os.getpid() == process and counted.steps + ring.waiting >= _TRY:
+        ring.flush()
+        counted.say_at_end(called, only_most=True)

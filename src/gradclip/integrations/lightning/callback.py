@@ -64,6 +64,7 @@ class GradientClippingCallback(HasPolicy, Callback):
             scale is down to 1.
         partitioned: Likewise.
         duplicated: Likewise.
+        record: Likewise.
         backend: Likewise.
 
     Attributes:

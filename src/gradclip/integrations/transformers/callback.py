@@ -71,6 +71,7 @@ class GradientClippingCallback(HasPolicy, TrainerCallback):  # type: ignore[misc
             its scale is down to 1.
         partitioned: Likewise.
         duplicated: Likewise.
+        record: Likewise.
         backend: Likewise.
 
     Attributes:

@@ -232,3 +232,19 @@ def test_an_attachment_tells_them():
     assert stats.max == pytest.approx(8.0)
     handle.remove()
     assert handle.stats == stats
+
+
+@pytest.mark.parametrize(("bad", "level"), [(9, "ERROR"), (3, None)])
+def test_a_loop_of_which_most_steps_were_not_made_says_so_at_its_end(bad, level, caplog):
+    """A loop of one's own has no end that gradclip sees, but that its optimizer is gone."""
+    pairs = parameters()
+    optimizer = torch.optim.SGD(pairs, lr=0.1)
+    handle = attach(optimizer, 1.0)
+    for step in range(12):
+        fill(pairs, NAN if step < bad else 1.0)
+        optimizer.step()
+    del optimizer, handle
+    gc.collect()
+    said = [(each.levelname, each.message) for each in caplog.records]
+    assert [name for name, _ in said] == ([level] if level else [])
+    assert not said or f"gradclip.attach: {bad} of 12 steps were not made" in said[0][1]

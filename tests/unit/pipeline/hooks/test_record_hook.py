@@ -285,3 +285,28 @@ def test_a_disk_that_is_full_stops_no_training(path, linear):
     with loop.hooks.begin("on_loop", loop.arg.copy_with_updates()):
         loop.step(71.0, 1.0, 1.0)
     assert [record.step for record in read_record(path)] == [*range(64), 71]
+
+
+def test_a_folder_is_written_by_the_hook_that_clips(tmp_path, linear):
+    loop = Loop(tmp_path / "run", linear)
+    with loop.hooks.begin("on_loop", loop.arg):
+        loop.step(2.0, 3.0, 4.0)
+        loop.step(1.0, math.nan, 4.0)
+    first, skipped = read_record(tmp_path / "run")
+    assert (first.loss, first.norm_pre, first.lr) == (2.0, 5.0, 1.0)
+    assert (skipped.loss, skipped.reason) == (1.0, "nonfinite")
+    with loop.hooks.begin("on_loop", loop.arg):  # goes on
+        loop.step(0.5, 0.0, 0.5)
+    assert [record.step for record in read_record(tmp_path / "run")] == [0, 1, 2]
+    again = Loop(tmp_path / "run", linear)
+    with (
+        pytest.raises(RecordError, match="Three ways out"),
+        again.hooks.begin("on_loop", again.arg),
+    ):
+        again.step(0.5, 0.0, 0.5)
+    nobody = Loop(tmp_path / "other", linear, clip=False)
+    with (
+        pytest.raises(ArgumentValueError, match="which the hook that clips writes"),
+        nobody.hooks.begin("on_loop", nobody.arg),
+    ):
+        pass
