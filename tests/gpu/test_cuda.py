@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import oracle
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
+from gradclip.diagnostics import read_norms, read_record
 from gradclip.errors import CaptureError, TooManySkipsError
 
 pytestmark = [
@@ -37,6 +38,29 @@ def no_waiting():
 
     yield begin
     torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("policy", [1.0, {"*0": 1.0, "*": ValueClip(clip_value=0.1)}], ids=str)
+def test_a_record_makes_no_host_wait(policy, backend, no_waiting, tmp_path):
+    weights = parameters((300, 70), (5,), (1000,), (64, 64))
+    named = [(f"layer{number}", weight) for number, weight in enumerate(weights)]
+    clipper = GradientClipper(named, policy, backend=backend, record=tmp_path)
+    expected = [float(weight.grad.double().norm()) for weight in weights]
+    loss = torch.ones((), device="cuda")
+    for step in range(100):
+        if step == 2:  # it is compiled, and memory is there
+            torch.cuda.synchronize()
+            no_waiting()
+        clipper.note(loss=loss)
+        clipper.clip()
+    torch.cuda.set_sync_debug_mode("default")
+    clipper.close()
+    assert [record.loss for record in read_record(tmp_path)] == [1.0] * 100
+    found = read_norms(tmp_path)
+    assert dict(zip(found.names, found.norms[0], strict=True)) == pytest.approx(
+        {name: norm for (name, _), norm in zip(named, expected, strict=True)}, rel=5e-3
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,6 +14,7 @@ from gradclip.diagnostics.record import read_record as read_record
 from gradclip.diagnostics.summary import RunSummary as RunSummary
 from gradclip.diagnostics.summary import finding as finding
 from gradclip.diagnostics.summary import summarise as summarise
+from gradclip.record.columns import Steps as Steps
 from gradclip.record.reader import read_events as read_events
 from gradclip.record.reader import read_norms as read_norms
 from gradclip.record.reader import read_steps as read_steps
@@ -23,6 +24,7 @@ __all__ = [
     "RunRecorder",
     "RunSummary",
     "StepRecord",
+    "Steps",
     "clipping_figure",
     "finding",
     "read_events",

@@ -194,6 +194,8 @@ class Writer:
                 stem += f"-part{len(parts)}" if parts else ""
                 names = {"file": f"{stem}.f16", "events": f"{stem}-events.f16"}
                 names = {key: ranked(name, self._place.rank) for key, name in names.items()}
+                for name in names.values():  # of nothing that is known
+                    (self.folder / name).unlink(missing_ok=True)
                 parts.append({**names, "every": 1, "first_step": step, **said})
             part, count = parts[-1], len(layout.names)
             self._norms[number] = (

@@ -229,7 +229,9 @@ def _read(step: _Step) -> StepRecord:
         lr=step.lr,
         elapsed_ms=step.elapsed_ms,
     )
-    return replace(record, skipped=record.skipped or step.overflowed)
+    if step.overflowed and not record.skipped:
+        record = replace(record, skipped=True, reason="overflow")
+    return record
 
 
 def _skipped_by_scaler(arg: PipelineHookArgs) -> bool:
