@@ -187,7 +187,7 @@ class Recorder(NoRecord):
         """
         now, losses, lr = perf_counter(), self._losses, self._lr
         self._losses, self._lr = [], None
-        if is_capturing(result.device):
+        if is_capturing(result.device) or not self.is_open:
             return
         if lr is None and (optimizer := self._optimizer()) is not None:
             lr = _rate(optimizer)
