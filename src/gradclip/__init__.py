@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from gradclip.clipping import clip_grads_with_norm_ as clip_grads_with_norm_
     from gradclip.clipping import get_total_norm as get_total_norm
     from gradclip.clipping import withhold as withhold
+    from gradclip.diagnostics.advice import Advice as Advice
+    from gradclip.diagnostics.advice import suggest as suggest
     from gradclip.diagnostics.replay import Replay as Replay
     from gradclip.diagnostics.replay import replay as replay
     from gradclip.integrations.torch_optim import attach as attach
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AGCClip",
+    "Advice",
     "ClipResult",
     "ClipStats",
     "EMAClip",
@@ -58,14 +61,17 @@ __all__ = [
     "get_total_norm",
     "presets",
     "replay",
+    "suggest",
     "withhold",
 ]
 
 _ELSEWHERE = {
     "attach": "gradclip.integrations.torch_optim",
     "attached": "gradclip.integrations.torch_optim",
+    "Advice": "gradclip.diagnostics.advice",
     "Replay": "gradclip.diagnostics.replay",
     "replay": "gradclip.diagnostics.replay",
+    "suggest": "gradclip.diagnostics.advice",
 }
 
 

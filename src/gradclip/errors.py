@@ -20,6 +20,7 @@
     |-- CollectiveError (RuntimeError)           GC212  a collective failed: a rank died, or is late
     |-- CheckpointError (RuntimeError)           GC301  a checkpoint: damaged, or not to be written
     |-- RecordError (OSError)                    GC302  a record of a run that cannot be written
+    |-- LogError (ValueError)                    GC303  a log of a run that cannot be read
     |-- MissingDependencyError (ImportError)     GC401  an extra that is not installed
     `-- AbsentNameError (ImportError)            GC402  a name of RoboOrchardLab that is not here
 
@@ -42,6 +43,7 @@ __all__ = [
     "ConfigFileError",
     "DoubleClippingError",
     "GradClipError",
+    "LogError",
     "MissingDependencyError",
     "NonFiniteGradientError",
     "OverlappingGradientsError",
@@ -171,6 +173,12 @@ class RecordError(GradClipError, OSError):
     """A record of a run cannot be written: a full disk, say, or another run in its place."""
 
     code = "GC302"
+
+
+class LogError(GradClipError, ValueError):
+    """A log of a run cannot be read, or does not say which numbers are gradient norms."""
+
+    code = "GC303"
 
 
 class MissingDependencyError(GradClipError, ImportError):

@@ -9,6 +9,7 @@ import gradclip
 
 ENGINE = [
     "AGCClip",
+    "Advice",
     "ClipResult",
     "ClipStats",
     "EMAClip",
@@ -27,6 +28,7 @@ ENGINE = [
     "get_total_norm",
     "presets",
     "replay",
+    "suggest",
     "withhold",
 ]
 HOOKS = [
@@ -90,6 +92,7 @@ def test_the_trainer_and_the_names_of_the_page_that_is_re_imagined():
         "import gradclip",
         "import gradclip; gradclip.config.load; gradclip.errors.ConfigError; dir(gradclip)",
         "import gradclip.hook",
+        "import gradclip.diagnostics",
     ],
 )
 def test_importing_is_light(code):

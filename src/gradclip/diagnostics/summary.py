@@ -9,7 +9,7 @@ from gradclip.diagnostics.record import GroupRecord, StepRecord
 from gradclip.errors import ArgumentValueError
 from gradclip.record.columns import Steps
 
-__all__ = ["FINAL_STEPS", "RunSummary", "compact", "decimal", "finding", "summarise"]
+__all__ = ["FINAL_STEPS", "RunSummary", "compact", "decimal", "finding", "percent", "summarise"]
 
 _NAMED_LIMITS = 3
 _LARGE = 1e6
@@ -117,6 +117,16 @@ def compact(value: float) -> str:
 def decimal(value: float) -> str:
     """Write 1 as ``1.0``, and a float32 0.1 as ``0.1``."""
     return str(float(f"{value:.4g}"))
+
+
+def percent(share: float) -> str:
+    """Write a share: ``0.5 %``, ``12 %``.
+
+    >>> percent(0.0), percent(0.0004), percent(0.123)
+    ('0 %', '0.04 %', '12 %')
+    """
+    number = 100 * share
+    return f"{number:.0f} %" if number >= 9.5 or number == 0 else f"{number:.1g} %"  # noqa: PLR2004
 
 
 def _limit(record: GroupRecord) -> float:

@@ -10,7 +10,7 @@ from math import log10
 
 import pytest
 
-from gradclip.diagnostics import read_events, read_header, read_norms, read_record, read_steps
+from gradclip.diagnostics import read_log, read_events, read_header, read_norms, read_record, read_steps
 from gradclip.errors import ArgumentValueError, RecordError
 from gradclip.record import lines, norms
 from gradclip.record.schema import StepRecord
@@ -215,6 +215,17 @@ def test_a_disk_that_fails_stops_no_training_and_is_told_once(tmp_path, monkeypa
     write(writer, number, range(12, 15))
     writer.leave(number)
     assert [record.step for record in read_record(tmp_path)] == list(range(5))
+
+
+def test_advice_is_taken_from_a_folder(tmp_path):
+    writer, first = begin(tmp_path)
+    second = writer.join()
+    writer.begin(second, 0, ALONE, {"called": "other"}, resumes=False)
+    for at in range(0, 20, 4):  # as two optimizers write, in turn
+        write(writer, first, range(at, at + 4))
+        write(writer, second, range(at, at + 4))
+    runs = read_log(tmp_path)
+    assert [list(run.norms) for run in runs] == [[float(step) for step in range(20)]] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,43 @@
+"""A record that gradclip wrote."""
+
+import json
+
+from gradclip.diagnostics.readers.source import Source
+from gradclip.diagnostics.readers.table import Table
+from gradclip.record.reader import read_steps
+
+__all__ = ["claims", "read"]
+
+
+def claims(source: Source) -> bool:
+    """Return whether it is a folder of ``record=``, or the first line is the header of a record."""
+    if source.path.is_dir():
+        return True  # no other folder is read
+    try:
+        header = json.loads(next(iter(source.first_lines(1)), ""))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(header, dict) and {"gradclip", "schema"} <= {*header}
+
+
+def read(source: Source) -> Table:
+    """Read the norms before clipping.
+
+    Raises:
+        ArgumentValueError: GC010, a line is damaged, or the record is of a newer version.
+    """
+    table = Table("gradclip record")
+    steps = read_steps(source.path)
+    for number in sorted(set(steps.optimizer)):  # each is a run: its steps begin anew
+        for each in steps:
+            if each.optimizer == number:
+                table.add(
+                    {
+                        "step": each.step,
+                        "loss": each.loss,
+                        "lr": each.lr,
+                        "norm_pre": each.norm_pre,
+                        "threshold": each.threshold,
+                    }
+                )
+    return table
