@@ -10,7 +10,14 @@ from math import log10
 
 import pytest
 
-from gradclip.diagnostics import read_log, read_events, read_header, read_norms, read_record, read_steps
+from gradclip.diagnostics import (
+    read_events,
+    read_header,
+    read_log,
+    read_norms,
+    read_record,
+    read_steps,
+)
 from gradclip.errors import ArgumentValueError, RecordError
 from gradclip.record import lines, norms
 from gradclip.record.schema import StepRecord
@@ -26,12 +33,12 @@ def row(step, *values):
     return step, struct.pack(f"<{len(values)}e", *map(log10, values))
 
 
-def write(writer, number, steps, size=7):
+def write(writer, number, steps, size=7, more=0.0):
     steps = list(steps)
     for at in range(0, len(steps), size):
         part = steps[at : at + size]
         batch = Batch(
-            [{"step": step, "norm_pre": float(step), "clipped": step % 2 == 1} for step in part],
+            [{"step": step, "norm_pre": step + more, "clipped": step % 2 == 1} for step in part],
             [row(step, 1.0 + step, 0.5) for step in part],
             [row(step, 1.0 + step, 0.5) for step in part],
             [{"event": "spike", "step": step} for step in part],
@@ -223,9 +230,11 @@ def test_advice_is_taken_from_a_folder(tmp_path):
     writer.begin(second, 0, ALONE, {"called": "other"}, resumes=False)
     for at in range(0, 20, 4):  # as two optimizers write, in turn
         write(writer, first, range(at, at + 4))
-        write(writer, second, range(at, at + 4))
+        write(writer, second, range(at, at + 4), more=0.5)
     runs = read_log(tmp_path)
-    assert [list(run.norms) for run in runs] == [[float(step) for step in range(20)]] * 2
+    assert [list(run.norms) for run in runs] == [
+        [step + more for step in range(20)] for more in (0.0, 0.5)
+    ]
 
 
 @pytest.mark.parametrize(
