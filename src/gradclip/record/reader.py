@@ -11,18 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradclip.errors import ArgumentValueError, MissingDependencyError
 from gradclip.record.columns import Steps
-from gradclip.record.lines import complete_lines, ranked, segments
+from gradclip.record.header import checked_schema, read_about
+from gradclip.record.lines import complete_lines, segments
 from gradclip.record.norms import row_size
 from gradclip.record.schema import (
-    FOLDER_SCHEMA,
     SCHEMA,
     StepRecord,
     not_a_record,
     parsed,
     read_step,
-    short,
 )
-from gradclip.whole_file import read_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,7 +75,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_dir():
         return _header_of(path, complete_lines(path))
-    return _about(path, 0)
+    return read_about(path, 0)
 
 
 def read_events(path: str | Path) -> list[dict[str, Any]]:
@@ -115,7 +113,7 @@ def read_norms(path: str | Path, *, optimizer: int = 0) -> Norms:
     np, folder = _numpy(), Path(path)
     ranks = []
     for rank in _ranks(folder):
-        entries = _about(folder, rank)["optimizers"]
+        entries = read_about(folder, rank)["optimizers"]
         parts = [part for e in entries if e["optimizer"] == optimizer for part in e["norms"]]
         ranks += [_of_rank(folder, parts)] if parts else []
     if not ranks:
@@ -187,39 +185,17 @@ def _ranks(folder: Path) -> list[int]:
     return sorted({int(number) if number.isdecimal() else 0 for number in numbers})
 
 
-def _about(folder: Path, rank: int) -> dict[str, Any]:
-    """Return what a rank says about the run."""
-    path = folder / ranked("run.json", rank)
-    try:
-        text = read_whole(path)
-    except (OSError, ValueError) as error:
-        found = "is no file" if isinstance(error, ValueError) else error.strerror
-        raise ArgumentValueError(
-            f"{folder} is no gradclip record: {path.name}, which says what the rest is of, {found}."
-        ) from None
-    return _checked(path, parsed(path, 1, text), FOLDER_SCHEMA)
-
-
-def _checked(path: Path, header: dict[str, Any], schema: int) -> dict[str, Any]:
-    if type(header.get("schema")) is not int or header["schema"] != schema:
-        found = f"schema {short.repr(header['schema'])}" if "schema" in header else "no schema"
-        raise not_a_record(path, 1, f"the header has {found}; this version reads {schema}")
-    if schema == FOLDER_SCHEMA and not isinstance(header.get("optimizers"), list):
-        raise not_a_record(path, 1, "it has no list of optimizers")
-    return header
-
-
 def _header_of(path: Path, lines: Iterator[tuple[int, bytes]]) -> dict[str, Any]:
     number, line = next(lines, (1, None))
     if line is None:
         raise not_a_record(path, 1, "the file is empty")
-    return _checked(path, parsed(path, number, line), SCHEMA)
+    return checked_schema(path, parsed(path, number, line), SCHEMA)
 
 
 def _lines(path: Path) -> Iterator[tuple[tuple[Path, int], dict[str, Any]]]:
     """Yield the place and the object of every line that is a step."""
     if path.is_dir():
-        _about(path, 0)
+        read_about(path, 0)
         for file in segments(path):
             for number, line in complete_lines(file):
                 yield (file, number), parsed(file, number, line)

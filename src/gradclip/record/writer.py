@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 from gradclip import __version__
-from gradclip.errors import RecordError, warn
+from gradclip.errors import ArgumentValueError, RecordError, warn
+from gradclip.record.header import read_about
 from gradclip.record.lines import (
     Lines,
     complete_lines,
@@ -28,7 +29,7 @@ from gradclip.record.lines import (
 from gradclip.record.norms import MOST_EVENTS, NormRows, cut_rows, row_size
 from gradclip.record.ring import READING
 from gradclip.record.schema import FOLDER_SCHEMA, parsed, short_line
-from gradclip.whole_file import read_whole, write_whole
+from gradclip.whole_file import write_whole
 
 __all__ = ["Batch", "Layout", "Place", "Writer"]
 
@@ -244,17 +245,10 @@ class Writer:
         if not path.exists():
             return {}
         try:
-            entries = json.loads(read_whole(path))["optimizers"]
-            found: dict[int, dict[str, Any]] = {each["optimizer"]: each for each in entries}
-            for part in (part for each in found.values() for part in each["norms"]):
-                part["file"], part["events"] = Path(part["file"]).name, Path(part["events"]).name
-                _ = part["names"] + part["sizes"], part["every"] + part["first_step"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise RecordError(
-                f"{path} is not what gradclip writes ({type(error).__name__}: {error}). Nothing "
-                f"was changed. {_WAYS_OUT}"
-            ) from None
-        return found
+            entries = read_about(self.folder, self._place.rank)["optimizers"]
+        except ArgumentValueError as error:
+            raise RecordError(f"{error}\n  Nothing was changed. {_WAYS_OUT}") from None
+        return {entry["optimizer"]: entry for entry in entries}
 
     def _refuse_another_run(self, number: int) -> None:
         """Refuse to write among the steps of another run.

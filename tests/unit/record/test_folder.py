@@ -165,11 +165,35 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path):
     with pytest.raises(RecordError, match=r"another folder; .*load_state_dict.*; or delete"):
         begin(tmp_path)
     assert contents(tmp_path) == before
-    (tmp_path / "run.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"every": 0},
+        {"every": "2"},
+        {"names": ["a"]},
+        {"names": None},
+        {"file": "../norms.f16"},
+        {"file": "steps.jsonl"},
+        {"orders": [0.0]},
+        {"first_step": 9**400},
+    ],
+)
+def test_a_damaged_description_is_refused_and_nothing_is_changed(tmp_path, change):
+    run(tmp_path, range(3))
+    about = json.loads((tmp_path / "run.json").read_text())
+    about["optimizers"][0]["norms"][0].update(change)
+    (tmp_path / "run.json").write_text(json.dumps(about) + "\n")
     before = contents(tmp_path)
     for resumes in (False, True):
-        with pytest.raises(RecordError, match=r"run.json is not what gradclip writes \(KeyError"):
+        with pytest.raises(
+            RecordError, match=r"run.json:1 .*not what gradclip writes(.|\n)*ways out"
+        ):
             begin(tmp_path, resumes=resumes)
+    for read in (read_norms, read_record):
+        with pytest.raises(ArgumentValueError, match="not what gradclip writes"):
+            read(tmp_path)
     assert contents(tmp_path) == before
 
 
