@@ -22,6 +22,9 @@ LAYERS = {
     "layer norm": lambda: nn.LayerNorm((3, 4)),
     "batch norm": lambda: nn.BatchNorm2d(4),
     "normed": lambda: nn.utils.parametrizations.weight_norm(nn.ConvTranspose1d(4, 6, 3, groups=2)),
+    "normed by output": lambda: nn.utils.parametrizations.weight_norm(
+        nn.ConvTranspose1d(4, 6, 3, groups=2), dim=1
+    ),
 }
 
 
@@ -31,7 +34,7 @@ def by_output(layer, name, values):
     if values.ndim <= 1 or isinstance(layer, nn.LayerNorm):
         return values.reshape(1, -1)
     if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d):
-        parts = np.split(values, layer.groups, axis=0)
+        parts = np.split(values, layer.groups if len(values) > 1 else 1, axis=0)
         outputs = [part[:, output] for part in parts for output in range(part.shape[1])]
         return np.stack([each.reshape(-1) for each in outputs])
     return values.reshape(len(values), -1)
