@@ -67,7 +67,8 @@ class Histories:
         _check_initial(policy, initial, len(scopes.names))
         names = scopes.names
         assert isinstance(names, ScopeNames)
-        made = SavedHistory(names.scope, names.parts, named, initial.copy())
+        with torch.inference_mode(mode=False):  # later calls may be outside of it
+            made = SavedHistory(names.scope, names.parts, named, initial.copy())
         if pattern in self._loaded:
             # Taken out first: one that does not fit is refused once, and the old one stays.
             loaded = self._loaded.pop(pattern)

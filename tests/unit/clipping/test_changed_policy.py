@@ -1,6 +1,7 @@
 """A policy that is assigned during a run, and lists of limits by ``param_group``."""
 
 import math
+from threading import Thread
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from gradclip.errors import (
     ArgumentValueError,
     CaptureError,
     DoubleClippingError,
+    StateError,
 )
 
 
@@ -146,6 +148,36 @@ def test_another_kind_begins_anew_and_a_schedule_knows_how_many_steps_were_made(
         clipper.policy = policy
         clipper.clip()
     assert clipper.state_dict()["states"]["*"]["per_scope"]["numbers"][:, 0].tolist() == [1]
+
+
+def test_one_of_another_kind_is_assigned_before_its_state_is_loaded():
+    parameter = weight(3.0, 4.0)
+    clipper, resumed = (GradientClipper([parameter], 2.0) for _ in range(2))
+    clipper.policy = ZScoreClip(warmup=1)
+    clipper.clip()
+    with pytest.raises(StateError, match="assign it before loading"):
+        resumed.load_state_dict(clipper.state_dict())
+    resumed.policy = ZScoreClip(warmup=1)
+    resumed.load_state_dict(clipper.state_dict())
+    assert str(resumed.state_dict()) == str(clipper.state_dict())
+
+
+def test_another_thread_waits_for_the_call_that_runs(monkeypatch):
+    parameter = weight(3.0, 4.0)
+    clipper = GradientClipper([parameter], ZScoreClip(warmup=1))
+    decide, threads = ZScoreClip.decide, []
+
+    def assigning(policy, *seen):
+        threads.append(Thread(target=setattr, args=(clipper, "policy", 2.0)))
+        threads[0].start()
+        threads[0].join(0.2)
+        return decide(policy, *seen)
+
+    monkeypatch.setattr(ZScoreClip, "decide", assigning)
+    clipper.clip()  # an error if its history went meanwhile
+    threads[0].join()
+    clipper.clip()
+    assert parameter.grad.norm().item() == pytest.approx(2.0)
 
 
 REFUSED = {
