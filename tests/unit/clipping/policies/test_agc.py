@@ -113,6 +113,20 @@ def test_the_last_layer_has_a_limit_of_its_own():
     torch.testing.assert_close(model["body"].weight.grad.norm(dim=1), limits)
 
 
+@pytest.mark.parametrize("kind", [{"dtype": torch.int8}, {"device": "meta"}])
+def test_frozen_weights_without_a_norm_are_left_out(kind):
+    """As of a quantized model with adapters; a frozen weight of another kind counts as ever."""
+    model = nn.ModuleDict({"base": nn.Linear(2, 3), "adapter": nn.Linear(3, 2)})
+    base = torch.zeros(3, 2).to(**kind)
+    model["base"].weight = nn.Parameter(base, requires_grad=False)
+    for weight in model["adapter"].parameters():
+        weight.grad = torch.ones_like(weight)
+    model["adapter"].bias.requires_grad_(requires_grad=False)
+    GradientClipper(model, AGCClip()).clip()
+    for weight, dim in ((model["adapter"].weight, 1), (model["adapter"].bias, 0)):
+        torch.testing.assert_close(weight.grad.norm(dim=dim), 0.01 * weight.detach().norm(dim=dim))
+
+
 @pytest.mark.filterwarnings("ignore:.*skipped step")
 @pytest.mark.parametrize("bad", [torch.nan, inf])
 def test_only_a_gradient_can_forbid_a_step(bad):
