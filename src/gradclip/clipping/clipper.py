@@ -16,6 +16,7 @@ from gradclip.clipping.result import ClipResult
 from gradclip.clipping.step.loop import warn_of_zero
 from gradclip.clipping.step.ownership import Guest, Role
 from gradclip.clipping.step.rows import StepLog
+from gradclip.clipping.step.turn import Turn
 from gradclip.errors import ArgumentTypeError
 from gradclip.record.stats import Stats
 
@@ -67,6 +68,7 @@ clipped=True, skipped=False, nonfinite=0)
         self._engine = _engine(
             params, policy, options, "GradientClipper", Guest("a GradientClipper")
         )
+        self._turn = Turn()
 
     @classmethod
     def with_role(
@@ -89,6 +91,7 @@ clipped=True, skipped=False, nonfinite=0)
         """
         clipper = cls.__new__(cls)
         clipper._engine = _engine(params, policy, options, called, role)  # noqa: SLF001 - its own
+        clipper._turn = Turn()  # noqa: SLF001
         return clipper
 
     @property
@@ -111,7 +114,8 @@ clipped=True, skipped=False, nonfinite=0)
 
     @policy.setter
     def policy(self, policy: PoliciesLike) -> None:
-        self._engine.assign(policy)
+        with self._turn.lock:
+            self._engine.assign(policy)
 
     def admit(self, policy: PoliciesLike) -> None:
         """Raise what an assignment to ``policy`` would raise; nothing is changed."""
@@ -198,13 +202,14 @@ clipped=True, skipped=False, nonfinite=0)
 
         All are raised before any gradient is changed, but for GC202 on an accelerator.
         """
-        return self._engine.clip(
-            grad_scale, overflow_expected=overflow_expected, defer_scaling=defer_scaling
-        )
+        with self._turn.lock:
+            return self._engine.clip(
+                grad_scale, overflow_expected=overflow_expected, defer_scaling=defer_scaling
+            )
 
     def take_back(self) -> None:
         """Take the last call back from the histories: its step was not made, and comes again."""
-        with torch.no_grad():
+        with self._turn.lock, torch.no_grad():
             self._engine.take_back()
 
     def state_dict(self) -> dict[str, Any]:
@@ -212,7 +217,8 @@ clipped=True, skipped=False, nonfinite=0)
 
         A history has the name of its scope. Where ranks hold different parameters, each saves its.
         """
-        return self._engine.state_dict()
+        with self._turn.lock:
+            return self._engine.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned.
@@ -225,7 +231,8 @@ clipped=True, skipped=False, nonfinite=0)
             StateError: GC030, if it is damaged, of another version, or of other policies; nothing
                 is changed then. The next ``clip`` raises it for a history that does not fit.
         """
-        self._engine.load_state_dict(state)
+        with self._turn.lock:
+            self._engine.load_state_dict(state)
 
 
 def _engine(

@@ -39,6 +39,7 @@ from gradclip.clipping.saved import STATE_VERSION, read_state
 from gradclip.clipping.short import ShortWays
 from gradclip.clipping.state import Histories
 from gradclip.clipping.step.judge import Decided, Judge
+from gradclip.clipping.step.made import MadeSteps
 from gradclip.clipping.step.ownership import Owner, Role
 from gradclip.clipping.step.recorder import recorder_of
 from gradclip.clipping.step.rows import StepLog
@@ -92,6 +93,7 @@ class Engine:
         self.step_log = StepLog(called or "gradclip", owned=owned, lasts=not once)
         self.recorder = recorder_of(self, options.folder, called, source)
         self._histories = Histories()
+        self._made = MadeSteps(self.step_log, self._histories)
         self._short = None
         if not once:
             parts = self._binding, policies, options, self._backends, role, self._judge
@@ -123,10 +125,8 @@ class Engine:
         """Clip by another policy from the next step on; see ``GradientClipper.policy``."""
         policies = self.admit(value)
         self._histories.follow(self.policies, policies)
-        asked = self._binding.asks
         self._binding.change(policies)
-        if self._binding.asks and not asked:  # so nothing has counted the steps that were made
-            self._histories.count_from(self.step - self.step_log.stats.skipped)
+        self._made.change(self.policies, policies)
         self.policies = policies
         self._asked.clear()
         if self._short is not None:
@@ -293,7 +293,8 @@ class Engine:
             if pattern.limit is None:
                 named = pattern.policy.scope == "group" or pattern.parameters.is_named
                 told = pattern.told(device)
-                self._histories.prepare(pattern.name, pattern.policy, told, named=named)
+                held = pattern.parameters.parameters
+                self._histories.prepare(pattern.name, pattern.policy, told, named=named, held=held)
 
     # measure
 
@@ -477,18 +478,17 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on: numbers, strings and tensors."""
-        steps, histories = self._histories.saved()
         return {
             "version": STATE_VERSION,
             "step": self.step,
-            "committed_steps": steps,
+            "committed_steps": self._made.of(self.policies),
             "consecutive_skips": self._judge.skips.in_a_row,
             "policy_skips": self._histories.skips_in_a_row,
             "clip_modes": {
                 pattern: None if policy is None else policy.clip_mode
                 for pattern, policy in self.policies.items()
             },
-            "states": histories,
+            "states": self._histories.saved(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -497,4 +497,5 @@ class Engine:
         self._binding.peers.forget()
         self.recorder.resume()
         self.step, self._judge.skips.in_a_row = saved.step, saved.consecutive_skips
+        self._made.go_on(saved.committed_steps)
         self._histories.load(saved.committed_steps, saved.policy_skips, saved.histories)

@@ -83,7 +83,10 @@ def read_state(state: object, own: Mapping[str, Any]) -> SavedState:
     modes = state["clip_modes"]
     # In order: the first pattern that matches wins.
     if not isinstance(modes, Mapping) or list(modes.items()) != list(own["clip_modes"].items()):
-        raise damaged(f"it is of {state['clip_modes']!r}, the clipper of {own['clip_modes']}")
+        raise damaged(
+            f"it is of {state['clip_modes']!r}, the clipper of {own['clip_modes']}: where another "
+            "policy was assigned during the run, assign it before loading"
+        )
     counts = [state[name] for name in _COUNTS]
     if not all(type(count) is int and count >= 0 for count in counts):
         raise damaged(f"{', '.join(_COUNTS)} are counts, seen {counts!r}")

@@ -6,9 +6,8 @@ finds the same memory at each replay.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -34,10 +33,20 @@ class Histories:
         self._loaded: dict[str, SavedHistory | None] = {}
         self._loaded_counts = 0, 0
         self._counts: Tensor | tuple[int, int] | None = None
-        self._undo: list[Callable[[], object]] = []
+        self._counts_before: Tensor | tuple[int, int] | None = None
+        self._undo: list[tuple[Tensor, Tensor | None, Tensor]] = []
+        self._held: dict[str, Sequence[Tensor]] = {}
         self._copies: dict[int, tuple[Tensor, Tensor, int]] = {}
 
-    def prepare(self, pattern: str, policy: Policy, scopes: Scopes, *, named: bool) -> None:
+    def prepare(
+        self,
+        pattern: str,
+        policy: Policy,
+        scopes: Scopes,
+        *,
+        named: bool,
+        held: Sequence[Tensor] = (),
+    ) -> None:
         """Make the buffers of a pattern, where there are none for these scopes yet.
 
         Args:
@@ -45,6 +54,7 @@ class Histories:
             policy: Its policy.
             scopes: What the policy is told; its names are ``ScopeNames``.
             named: Whether those are names of parameters; otherwise they are positions.
+            held: Those parameters.
 
         Raises:
             StateError: GC030, for a history that was loaded and does not fit.
@@ -57,7 +67,8 @@ class Histories:
         _check_initial(policy, initial, len(scopes.names))
         names = scopes.names
         assert isinstance(names, ScopeNames)
-        made = SavedHistory(names.scope, names.parts, named, initial.copy())
+        with torch.inference_mode(mode=False):  # later calls may be outside of it
+            made = SavedHistory(names.scope, names.parts, named, initial.copy())
         if pattern in self._loaded:
             # Taken out first: one that does not fit is refused once, and the old one stays.
             loaded = self._loaded.pop(pattern)
@@ -65,21 +76,23 @@ class Histories:
                 _restore(pattern, loaded, made)
                 _tell_of_others(pattern, loaded, made)
         elif (known := self._kept.get(pattern)) is not None:
-            # Parameters were added or replaced during the run: positions are names then.
-            _restore(pattern, replace(known, named=True), replace(made, named=True))
+            # Parameters were added, removed or replaced during the run.
+            _restore(pattern, *_matched(known, self._held[pattern], made, held))
         self._kept[pattern], self._of[pattern] = made, scopes
+        self._held[pattern] = held
         self._copies = {}
 
     def follow(self, old: Mapping[str, Policy | None], new: Mapping[str, Policy | None]) -> None:
         """Forget the histories of policies in whose place others come, of another kind."""
         for pattern, policy in old.items():
             if not is_same_kind(policy, new.get(pattern)):
-                for known in (self._kept, self._of, self._loaded):
+                for known in (self._kept, self._of, self._held, self._loaded):
                     known.pop(pattern, None)
 
     def count_from(self, made: int) -> None:
         """Go on with so many steps made, where no policy was asked at the last ones."""
         self._loaded_counts, self._counts = (made, 0), None
+        self._forget_undo()
 
     def of(self, pattern: str) -> PolicyState:
         """Return a copy of the history of a pattern, which was prepared.
@@ -193,10 +206,8 @@ class Histories:
         ]
         counts = self._counted(made, asked)
         before = self._counts
-        self._undo = [
-            partial(self._count_again, before.clone() if isinstance(before, Tensor) else before)
-        ]
-        self._undo += [partial(buffer.copy_, self._copied(buffer)) for buffer, _, _ in written]
+        self._counts_before = before.clone() if isinstance(before, Tensor) else before
+        self._undo = [(buffer, None, self._copied(buffer)) for buffer, _, _ in written]
         pushes = [
             self._pushed(self._kept[pattern].state.per_scope[name], *pushed, made_here)
             for pattern, (state, made_here) in new.items()
@@ -228,7 +239,7 @@ class Histories:
         before_S1 = buffer.gather(1, places_S1)
         if isinstance(made, Tensor):
             values_S1 = torch.where(made, values_S1, before_S1)
-        self._undo.append(partial(buffer.scatter_, 1, places_S1, before_S1))
+        self._undo.append((buffer, places_S1, before_S1))
         return buffer, places_S1, values_S1
 
     def _write(self, buffer: Tensor, places_S1: Tensor, values_S1: Tensor) -> None:
@@ -241,9 +252,18 @@ class Histories:
 
     def take_back(self) -> None:
         """Put back what the last ``commit`` wrote over."""
-        for undo in self._undo:
-            undo()
-        self._undo, self._copies = [], {}
+        for buffer, places_S1, before in self._undo:
+            if places_S1 is None:
+                buffer.copy_(before)
+            else:
+                buffer.scatter_(1, places_S1, before)
+        if self._counts_before is not None:
+            self._count_again(self._counts_before)
+        self._copies = {}
+        self._forget_undo()
+
+    def _forget_undo(self) -> None:
+        self._counts_before, self._undo = None, []
 
     def tensors(self) -> dict[str, dict[tuple[str, str], Tensor]]:
         """Return all tensors of each pattern, by what they are and name."""
@@ -256,9 +276,9 @@ class Histories:
             for pattern, kept in self._kept.items()
         }
 
-    def saved(self) -> tuple[int, dict[str, Any]]:
-        """Return how many steps were made, and each history that is not empty."""
-        return self.steps, {
+    def saved(self) -> dict[str, Any]:
+        """Return each history that is not empty."""
+        return {
             pattern: each.to_dict()
             for pattern, each in {**self._kept, **self._loaded}.items()
             if each is not None and (each.state.per_scope or each.state.shared)
@@ -278,6 +298,7 @@ class Histories:
         """Take over what ``saved`` returned; histories are fitted to scopes at the next step."""
         self._loaded_counts = steps, skips
         self._counts = None
+        self._forget_undo()
         self._loaded = {pattern: states.get(pattern) for pattern in {*self._kept, *states}}
 
 
@@ -379,6 +400,34 @@ def _restore_by_name(saved: SavedHistory, made: SavedHistory) -> None:
         source = slice(from_offset + first - from_start, from_offset + last - from_start)
         for name, tensor in made.state.per_scope.items():
             tensor[here] = saved.state.per_scope[name][source].to(tensor.device)
+
+
+def _matched(
+    known: SavedHistory, held: Sequence[Tensor], made: SavedHistory, parameters: Sequence[Tensor]
+) -> tuple[SavedHistory, SavedHistory]:
+    """Return histories of one run, whose scopes are named by which parameter of before they are of.
+
+    The same tensor is the same parameter. One that was replaced is found by its name; without
+    names by its position, where there are as many as before.
+    """
+    if made.scope == "group":
+        return known, made
+    numbers = {id(parameter): number for number, parameter in enumerate(held)}
+    here = set(map(id, parameters))
+    replaced: dict[str, list[int]] = {}
+    if (known.named and made.named) or len(known.scopes) == len(made.scopes):
+        for number, (name, _, _) in enumerate(known.scopes):
+            if number >= len(held) or id(held[number]) not in here:
+                replaced.setdefault(name, []).append(number)
+    found = []
+    for number, (name, start, rows) in enumerate(made.scopes):
+        parameter = parameters[number] if number < len(parameters) else None
+        same = numbers.get(id(parameter))
+        if same is None and replaced.get(name):
+            same = replaced[name].pop(0)
+        found.append(("new" if same is None else str(same), start, rows))
+    before = [(str(n), start, rows) for n, (_, start, rows) in enumerate(known.scopes)]
+    return replace(known, scopes=before, named=True), replace(made, scopes=found, named=True)
 
 
 def _tell_of_others(pattern: str, saved: SavedHistory, made: SavedHistory) -> None:

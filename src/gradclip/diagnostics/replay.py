@@ -170,7 +170,7 @@ class _Run:
 def _read(norms: object) -> Tensor:
     try:
         given = torch.as_tensor(norms, dtype=torch.float64, device=_CPU).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ArgumentTypeError(
             f"norms is a {type(norms).__name__} that cannot be read: expected one number for each "
             f"step, or an array of shape (steps, scopes). {error}"

@@ -1,6 +1,7 @@
 """A policy that is assigned during a run, and lists of limits by ``param_group``."""
 
 import math
+from threading import Thread
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from gradclip.errors import (
     ArgumentValueError,
     CaptureError,
     DoubleClippingError,
+    StateError,
 )
 
 
@@ -122,13 +124,22 @@ def test_the_history_goes_on_where_the_kind_is_the_same(case):
     assert str(clipper.state_dict()["states"]) == str(other.state_dict()["states"])
 
 
-def test_another_kind_begins_anew_and_a_schedule_knows_how_many_steps_were_made():
+FALLING = NormClip(max_norm=Schedule(points=((0, 4.0), (2, 1.0), (3, 0.5))))
+
+
+@pytest.mark.parametrize("resumed", [None, 2.0, FALLING])
+def test_another_kind_begins_anew_and_a_schedule_knows_how_many_steps_were_made(resumed):
+    """Also where the run was resumed between: the steps under a fixed limit are saved too."""
     parameter = weight(3.0, 4.0)
     clipper = GradientClipper([parameter], 2.0)
     for gradient in ([3.0, 4.0], [math.nan, 0.0], [3.0, 4.0]):
         parameter.grad = torch.tensor(gradient)
         clipper.clip()
-    clipper.policy = NormClip(max_norm=Schedule(points=((0, 4.0), (2, 1.0), (3, 0.5))))
+    if resumed is not None:
+        state = clipper.state_dict()
+        clipper = GradientClipper([parameter], resumed)
+        clipper.load_state_dict(state)
+    clipper.policy = FALLING
     for limit in (1.0, 0.5):
         parameter.grad = torch.tensor([3.0, 4.0])
         clipper.clip()
@@ -137,6 +148,36 @@ def test_another_kind_begins_anew_and_a_schedule_knows_how_many_steps_were_made(
         clipper.policy = policy
         clipper.clip()
     assert clipper.state_dict()["states"]["*"]["per_scope"]["numbers"][:, 0].tolist() == [1]
+
+
+def test_one_of_another_kind_is_assigned_before_its_state_is_loaded():
+    parameter = weight(3.0, 4.0)
+    clipper, resumed = (GradientClipper([parameter], 2.0) for _ in range(2))
+    clipper.policy = ZScoreClip(warmup=1)
+    clipper.clip()
+    with pytest.raises(StateError, match="assign it before loading"):
+        resumed.load_state_dict(clipper.state_dict())
+    resumed.policy = ZScoreClip(warmup=1)
+    resumed.load_state_dict(clipper.state_dict())
+    assert str(resumed.state_dict()) == str(clipper.state_dict())
+
+
+def test_another_thread_waits_for_the_call_that_runs(monkeypatch):
+    parameter = weight(3.0, 4.0)
+    clipper = GradientClipper([parameter], ZScoreClip(warmup=1))
+    decide, threads = ZScoreClip.decide, []
+
+    def assigning(policy, *seen):
+        threads.append(Thread(target=setattr, args=(clipper, "policy", 2.0)))
+        threads[0].start()
+        threads[0].join(0.2)
+        return decide(policy, *seen)
+
+    monkeypatch.setattr(ZScoreClip, "decide", assigning)
+    clipper.clip()  # an error if its history went meanwhile
+    threads[0].join()
+    clipper.clip()
+    assert parameter.grad.norm().item() == pytest.approx(2.0)
 
 
 REFUSED = {
@@ -274,3 +315,41 @@ def test_a_group_that_is_added_needs_an_entry_before_the_next_clip():
     assert optimizer.param_groups[2]["params"][0].grad.abs().max().item() == pytest.approx(1.0)
     counts = handle.clipper.state_dict()["states"]["group 1"]["per_scope"]["numbers"][:, 0]
     assert counts.tolist() == (history + 1).tolist()
+
+
+def test_a_schedule_of_a_group_that_is_added_knows_how_many_steps_were_made():
+    optimizer = SGD([weight(3.0, 4.0)], lr=1.0)
+    handle = gradclip.attach(optimizer, [0.5])
+    optimizer.step()
+    optimizer.step()
+    optimizer.add_param_group({"params": [weight(6.0, 8.0)]})
+    handle.policy = [0.5, FALLING]
+    optimizer.step()
+    assert norms(optimizer)[1] == pytest.approx(1.0)
+
+
+def test_a_history_stays_with_its_tensor_where_others_come_and_go():
+    """Without names a parameter is a position, which moves when others are removed or added."""
+    first, second, third = (weight(norm, 0.0) for norm in (1.0, 10.0, 100.0))
+    optimizer = SGD([{"params": [first, second]}, {"params": [third]}], lr=0.0)
+    handle = gradclip.attach(optimizer, [EMAClip(warmup=1), EMAClip(warmup=1)])
+    optimizer.step()
+    optimizer.step()
+
+    def averages():
+        states = handle.clipper.state_dict()["states"].values()
+        return [state["per_scope"]["numbers"][:, 1].tolist() for state in states]
+
+    before = averages()
+    assert before == [[1.0, 10.0], [100.0]]
+    groups = optimizer.param_groups
+    added = weight(5.0, 0.0)
+    for firsts, expected in (
+        ([second], [10.0]),  # a position less: the third becomes the second
+        ([added, second], [5.0, 10.0]),
+        ([second, added], [10.0, 5.0]),
+        ([second, weight(7.0, 0.0)], [10.0, 5.0]),  # in the place of one that is gone
+    ):
+        groups[0]["params"] = firsts
+        optimizer.step()
+        assert [list(map(round, each)) for each in averages()] == [expected, [100.0]]

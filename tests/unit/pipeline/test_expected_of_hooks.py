@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from gradclip import EMAClip, NormClip
+from gradclip import EMAClip, GuardClip, NormClip
 from gradclip.errors import ArgumentValueError
 from gradclip.pipeline import SimpleBatchProcessor, SimpleTrainer
 from gradclip.pipeline.hooks import (
@@ -256,6 +256,14 @@ def test_a_limit_may_be_set_on_the_clipping_hook():
     assert (hook.max_norm, _clipped(hook, arg).skip_reason) == (None, "policy")
     with pytest.raises(ArgumentValueError, match="assign max_norm would change nothing"):
         hook.max_norm = 3.0
+
+
+def test_a_policy_that_no_clipper_takes_is_refused_before_there_is_one():
+    hook = GradientClippingHookConfig(policy=GuardClip())()
+    for bad in ([], [None], -1.0, EMAClip(on_spike="skip", max_spikes=26)):
+        with pytest.raises(ArgumentValueError):
+            hook.policy = bad
+        assert hook.policy == GuardClip()
 
 
 @pytest.mark.parametrize(

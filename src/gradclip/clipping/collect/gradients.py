@@ -246,6 +246,11 @@ def _has_memory(tensor: Tensor) -> bool:
     return plain and not _intercepts(tensor)
 
 
+def has_norm(tensor: Tensor) -> bool:
+    """Return whether a tensor of any kind can be measured."""
+    return tensor.dtype in _SUPPORTED and _has_memory(tensor)
+
+
 def _intercepts(tensor: Tensor) -> bool:
     """Return whether the type of a tensor runs operations by itself, as wrappers and fakes do."""
     return type(tensor) is not Tensor and (

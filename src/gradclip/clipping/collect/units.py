@@ -37,7 +37,7 @@ class Units:
 
     def rows(self, tensor: Tensor) -> int:
         """Return how many units a tensor has."""
-        return 1 if self._is_one(tensor) else tensor.shape[self.dim or 0] * self.groups
+        return 1 if self._is_one(tensor) else tensor.shape[self.dim or 0] * self._parts(tensor)
 
     def views(self, tensor: Tensor) -> list[tuple[Tensor, int]]:
         """Return views of a tensor that have the units in their leading dimension.
@@ -47,9 +47,14 @@ class Units:
         """
         if self._is_one(tensor):
             return [(tensor, 1)]
-        parts = tensor.chunk(self.groups) if self.groups > 1 else (tensor,)
+        groups = self._parts(tensor)
+        parts = tensor.chunk(groups) if groups > 1 else (tensor,)
         moved = [part.movedim(self.dim, 0) if self.dim else part for part in parts]
         return [(part, part.shape[0]) for part in moved]
+
+    def _parts(self, tensor: Tensor) -> int:
+        """Return how many groups a tensor has: one where it does not fall into equal parts."""
+        return 1 if tensor.shape[0] % self.groups else self.groups
 
     def _is_one(self, tensor: Tensor) -> bool:
         return self.dim is None or tensor.dim() <= 1

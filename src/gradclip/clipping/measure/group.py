@@ -63,7 +63,8 @@ class Group:
         together = None if pattern.as_one is None else pattern.as_one.row_map(present)
         if not (pattern.policy.needs_weight_norms and pattern.limit is None):
             return cls(pattern, pattern.policy, gradients, rows, total_order, together)
-        weights, weight_rows = pattern.weights(), pattern.scopes.row_map(None)
+        weights = pattern.weights()
+        weight_rows = pattern.scopes.row_map(weights.present)
         return cls(
             pattern, pattern.policy, gradients, rows, total_order, together, weights, weight_rows
         )

@@ -6,7 +6,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from gradclip.clipping.collect.gradients import Gradients, as_gradients, collect
+from gradclip.clipping.collect.gradients import Gradients, as_gradients, collect, has_norm
 from gradclip.clipping.collect.parameters import ParameterGroup
 from gradclip.clipping.collect.shards import local_part
 from gradclip.clipping.kernels import SpecsCache
@@ -102,8 +102,13 @@ class Pattern:
         return self.parameters.source.gradients(self.parameters.parameters)
 
     def weights(self) -> Gradients:
-        """Return the parameters themselves, as what is measured."""
-        local = [local_part(parameter.detach()) for parameter in self.parameters.parameters]
+        """Return the parameters themselves, as what is measured.
+
+        Without those that are frozen and have no norm, such as quantized ones: these get no
+        gradient.
+        """
+        parts = [(each, local_part(each.detach())) for each in self.parameters.parameters]
+        local = [part if each.requires_grad or has_norm(part) else None for each, part in parts]
         return as_gradients(self.parameters, local, self._known_weights, by_unit=self.by_unit)
 
     def _sizes(self) -> list[int]:

@@ -76,6 +76,11 @@ def any_writes(policies: Mapping[str, Policy | None]) -> bool:
     return any(policy.writes for policy in policies.values() if policy)
 
 
+def any_asked(policies: Mapping[str, Policy | None]) -> bool:
+    """Return whether any of these policies is asked at each step, and may have a history."""
+    return any(policy.fixed() is None for policy in policies.values() if policy)
+
+
 def as_policies(value: object) -> tuple[dict[str, Policy | None], Division]:
     """Turn what a clipper accepts into policies by name.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradclip.config import Ceiling, Config
 
-_Point: TypeAlias = tuple[Annotated[int, Field(ge=0)], Ceiling]
+_Point: TypeAlias = tuple[Annotated[int, Field(ge=0, lt=2**63)], Ceiling]
 
 
 class Schedule(Config):

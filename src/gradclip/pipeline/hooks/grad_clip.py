@@ -24,6 +24,7 @@ from gradclip.clipping import (
 from gradclip.clipping.arguments import ClipOptions, HasPolicy
 from gradclip.clipping.collect.sources import OptimizerParameters
 from gradclip.clipping.policies import BUILT_IN, PoliciesLike, as_given, as_policies
+from gradclip.clipping.policies.checks import check_skips
 from gradclip.config import Ceiling, ClassType, ConfigOf, NormOrder
 from gradclip.errors import ArgumentValueError, DoubleClippingError
 from gradclip.hook import HookContext
@@ -101,6 +102,7 @@ clipped=True, skipped=False, nonfinite=0)
 
     @policy.setter
     def policy(self, policy: PoliciesLike) -> None:
+        _check_policy(policy, self._cfg.max_consecutive_skips)
         self._assign(self._cfg.with_policy(policy), policy)
 
     @property
@@ -316,6 +318,12 @@ clipped=True, skipped=False, nonfinite=0)
         return result
 
 
+def _check_policy(policy: PoliciesLike, tolerated: int) -> None:
+    """Raise what a clipper would raise, which is made at the first step."""
+    policies, _ = as_policies(policy)
+    check_skips(policies.values(), tolerated)
+
+
 def _read_none(policies: Any) -> Any:
     if isinstance(policies, list | tuple):
         return [None if each == "none" else each for each in policies]
@@ -453,6 +461,7 @@ class GradientClippingHookConfig(PipelineHooksConfig[GradientClippingHook]):
                     f"policy says how to clip, and so does {', '.join(others)}: give one of them. "
                     "A policy such as NormClip has max_norm and norm_type of its own."
                 )
+            _check_policy(self.policy, self.max_consecutive_skips)
         elif self.clip_mode is None:
             raise ValueError(
                 'nothing says how to clip: set clip_mode="norm" with max_norm, clip_mode="value" '

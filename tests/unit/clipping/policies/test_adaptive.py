@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from copy import deepcopy
 from typing import ClassVar
 
 import numpy as np
@@ -308,6 +309,7 @@ def test_replay_refuses_what_norms_do_not_tell():
         (1.0, [1.0, -1.0], "below 0 at step 1"),
         (1.0, [[[1.0]]], "expected .steps,. or .steps, scopes."),
         (1.0, ["one"], "cannot be read"),
+        (1.0, [10**400], "cannot be read"),
         ({"*": 1.0}, [1.0], "policy"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
@@ -325,8 +327,18 @@ def test_what_is_taken_back_leaves_no_trace(name):
         clipper.clip()
         return str(clipper.state_dict()["states"])
 
+    with torch.inference_mode():  # what is made there serves outside of it, too
+        clip(1.0)
     before = [clip(norm) for norm in lognormal(30)][-1]
     for _ in range(2):  # the second is told what the first left
         assert clip(2.0) != before
         clipper.take_back()
         assert str(clipper.state_dict()["states"]) == before
+    # Neither a copy nor a state that was loaded since has a step to take back from another one.
+    clip(2.0)
+    after = str(clipper.state_dict())
+    deepcopy(clipper).take_back()
+    assert str(clipper.state_dict()) == after
+    clipper.load_state_dict(clipper.state_dict())
+    clipper.take_back()
+    assert str(clipper.state_dict()) == after

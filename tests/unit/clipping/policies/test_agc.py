@@ -22,6 +22,9 @@ LAYERS = {
     "layer norm": lambda: nn.LayerNorm((3, 4)),
     "batch norm": lambda: nn.BatchNorm2d(4),
     "normed": lambda: nn.utils.parametrizations.weight_norm(nn.ConvTranspose1d(4, 6, 3, groups=2)),
+    "normed by output": lambda: nn.utils.parametrizations.weight_norm(
+        nn.ConvTranspose1d(4, 6, 3, groups=2), dim=1
+    ),
 }
 
 
@@ -31,7 +34,7 @@ def by_output(layer, name, values):
     if values.ndim <= 1 or isinstance(layer, nn.LayerNorm):
         return values.reshape(1, -1)
     if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d):
-        parts = np.split(values, layer.groups, axis=0)
+        parts = np.split(values, layer.groups if len(values) > 1 else 1, axis=0)
         outputs = [part[:, output] for part in parts for output in range(part.shape[1])]
         return np.stack([each.reshape(-1) for each in outputs])
     return values.reshape(len(values), -1)
@@ -108,6 +111,20 @@ def test_the_last_layer_has_a_limit_of_its_own():
     assert float(head.norm()) == pytest.approx(1.0)
     limits = 0.01 * model["body"].weight.detach().norm(dim=1)
     torch.testing.assert_close(model["body"].weight.grad.norm(dim=1), limits)
+
+
+@pytest.mark.parametrize("kind", [{"dtype": torch.int8}, {"device": "meta"}])
+def test_frozen_weights_without_a_norm_are_left_out(kind):
+    """As of a quantized model with adapters; a frozen weight of another kind counts as ever."""
+    model = nn.ModuleDict({"base": nn.Linear(2, 3), "adapter": nn.Linear(3, 2)})
+    base = torch.zeros(3, 2).to(**kind)
+    model["base"].weight = nn.Parameter(base, requires_grad=False)
+    for weight in model["adapter"].parameters():
+        weight.grad = torch.ones_like(weight)
+    model["adapter"].bias.requires_grad_(requires_grad=False)
+    GradientClipper(model, AGCClip()).clip()
+    for weight, dim in ((model["adapter"].weight, 1), (model["adapter"].bias, 0)):
+        torch.testing.assert_close(weight.grad.norm(dim=dim), 0.01 * weight.detach().norm(dim=dim))
 
 
 @pytest.mark.filterwarnings("ignore:.*skipped step")

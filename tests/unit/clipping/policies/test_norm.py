@@ -106,6 +106,10 @@ class TestSchedules:
         for step, value in self.POINTS:
             assert float(values[step]) == value  # to the last bit
 
+    def test_a_step_beyond_int64_is_refused_at_once(self):
+        with pytest.raises(ValueError, match="less than 9223372036854775808"):
+            Schedule(points=((0, 1.0), (2**63, 2.0)))
+
     def test_a_limit_follows_the_steps_that_were_made_and_a_saved_run_goes_on(self):
         policy = NormClip(max_norm=Schedule(points=((0, 4.0), (4, 2.0)), shape="linear"))
         weight = parameter(0.0, 0.0)

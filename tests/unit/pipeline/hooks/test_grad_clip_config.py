@@ -106,6 +106,12 @@ def test_a_policy_takes_the_place_of_the_mode(policy, expected):
         ({"clip_mode": "norm", "max_norm": 1.0, "max_consecutive_skips": -1}, "max_cons"),
         ({"clip_mode": "norm", "max_norm": 1.0, "max_consecutive_skips": 2.5}, "max_cons"),
         ({"policy": {"*": -1.0}}, ">= 0"),
+        ({"policy": []}, "empty list"),
+        ({"policy": {"*": "none"}}, "bounds nothing"),
+        (
+            {"policy": EMAClip(on_spike="skip"), "max_consecutive_skips": 2},
+            "below the max_spikes=3",
+        ),
         ({"policy": {"clip_mode": "adam"}}, "policy"),
         ({"policy": {"clip_mode": "agc", "eps": 0.0}}, "greater than 0"),
         ({"policy": {"clip_mode": "agc", "units": {"w": "row"}}}, "'tensor'"),
