@@ -65,10 +65,7 @@ clipped=True, skipped=False, nonfinite=0)
         policy: PoliciesLike | None = None,
         **options: Unpack[ClipOptions],
     ) -> None:
-        self._engine = _engine(
-            params, policy, options, "GradientClipper", Guest("a GradientClipper")
-        )
-        self._turn = Turn()
+        self._bind(params, policy, options, "GradientClipper", Guest("a GradientClipper"))
 
     @classmethod
     def with_role(
@@ -90,9 +87,11 @@ clipped=True, skipped=False, nonfinite=0)
             called: What takes these arguments, as an error says it.
         """
         clipper = cls.__new__(cls)
-        clipper._engine = _engine(params, policy, options, called, role)  # noqa: SLF001 - its own
-        clipper._turn = Turn()  # noqa: SLF001
+        clipper._bind(params, policy, options, called, role)  # noqa: SLF001 - its own
         return clipper
+
+    def _bind(self, *given: Any) -> None:
+        self._engine, self._turn = _engine(*given), Turn()
 
     @property
     def policy(self) -> Any:
@@ -133,11 +132,7 @@ clipped=True, skipped=False, nonfinite=0)
 
     @property
     def stats(self) -> Stats:
-        """What all steps came to: how many were clipped and skipped, quantiles of the norm.
-
-        On an accelerator it waits for the device. The numbers are those since this clipper was
-        made; they are not saved. Calls inside a captured CUDA graph are not counted.
-        """
+        """What all steps since this clipper was made came to, but for those in a CUDA graph."""
         return self._engine.step_log.stats
 
     @property
@@ -153,8 +148,7 @@ clipped=True, skipped=False, nonfinite=0)
     def note(self, *, loss: float | Tensor | None = None, lr: float | Tensor | None = None) -> None:
         """Tell the record, if there is one, the loss and the rate of the next step, before it.
 
-        Of several losses (of a window) it has the mean. Without a rate it has that of the
-        optimizer's first group, if there is one. Nothing waits for a device.
+        Of several losses it has the mean, and without a rate that of the optimizer's first group.
         """
         self._engine.recorder.note(loss=loss, lr=lr)
 

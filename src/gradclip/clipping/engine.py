@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -101,10 +101,8 @@ class Engine:
         self._settled, self._warned = once, False
         self._asked: set[str] = set()
         self._assigned: str | None = None
-        self.step = 0
-        """How many calls there were."""
-        self.last: ClipResult | None = None
-        """The result of the last call."""
+        self.step, self.last = 0, cast("ClipResult | None", None)
+        """How many calls there were, and the result of the last."""
         self._binding.find(anew=True)
 
     @property
