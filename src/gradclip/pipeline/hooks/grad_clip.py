@@ -1,31 +1,16 @@
 """Gradient clipping as a hook: the one place that joins the engine to the hooks."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import (
-    BeforeValidator,
-    Discriminator,
-    Field,
-    SerializerFunctionWrapHandler,
-    Tag,
-    WrapSerializer,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
-from gradclip.clipping import (
-    AnyPolicy,
-    ClipResult,
-    GradientClipper,
-    NormClip,
-    Policy,
-    ValueClip,
-)
+from gradclip.clipping import ClipResult, GradientClipper, NormClip, ValueClip
 from gradclip.clipping.arguments import ClipOptions, HasPolicy
 from gradclip.clipping.collect.sources import OptimizerParameters
-from gradclip.clipping.policies import BUILT_IN, PoliciesLike, as_given, as_policies
+from gradclip.clipping.policies import PoliciesLike, as_given, as_policies
 from gradclip.clipping.policies.checks import check_skips
-from gradclip.config import Ceiling, ClassType, ConfigOf, NormOrder
+from gradclip.config import Ceiling, ClassType, NormOrder
 from gradclip.errors import ArgumentValueError, DoubleClippingError
 from gradclip.hook import HookContext
 from gradclip.integrations.deepspeed import EngineWatch, engine_of, lower
@@ -33,6 +18,12 @@ from gradclip.integrations.deepspeed.limits import refuse_change
 from gradclip.integrations.owned_step import OwnedStep
 from gradclip.integrations.wrapped import behind_accelerate
 from gradclip.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
+from gradclip.pipeline.policy_field import (
+    PolicyByGroup,
+    PolicyByPattern,
+    PolicyField,
+    PolicyOrNumber,
+)
 from gradclip.pipeline.process_groups import GroupsByPattern, resolve_groups
 from gradclip.record.stats import Stats
 
@@ -322,72 +313,6 @@ def _check_policy(policy: PoliciesLike, tolerated: int) -> None:
     """Raise what a clipper would raise, which is made at the first step."""
     policies, _ = as_policies(policy)
     check_skips(policies.values(), tolerated)
-
-
-def _read_none(policies: Any) -> Any:
-    if isinstance(policies, list | tuple):
-        return [None if each == "none" else each for each in policies]
-    if not isinstance(policies, Mapping):
-        return policies
-    return {pattern: None if each == "none" else each for pattern, each in policies.items()}
-
-
-def _write_none(policies: Any, write: SerializerFunctionWrapHandler) -> Any:
-    written = write(policies)
-    if not isinstance(written, Mapping):
-        return ["none" if each is None else each for each in written]
-    return {pattern: "none" if each is None else each for pattern, each in written.items()}
-
-
-_SAYS_WHICH = {"clip_mode", "class_type"}
-_FIELDS = {"class_type", *(name for policy in BUILT_IN for name in policy.model_fields)}
-
-
-def _kind(value: Any) -> str:
-    """Tell what a policy was given as, so that an error speaks of that alone."""
-    if isinstance(value, Mapping):
-        return "named" if "class_type" in value else "policy"
-    if isinstance(value, Policy):
-        return "policy" if type(value) in BUILT_IN else "named"
-    return "number"
-
-
-def _kind_or_patterns(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return "groups"
-    if not isinstance(value, Mapping):
-        return _kind(value)
-    # A parameter may be called "z" or "q": one name of a field makes no policy of patterns.
-    names = value.keys()
-    by_pattern = not (_SAYS_WHICH & names or (names and names <= _FIELDS))
-    return "patterns" if by_pattern else _kind(value)
-
-
-PolicyOrNumber: TypeAlias = Annotated[
-    Annotated[AnyPolicy, Tag("policy")]
-    | Annotated[ConfigOf[Policy], Tag("named")]
-    | Annotated[Ceiling, Tag("number")],
-    Discriminator(_kind),
-]
-PolicyByPattern: TypeAlias = Annotated[
-    dict[str, PolicyOrNumber | None],
-    BeforeValidator(_read_none),
-    # TOML has no null, and a pattern that is left out would mean something else.
-    WrapSerializer(_write_none, when_used="json"),
-]
-PolicyByGroup: TypeAlias = Annotated[
-    tuple[PolicyOrNumber | None, ...],
-    BeforeValidator(_read_none),
-    WrapSerializer(_write_none, when_used="json"),
-]
-PolicyField: TypeAlias = Annotated[
-    Annotated[AnyPolicy, Tag("policy")]
-    | Annotated[ConfigOf[Policy], Tag("named")]
-    | Annotated[Ceiling, Tag("number")]
-    | Annotated[PolicyByPattern, Tag("patterns")]
-    | Annotated[PolicyByGroup, Tag("groups")],
-    Discriminator(_kind_or_patterns),
-]
 
 
 class GradientClippingHookConfig(PipelineHooksConfig[GradientClippingHook]):
