@@ -36,7 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import gradclip
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip
-from gradclip.clipping.kernels import triton as kernels
+from gradclip.clipping.kernels import triton_plan
 
 FAR = 1e6
 """A limit that is not reached."""
@@ -400,12 +400,12 @@ def sweep(check: Check, case: Case) -> None:
 @contextmanager
 def work(chunk: int, programs: int) -> Iterator[None]:
     """Change how many elements a program gets, and how many programs scale."""
-    before = kernels.CHUNK, kernels._PROGRAMS  # noqa: SLF001 - what is tried
+    before = triton_plan.CHUNK, triton_plan.PROGRAMS
     try:
-        kernels.CHUNK, kernels._PROGRAMS = chunk, programs  # noqa: SLF001
+        triton_plan.CHUNK, triton_plan.PROGRAMS = chunk, programs
         yield
     finally:
-        kernels.CHUNK, kernels._PROGRAMS = before  # noqa: SLF001
+        triton_plan.CHUNK, triton_plan.PROGRAMS = before
 
 
 def step(check: Check) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 kernels = pytest.importorskip("gradclip.clipping.kernels.triton")
+triton_plan = pytest.importorskip("gradclip.clipping.kernels.triton_plan")
 
 ROOT = Path(__file__).parents[2]
 SIZES = {
@@ -59,7 +60,7 @@ def make_check(script, tmp_path):
             self.seen = set()
 
         def graph_ms(self, functions, rounds, prepare=script.nothing):
-            self.seen.add((kernels.CHUNK, kernels._PROGRAMS))
+            self.seen.add((triton_plan.CHUNK, triton_plan.PROGRAMS))
             return script.paired(functions, rounds, prepare=prepare)
 
         def kernels_us(self, function):
@@ -87,7 +88,7 @@ def rows(path):
 
 def test_every_part_runs_and_the_report_reads_it(script, make_check, tmp_path, monkeypatch):
     check = make_check()
-    usual = kernels.CHUNK, kernels._PROGRAMS
+    usual = triton_plan.CHUNK, triton_plan.PROGRAMS
     assert check.run() == []
     found = rows(tmp_path / "clip_gpu.csv")
     assert {row["part"] for row in found} == {
@@ -102,7 +103,7 @@ def test_every_part_runs_and_the_report_reads_it(script, make_check, tmp_path, m
     assert {row["machine"] for row in found} == {check.device.machine()}
     # What was timed had those sizes, and the usual ones are there again.
     assert check.device.seen == {usual, *product(SIZES["chunks"], SIZES["programs"])}
-    assert usual == (kernels.CHUNK, kernels._PROGRAMS)
+    assert usual == (triton_plan.CHUNK, triton_plan.PROGRAMS)
     check_model([row for row in found if row["part"] == "small float32"], kernel_by_kernel=True)
     check_model([row for row in found if row["part"] == "small bfloat16"], kernel_by_kernel=False)
     import report  # noqa: PLC0415 - it lies in no package

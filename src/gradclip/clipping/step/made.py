@@ -31,24 +31,20 @@ class MadeSteps:
 
     def __init__(self, log: StepLog, histories: CountsSteps) -> None:
         self._log, self._histories = log, histories
-        self._made = 0
-        log.follow(self)
-
-    def add(self, numbers: StepNumbers) -> None:
-        """Take the numbers of a step: one on a NaN counts as made only if it was clamped."""
-        self._made += not numbers.skipped and (isfinite(numbers.norm) or numbers.clipped)
+        self._counted = _Count()
+        log.follow(self._counted)
 
     def of(self, policies: Mapping[str, Policy | None]) -> int:
         """Return how many there were; waits for the device."""
         if any_asked(policies):
             return self._histories.steps
         self._log.catch_up()
-        return self._made
+        return self._counted.made
 
     def go_on(self, made: int) -> None:
         """Count from so many, where no policy is asked."""
         self._log.catch_up()
-        self._made = made
+        self._counted.made = made
 
     def change(self, old: Mapping[str, Policy | None], new: Mapping[str, Policy | None]) -> None:
         """Hand the count on where other policies count in another way."""
@@ -56,3 +52,14 @@ class MadeSteps:
             made = self.of(old)
             self.go_on(made)
             self._histories.count_from(made)
+
+
+class _Count:
+    """Counts the steps that were made. It must not hold the log, which ends when nobody does."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def add(self, numbers: StepNumbers) -> None:
+        """Take the numbers of a step: one on a NaN counts as made only if it was clamped."""
+        self.made += not numbers.skipped and (isfinite(numbers.norm) or numbers.clipped)
