@@ -7,8 +7,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 .DEFAULT_GOAL := help
 ROBO := .venv-robo
 ROBO_PYTEST := OMP_NUM_THREADS=1 $(ROBO)/bin/python -m pytest -o addopts=-q -o filterwarnings=default
-.PHONY: help demo smoke test test-all test-integrations test-optimizers test-oldest-triton test-robo-orchard test-gpu \
-	gpu-check check format ways-in bench bench-gpu experiments clean
+.PHONY: help demo smoke test test-all test-integrations test-observed test-optimizers test-oldest-triton \
+	test-robo-orchard test-gpu gpu-check check format ways-in bench bench-gpu experiments clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ smoke: $(VENV)/.dev  ## run one test of each kind, while you work: half a minute
 test-integrations: $(VENV)/.integrations  ## run the tests of the frameworks that gradclip meets
 	$(PYTEST) --dist worksteal tests/integrations tests/contract/test_ways_in.py \
 		tests/unit/clipping/test_arguments.py
+
+test-observed: $(VENV)/.integrations  ## run scripts of ten kinds with and without gradclip run: a few minutes
+	$(PYTEST) --dist worksteal tests/observed
 
 test-optimizers: $(VENV)/.optimizers  ## run the optimizers and the clippers of other libraries, and write docs/optimizers.md
 	PYTHONPATH=$(VENV)/optimizers $(PYTEST) tests/optimizers

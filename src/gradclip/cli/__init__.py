@@ -1,6 +1,7 @@
 """The ``gradclip`` command. Its help and its version need no torch."""
 
 import sys
+from typing import NoReturn
 
 from gradclip.errors import GradClipError
 
@@ -9,6 +10,9 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command line; errors of ours are printed without a traceback, and exit with 2."""
+    if sys.argv[1:2] == ["run"]:
+        _run_script()
+        return
     try:
         from gradclip.cli.app import app  # noqa: PLC0415 - typer and rich are an extra
     except ModuleNotFoundError as error:
@@ -22,8 +26,23 @@ def main() -> None:
     try:
         app()
     except GradClipError as error:
-        message = str(error)
-        # An error in a file comes with its picture of the file, drawn around the headline.
-        drawn = message.startswith("error[")
-        sys.stderr.write(message + "\n" if drawn else f"error[{error.code}]: {message}\n")
-        sys.exit(2)
+        _say(error)
+
+
+def _run_script() -> None:
+    """Run a script; its errors are not ours, even where they are of our classes."""
+    from gradclip.cli.run import prepare  # noqa: PLC0415
+
+    try:
+        run = prepare(sys.argv[2:])
+    except GradClipError as error:
+        _say(error)
+    run()
+
+
+def _say(error: GradClipError) -> NoReturn:
+    message = str(error)
+    # An error in a file comes with its picture of the file, drawn around the headline.
+    drawn = message.startswith("error[")
+    sys.stderr.write(message + "\n" if drawn else f"error[{error.code}]: {message}\n")
+    sys.exit(2)

@@ -6,6 +6,7 @@ import typer
 
 from gradclip import __version__
 from gradclip.cli.demo import demo
+from gradclip.cli.run import listed_run
 from gradclip.cli.suggest import EXAMPLES, suggest
 
 __all__ = ["app"]
@@ -17,6 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(demo)
+app.command("run")(listed_run)
 app.command(epilog=EXAMPLES)(suggest)
 
 

@@ -295,13 +295,22 @@ def _is_torchs(optimizer: Any, step: Any) -> bool:
 def hooks_before(optimizer: Any) -> list[Any]:
     """Return the hooks of others that run before a step: its own, and those of all optimizers."""
     own = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
-    hooks = [*_global_optimizer_pre_hooks.values(), *own]
-    return [each for each in hooks if not isinstance(getattr(each, "__self__", None), HeldStep)]
+    return _of_others([*_global_optimizer_pre_hooks.values(), *own])
 
 
 def _hooks_after(optimizer: Any) -> list[Any]:
     own = getattr(optimizer, "_optimizer_step_post_hooks", {}).values()
-    return [*_global_optimizer_post_hooks.values(), *own]
+    return _of_others([*_global_optimizer_post_hooks.values(), *own])
+
+
+def _of_others(hooks: list[Any]) -> list[Any]:
+    """Return hooks without ours, and those of ``gradclip run``, which only look."""
+    return [
+        each
+        for each in hooks
+        if not isinstance(getattr(each, "__self__", None), HeldStep)
+        and not getattr(each, "only_looks", False)
+    ]
 
 
 def takes_found_inf(optimizer: Any) -> bool:

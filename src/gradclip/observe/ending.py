@@ -1,0 +1,155 @@
+"""What is said at the end of a run: five lines for each optimizer, after what the script said."""
+
+import os
+from typing import TYPE_CHECKING
+
+from gradclip.diagnostics.summary import compact, percent
+from gradclip.observe.folder import rank_and_processes
+
+if TYPE_CHECKING:
+    from gradclip.observe.tally import Tally
+    from gradclip.observe.track import Track
+    from gradclip.observe.watch import Watch
+
+__all__ = ["lines"]
+
+_MOST = 4
+"""Optimizers that are told of."""
+
+_NOTHING = (
+    "gradclip run: no step of a torch optimizer was seen. Steps inside torch.compile, in other "
+    "programs, and of optimizers that are not torch's cannot be seen."
+)
+
+
+def lines(watch: "Watch | None", problem: str | None) -> list[str]:
+    """Return what was found; nothing on ranks other than the first.
+
+    Args:
+        watch: Who watched; None where nothing happened that is watched.
+        problem: Why nobody watched, if that was so.
+    """
+    is_first = rank_and_processes()[0] == 0
+    if watch is None:
+        stopped = problem is not None
+        nothing = [f"gradclip run: the script could not be watched: {problem}"]
+        return nothing if stopped else [_NOTHING] if is_first else []
+    said = []
+    tracks = [track for track in watch.tracks if track.tally.recorded]
+    if is_first and all(track.place.rank == 0 for track in tracks):
+        for track in tracks[:_MOST]:
+            said += _of_optimizer(track, watch, len(tracks) > 1)
+        if len(tracks) > _MOST:
+            rest = len(tracks) - _MOST + watch.unrecorded
+            said.append(f"  more    {rest} other optimizers; the record has {len(tracks)}")
+        if tracks:
+            said.append(f"  record  {_shown(watch)}")
+        elif watch.error is None:
+            said.append(_NOTHING)
+    if watch.error is not None:
+        last = watch.error.strip().splitlines()[-1]
+        said.append(
+            f"gradclip run: watching stopped early, the script went on without it. Please report "
+            f"this, with the version of torch: {last}"
+        )
+    return said
+
+
+def _shown(watch: "Watch") -> str:
+    try:
+        return os.path.relpath(watch.folder)
+    except (OSError, ValueError):  # the script's folder is gone, or on another drive
+        return str(watch.folder)
+
+
+def _of_optimizer(track: "Track", watch: "Watch", is_one_of_several: bool) -> list[str]:
+    tally = track.tally
+    which = f" {track.number}" if is_one_of_several else ""
+    model = f" ({track.model})" if track.model is not None else ""
+    heading = f"gradclip run: {track.count} steps of {track.kind}{which}{model}"
+    if watch.governor.every > 1:
+        heading += f", measured every {watch.governor.every} steps at the end"
+    return [
+        heading,
+        f"  layer   {_layer(track)}",
+        f"  share   {_share(track)}",
+        f"  limit   {_limit(tally)}",
+        f"  events  {_events(tally)}",
+    ]
+
+
+def _layer(track: "Track") -> str:
+    tally = track.tally
+    where = "of the part on this process, " if track.is_sharded else ""
+    if tally.heaviest is None or tally.largest is None:
+        return "the norms of layers are not known"
+    name, share = tally.heaviest
+    norm, step, at_largest, share_there = tally.largest
+    then = "it has" if at_largest == name else f"{at_largest} has"
+    return (
+        f"{where}{name} has most of the norm, {percent(share)} of its square; at the largest, "
+        f"{compact(norm)} at step {step}, {then} {percent(share_there)}"
+    )
+
+
+def _share(track: "Track") -> str:
+    tally = track.tally
+    if not tally.limited:
+        if tally.limits:
+            return "how many steps were clipped is not known: no norm of all gradients was seen"
+        if tally.clipped:
+            return f"elements were clamped at {_of(tally.clipped, tally.recorded)}"
+        return f"no step was clipped: nothing limits the norm ({tally.recorded} steps recorded)"
+    return f"{_of(tally.clipped, tally.limited)} were clipped"
+
+
+def _of(part: int, whole: int) -> str:
+    return f"{part} of {_steps(whole)} ({percent(part / whole)})"
+
+
+def _limit(tally: "Tally") -> str:
+    limit = None
+    if not tally.limits:
+        said = "none is in force"
+    else:
+        (limit, _), *_ = tally.limits.most_common(1)
+        others = len(tally.limits) - 1
+        said = f"{compact(limit)} is in force"
+        said += f", at other steps {others} other ones" if others else ""
+    return f"{said}; {_advice(tally, limit)}"
+
+
+def _advice(tally: "Tally", limit: float | None) -> str:
+    if not tally.norms:
+        return "none can be suggested: the norm of all gradients is not known to one process"
+    try:
+        from gradclip.diagnostics.advice import suggest  # noqa: PLC0415 - it needs numpy
+    except ImportError as error:
+        return f"none can be suggested without {error.name}"
+    steps, norms, losses, rates = zip(*tally.norms, strict=True)
+    advice = suggest(norms, steps=steps, losses=losses, rates=rates, limit=limit)
+    if advice.policy is None:
+        return f"none is suggested: {advice.reason}"
+    share = percent(advice.clip_fraction or 0.0)
+    return f"suggested is {advice.line}, which would have clipped {share}"
+
+
+def _events(tally: "Tally") -> str:
+    said = []
+    if tally.first_nonfinite is not None:
+        step, names = tally.first_nonfinite
+        where = f", in {names[0]}" if names else ""
+        where += f" and {len(names) - 1} others" if len(names) > 1 else ""
+        count = _steps(tally.nonfinite)
+        said.append(f"{count} with a NaN or an infinity, first step {step}{where}")
+    if tally.skips:
+        reasons = ", ".join(f"{count} for {reason}" for reason, count in tally.skips.items())
+        said.append(f"{_steps(sum(tally.skips.values()))} not made ({reasons})")
+    if tally.first_spike is not None:
+        count = _steps(tally.spikes)
+        said.append(f"{count} cut to less than a tenth, first step {tally.first_spike}")
+    return "; ".join(said) or "none"
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"

@@ -1,0 +1,233 @@
+"""What a watch sees of steps that are made in unusual ways; each case in a process of its own."""
+
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gradclip.diagnostics import read_events, read_header, read_norms, read_steps
+from processes import alone
+
+
+def watched(make, folder):
+    """Run a loop in a fresh process, watched; return what it returned and what was said."""
+    return alone(_watched, make, str(folder))
+
+
+def _watched(make, folder):
+    import contextlib  # noqa: PLC0415 - it runs in another process
+    import io  # noqa: PLC0415
+
+    from gradclip.observe.session import begin  # noqa: PLC0415
+
+    session = begin(Path(folder), {}, 1)
+    returned = make()
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        session.end()
+    return returned, said.getvalue()
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def loss_of(net, step=0):
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+    return (net(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+def norm_of(net):
+    return math.sqrt(sum(p.grad.double().square().sum().item() for p in net.parameters()))
+
+
+def one_clip_of_two_optimizers():
+    net = model()
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (net[0], net[2])]
+    norms = []
+    for step in range(3):
+        net.zero_grad()
+        loss_of(net, step).backward()
+        norms.append(norm_of(net))
+        nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        for each in optimizers:
+            each.step()
+    return norms
+
+
+def test_a_clip_of_two_optimizers_has_its_own_norm(tmp_path):
+    norms, said = watched(one_clip_of_two_optimizers, tmp_path)
+    assert said.count("3 of 3 steps (100 %) were clipped") == 2
+    for optimizer in range(2):
+        steps = [each for each in read_steps(tmp_path) if each.optimizer == optimizer]
+        assert [each.norm_pre for each in steps] == pytest.approx(norms, rel=1e-5)
+        assert read_norms(tmp_path, optimizer=optimizer).names == [
+            f"{2 * optimizer}.weight",
+            f"{2 * optimizer}.bias",
+        ]
+
+
+def closures():
+    net = model()
+    optimizer = torch.optim.LBFGS(net.parameters(), lr=0.5, max_iter=4)
+    found = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(net)
+        loss.backward()
+        found.append((loss.item(), norm_of(net)))
+        return loss
+
+    firsts = []
+    for _ in range(3):
+        found.clear()
+        optimizer.step(closure)
+        firsts.append(found[0])
+    return firsts
+
+
+def test_a_closure_is_measured_at_its_first_end(tmp_path):
+    firsts, _ = watched(closures, tmp_path)
+    steps = read_steps(tmp_path)
+    assert [each.loss for each in steps] == pytest.approx([loss for loss, _ in firsts])
+    assert [each.norm_pre for each in steps] == pytest.approx([n for _, n in firsts], rel=1e-5)
+
+
+def gradclip_itself():
+    import gradclip  # noqa: PLC0415
+    from gradclip.clipping import functional  # noqa: PLC0415 - the wrapped one
+
+    net, norms = model(), []
+    attached = torch.optim.SGD(net.parameters(), lr=0.1)
+    warnings.filterwarnings("error", message=".* has step hooks")  # ours only look
+    gradclip.attach(attached, 0.5, nonfinite="skip")
+    for step in range(4):
+        attached.zero_grad()
+        loss_of(net, step).backward()
+        if step == 2:
+            net[2].bias.grad.fill_(math.nan)
+        norms.append(norm_of(net))
+        attached.step()
+    net = model(1)
+    by_hand = torch.optim.SGD(net.parameters(), lr=0.1)
+    clipper = gradclip.GradientClipper(net, 0.25)
+    for step in range(3):
+        by_hand.zero_grad()
+        loss_of(net, step).backward()
+        norms.append(norm_of(net))
+        if step < 2:
+            clipper.clip()
+        else:
+            functional.clip_grad_norm_(net.parameters(), max_norm=0.125)
+        by_hand.step()
+    return norms
+
+
+def test_what_gradclip_clips_is_recorded_once(tmp_path):
+    norms, said = watched(gradclip_itself, tmp_path)
+    steps = list(read_steps(tmp_path))
+    assert [(each.optimizer, each.step) for each in steps] == [
+        *((0, step) for step in range(4)),
+        *((1, step) for step in range(3)),
+    ]
+    assert [each.threshold for each in steps] == [0.5] * 4 + [0.25, 0.25, 0.125]
+    assert [each.skipped for each in steps] == [False, False, True] + [False] * 4
+    assert steps[2].reason == "nonfinite"
+    finite = [each for each in norms if math.isfinite(each)]
+    assert [s.norm_pre for s in steps if not s.skipped] == pytest.approx(finite, rel=1e-5)
+    (nonfinite,) = [each for each in read_events(tmp_path) if each["event"] == "nonfinite"]
+    assert nonfinite["parameters"] == ["2.bias"]
+    assert "1 step not made (1 for nonfinite)" in said
+
+
+class Wrapping(torch.optim.Optimizer):
+    """Hands its steps on, and knows no hooks of its own."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self._optimizer_step_pre_hooks = {}
+        self._optimizer_step_post_hooks = {}
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self._patch_step_function()  # as Optimizer.zero_grad does where __init__ was not called
+        self.optimizer.zero_grad(set_to_none)
+
+
+class Ahead(torch.optim.SGD):
+    """Makes its step by the step of its base class."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def wrapped_and_derived():
+    net = model()
+    torch.optim.SGD(net.parameters(), lr=0.1)
+    for optimizer in (
+        Wrapping(torch.optim.Adam(net.parameters(), lr=0.1)),
+        Ahead(net.parameters(), lr=0.1),
+    ):
+        for step in range(3):
+            optimizer.zero_grad()
+            loss_of(net, step).backward()
+            optimizer.step()
+
+
+def test_a_step_inside_a_step_is_one(tmp_path):
+    watched(wrapped_and_derived, tmp_path)
+    steps = read_steps(tmp_path)
+    assert [(each.optimizer, each.step) for each in steps] == [
+        (number, step) for number in range(2) for step in range(3)
+    ]
+    kinds = [each["kind"] for each in read_header(tmp_path)["optimizers"]]
+    assert kinds == ["Adam", "Ahead"]
+
+
+def a_step_that_raises_and_goes_on():
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    hook = optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    loss_of(net).backward()
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    hook.remove()
+    optimizer.step()
+
+
+def test_a_step_that_raised_hides_no_other(tmp_path):
+    watched(a_step_that_raises_and_goes_on, tmp_path)
+    assert len(read_steps(tmp_path)) == 2
+
+
+def something_breaks():
+    from gradclip.observe import watch  # noqa: PLC0415
+
+    def broken(*_):
+        raise RuntimeError("no norms today")
+
+    watch.norms_of = broken
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(net, step).backward()
+        optimizer.step()
+    return loss_of(net).item()
+
+
+def test_a_fault_of_ours_stops_no_training(tmp_path):
+    loss, said = watched(something_breaks, tmp_path)
+    assert math.isfinite(loss)
+    assert "watching stopped early" in said
+    assert "no norms today" in said
