@@ -23,6 +23,7 @@ Exit codes: 0 done, 1 no answer, 2 a mistake in what was asked for.
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # joins the lines of a docstring
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog=demo.EXAMPLES)(demo.demo)

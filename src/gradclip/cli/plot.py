@@ -32,7 +32,7 @@ def plot(
         list[Path],
         typer.Argument(
             help="Records, and logs: JSON, JSONL, CSV, TensorBoard events, text.",
-            metavar="DIR_OR_FILE...",
+            metavar="DIR_OR_FILE",
         ),
     ],
     output: Annotated[
