@@ -96,7 +96,7 @@ def clipping_figure(
     _check(runs[0])
     with styled:
         figure = new_figure(figsize=(_WIDTH, _height(*runs)), layout="constrained")
-        _draw(figure, *runs, text, "optimizer step", "gradient norm before clipping")
+        _draw(figure, *runs, _begun(text), "optimizer step", "gradient norm before clipping")
     return figure
 
 
@@ -117,7 +117,7 @@ def figure_of_runs(runs: "Sequence[Run]") -> "Figure":
         if len(runs) > 1:
             parts = figure.subfigures(len(runs), squeeze=False, height_ratios=heights)[:, 0]
         for part, run in zip(parts, runs, strict=True):
-            title = f"{run.name}: {run.finding}" if len(runs) > 1 else run.finding
+            title = f"{run.name}: {run.finding}" if len(runs) > 1 else _begun(run.finding)
             _draw(part, run.steps, None, title, run.axis, run.norms)
     return figure
 
@@ -165,8 +165,7 @@ def _draw(
     else:
         above = below = figure.subplots()
     _draw_norms(above, clipped, unclipped, norms)
-    shown = _literal(title[:1].upper() + title[1:])
-    figure.suptitle(shown, x=0.012, ha="left", wrap=True)
+    figure.suptitle(_literal(title), x=0.012, ha="left", wrap=True)
     first, last = clipped.step[0], clipped.step[-1]
     below.set_xlim(first, max(last, first + 1))
     below.set_xlabel(axis)
@@ -345,6 +344,11 @@ def _label(axes: "Axes", height: float, text: str, color: str, *, in_data: bool 
         color=color,
         annotation_clip=False,
     )
+
+
+def _begun(text: str) -> str:
+    """Begin a title with a capital letter."""
+    return text[:1].upper() + text[1:]
 
 
 def _literal(text: str) -> str:

@@ -85,7 +85,12 @@ def test_logs_of_others_are_drawn_below_it_and_say_nothing_of_clipping(
     assert theirs["name"] == "metrics.csv, run 1"
     assert theirs["finding"] == "9 logged steps, p99 norm 3: loss 1.60"
     assert (tmp_path / "new" / "both.png").read_bytes().startswith(b"\x89PNG")
-    above, below = figure_of_runs(read_runs(log)[:1]).axes
+    both = figure_of_runs([*read_runs(record), *read_runs(log)[:1]])
+    assert [part.get_suptitle().partition(":")[0] for part in both.subfigs] == [
+        "run.jsonl",
+        "metrics.csv, run 1",
+    ]
+    above, below = both.axes[2:]
     assert list(above.lines[0].get_xdata()) == list(range(0, 90, 10))
     assert above.get_title(loc="left").startswith("gradient norm, as it was logged")
     assert [text.get_text() for text in above.texts] == []
