@@ -33,7 +33,7 @@ smoke: $(VENV)/.dev  ## run one test of each kind, while you work: half a minute
 
 test-integrations: $(VENV)/.integrations  ## run the tests of the frameworks that gradclip meets
 	$(PYTEST) --dist worksteal tests/integrations tests/contract/test_ways_in.py \
-		tests/unit/clipping/test_arguments.py
+		tests/unit/clipping/test_arguments.py tests/unit/pipeline/hooks/test_tracker_hook.py
 
 test-observed: $(VENV)/.integrations  ## run scripts of ten kinds with and without gradclip run: a few minutes
 	$(PYTEST) --dist worksteal tests/observed
@@ -137,7 +137,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 # needs transformers to use it.
 $(VENV)/.integrations: $(VENV)/.dev
 	$(PIP) setuptools wheel
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-build-isolation deepspeed transformers trl lightning
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-build-isolation deepspeed transformers trl lightning wandb
 	@touch $@
 
 # In a folder of their own, so that no other test meets them. They need less than they ask for.

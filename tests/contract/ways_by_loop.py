@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from tiny_model import TinyModel, batches, sgd, weights
 from trained import Trained
 
@@ -16,6 +17,7 @@ from gradclip.pipeline.hooks import (
     HookContext,
     PipelineHooks,
     SaveCheckpointConfig,
+    TrackerHookConfig,
 )
 
 
@@ -109,6 +111,27 @@ def on_accelerate(feature, gradients, folder):
     return Trained(after, clipper.stats)
 
 
+class LastLog(GeneralTracker):
+    """Keeps the last log."""
+
+    name = "last log"
+    requires_logging_directory = False
+
+    def __init__(self):
+        super().__init__()
+        self.logged = None
+
+    @property
+    def tracker(self):
+        return self
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step=None, **_):
+        self.logged = values
+
+
 def hook(feature, gradients, folder):
     model = TinyModel()
     after = []
@@ -121,15 +144,21 @@ def hook(feature, gradients, folder):
 
     note.register_hook("on_step", HookContext.from_callable("note", after=noted))
     resumed = any(folder.iterdir())
+    accelerator = Accelerator(cpu=True, log_with=(last := LastLog()))
+    accelerator.init_trackers("grid")
     HookBasedTrainer(
-        Accelerator(cpu=True),
+        accelerator,
         model,
         batches(gradients),
         SimpleBatchProcessor.from_callable(lambda model, batch: (None, model(**batch))),
         sgd(model),
-        hooks=[note, SaveCheckpointConfig(save_root=str(folder))],
+        hooks=[
+            note,
+            SaveCheckpointConfig(save_root=str(folder)),
+            TrackerHookConfig(every=len(gradients)),
+        ],
         grad_clip=clipping,
         max_epoch=2 if resumed else 1,  # each run is an epoch
         resume_from=folder if resumed else None,
     )()
-    return Trained(after, clipping.stats)
+    return Trained(after, clipping.stats, last.logged)

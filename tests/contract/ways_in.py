@@ -122,7 +122,6 @@ ONE_NORM = Refusal(
 EACH_CALL = Absent("each call has its own limit")
 NO_MEMORY = Absent("a function remembers nothing: `GradientClipper` counts")
 NO_LOGGER = Absent("nothing logs in a loop of your own: `stats` and `last` have the numbers")
-NO_TRACKER = Absent("the trainer has no tracker: `RecordHook` writes the numbers to a file")
 NOT_THEIRS = Absent("its loggers ask no hook: `arg.clip_result` and `stats` have the numbers")
 NOT_GONE_ON = Refusal(
     RecordError,
@@ -158,7 +157,7 @@ WAYS = [
     Way("`attach`", ("ways_by_loop", "attached"), cells=_no_logger),
     Way("`attach`, fused optimizer", ("ways_by_loop", "attached_to_fused"), cells=_no_logger),
     Way("`AcceleratorClipper`", ("ways_by_loop", "on_accelerate"), cells=_no_logger),
-    Way("hook of gradclip's trainer", ("ways_by_loop", "hook"), cells={"log names": NO_TRACKER}),
+    Way("hook of gradclip's trainer", ("ways_by_loop", "hook")),
     Way("transformers, callback", ("ways_by_transformers", "callback"), "transformers"),
     Way(
         "transformers, callback with the mixin",

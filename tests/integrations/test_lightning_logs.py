@@ -6,9 +6,10 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_runs import BATCHES, LIMIT, QUIET, Keep, Manual, Net, fit, half
 
+from gradclip.diagnostics import read_log
 from gradclip.errors import NonFiniteGradientError
 from gradclip.integrations.lightning import GradientClippingCallback
 
@@ -45,6 +46,24 @@ def test_the_names_are_those_of_every_framework(tmp_path):
         "gradclip/down.*/norm_pre",
         "gradclip/*/norm_pre",
     }
+
+
+def test_tensorboard_has_them(tmp_path):
+    clipping = GradientClippingCallback({"down.*": 0.3, "*": LIMIT})
+    keep = Keep(clipping)
+    fit(Net(), clipping, keep, logger=TensorBoardLogger(tmp_path), log_every_n_steps=1)
+
+    (file,) = tmp_path.rglob("events.out.tfevents*")
+    (run,) = read_log(file)
+    assert run.norm_key == "gradclip/norm_pre"
+    assert list(run.norms) == pytest.approx([each.norm_pre for each in keep.results])
+    for name, count in {
+        "down.*/norm_pre": BATCHES,
+        "norm_max": BATCHES,
+        "clip_fraction": 1,
+    }.items():
+        (run,) = read_log(file, norm_key=f"gradclip/{name}")
+        assert len(run.norms) == count
 
 
 def test_with_several_optimizers_each_has_its_number():

@@ -21,6 +21,7 @@ from transformers_runs import (
 )
 
 from gradclip import ObserveClip
+from gradclip.diagnostics import read_log
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, NonFiniteGradientError
 from gradclip.integrations.transformers import ClippingTrainerMixin, GradientClippingCallback
 
@@ -32,6 +33,21 @@ NAMES = {
     "gradclip/skipped",
 }
 FORMER = {"clip/norm_pre", "clip/norm_post", "clip/fraction", "clip/skipped"}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_tensorboard_has_them(tmp_path, monkeypatch, trainer):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    clipping = GradientClippingCallback({"down.*": 0.3, "*": LIMIT})
+    keep = Keep(clipping)
+    trained(tmp_path, clipping, trainer, others=[keep], report_to="tensorboard")
+
+    (file,) = tmp_path.rglob("events.out.tfevents*")
+    for name in (*NAMES, "gradclip/down.*/norm_pre", "gradclip/*/norm_pre"):
+        (run,) = read_log(file, norm_key=f"train/{name}")  # transformers puts "train/" first
+        assert list(run.steps) == list(range(1, STEPS + 1))
+    (run,) = read_log(file, norm_key="train/gradclip/norm_pre")
+    assert list(run.norms) == pytest.approx([float(each.norm_pre) for each in keep.results])
 
 
 class Logger(TrainerCallback):

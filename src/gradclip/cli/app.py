@@ -5,21 +5,33 @@ from typing import Annotated
 import typer
 
 from gradclip import __version__
-from gradclip.cli.demo import demo
-from gradclip.cli.run import listed_run
-from gradclip.cli.suggest import EXAMPLES, suggest
+from gradclip.cli import demo, plot, run, suggest
 
 __all__ = ["app"]
 
+_EXAMPLES = """Examples:
+
+gradclip demo
+
+gradclip run train.py --lr 3e-4
+
+gradclip suggest runs/checkpoint-500/trainer_state.json
+
+gradclip plot runs/1 -o run.png
+
+Exit codes: 0 done, 1 no answer, 2 a mistake in what was asked for.
+"""
+
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # joins the lines of a docstring
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(demo)
-app.command("run")(listed_run)
-app.command(epilog=EXAMPLES)(suggest)
+app.command(epilog=demo.EXAMPLES)(demo.demo)
+app.command("run")(run.listed_run)
+app.command(epilog=suggest.EXAMPLES)(suggest.suggest)
+app.command(epilog=plot.EXAMPLES)(plot.plot)
 
 
 def _show_version(wanted: bool) -> None:
@@ -28,7 +40,7 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(epilog=_EXAMPLES)
 def _gradclip(
     version: Annotated[
         bool,

@@ -1,11 +1,13 @@
 """``gradclip demo``: the same training without and with clipping, and a picture of both."""
 
+import shlex
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID
 from rich.progress import TimeElapsedColumn as Elapsed
 
@@ -17,7 +19,17 @@ from gradclip.errors import MissingDependencyError
 if TYPE_CHECKING:
     from gradclip.pipeline.hooks import PipelineHookArgs
 
-__all__ = ["demo"]
+__all__ = ["EXAMPLES", "demo"]
+
+EXAMPLES = """Examples:
+
+gradclip demo
+
+gradclip demo --max-norm 0.5 --steps 100 --output-dir /tmp/demo
+"""
+
+_STEPS_A_LINE = 50
+"""Where there is no terminal to draw a bar on."""
 
 
 def demo(
@@ -45,8 +57,15 @@ def demo(
         ("unclipped", None, output_dir / "gradclip-demo-unclipped.jsonl"),
         ("clipped", max_norm, record),
     )
+    console = Console(stderr=True)
     with Progress(
-        "{task.description}", BarColumn(), MofNCompleteColumn(), Elapsed(), "{task.fields[loss]}"
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        Elapsed(),
+        "{task.fields[loss]}",
+        console=console,
+        disable=not console.is_terminal,
     ) as progress:
         unclipped, clipped = (
             train(
@@ -65,11 +84,19 @@ def demo(
     norms = f"p99 norm {compact(without.norm_p99)}, largest {compact(without.norm_max)}"
     typer.echo(f"{finding(clipped, unclipped)} ({norms})")
     typer.echo(f"record  {record}    figure  {figure}")
+    drawn = output_dir / "gradclip-demo-plot.png"
+    typer.echo(f"next    {shlex.join(['gradclip', 'suggest', str(record)])}")
+    typer.echo(f"        {shlex.join(['gradclip', 'plot', str(record), '-o', str(drawn)])}")
 
 
 def _advance(progress: Progress, task: TaskID, args: "PipelineHookArgs") -> None:
-    if args.reduce_loss is not None:
-        progress.update(task, advance=1, loss=f"loss {float(args.reduce_loss):.2f}")
+    if args.reduce_loss is None:
+        return
+    loss, done = f"loss {float(args.reduce_loss):.2f}", args.global_step_id + 1
+    progress.update(task, advance=1, loss=loss)
+    each = progress.tasks[task]
+    if progress.disable and (done % _STEPS_A_LINE == 0 or done == each.total):
+        typer.echo(f"{each.description} {done}/{each.total:.0f}  {loss}", err=True)
 
 
 def _require(name: str) -> None:

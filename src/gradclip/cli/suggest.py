@@ -32,7 +32,8 @@ class _Intent(StrEnum):
 
 def suggest(
     files: Annotated[
-        list[Path], typer.Argument(help="Logs: JSON, JSONL, CSV, TensorBoard events, text.")
+        list[Path],
+        typer.Argument(help="Records, and logs: JSON, JSONL, CSV, TensorBoard events, text."),
     ],
     intent: Annotated[
         _Intent,

@@ -12,7 +12,6 @@ from gradclip.record.columns import Steps
 __all__ = ["FINAL_STEPS", "RunSummary", "compact", "decimal", "finding", "percent", "summarise"]
 
 _NAMED_LIMITS = 3
-_LARGE = 1e6
 FINAL_STEPS = 50
 """The final loss is the mean of this many last losses (of all, in a shorter run)."""
 
@@ -23,7 +22,7 @@ class RunSummary:
 
     Attributes:
         steps: How many optimizer steps were recorded.
-        clipped: How many of them were clipped.
+        clipped: How many of them were clipped; None where no step says what was allowed.
         nonfinite: How many of them met a NaN or an infinity in the gradients.
         threshold: The last threshold; infinite where nothing was bounded. Where there are several
             limits, the one of what was scaled down most in the last step.
@@ -36,7 +35,7 @@ class RunSummary:
     """
 
     steps: int
-    clipped: int
+    clipped: int | None
     nonfinite: int
     threshold: float
     final_loss: float | None
@@ -47,12 +46,11 @@ class RunSummary:
 
     @property
     def ending(self) -> str:
-        """The final loss in words: ``1.67``, ``3.2e9``, or ``NaN from step 3``."""
+        """The final loss in words: ``1.67``, ``3.20e9``, or ``NaN from step 3``."""
         if self.final_loss is None:
             return "not recorded"
         if self.diverged_at is None:
-            large = abs(self.final_loss) >= _LARGE
-            return compact(self.final_loss) if large else f"{self.final_loss:.2f}"
+            return _short(f"{self.final_loss:#.3g}").rstrip(".")
         value = "NaN" if math.isnan(self.final_loss) else self.final_loss
         return f"{value} from step {self.diverged_at}"
 
@@ -80,10 +78,10 @@ def summarise(records: Sequence[StepRecord]) -> RunSummary:
     norms = sorted(
         pre[at] if math.isfinite(pre[at]) else math.inf for at in steps.measured("norm_pre")
     )
-    end = steps[-1]
+    end, clipped = steps[-1], sum(map(bool, steps.column("clipped")))
     return RunSummary(
         steps=len(steps),
-        clipped=sum(map(bool, steps.column("clipped"))),
+        clipped=clipped if clipped or end.groups or steps.measured("threshold") else None,
         nonfinite=sum(count > 0 for count in steps.column("nonfinite")),
         threshold=_limit(end),
         thresholds={pattern: _limit(group) for pattern, group in end.groups.items()},
@@ -94,24 +92,34 @@ def summarise(records: Sequence[StepRecord]) -> RunSummary:
     )
 
 
-def finding(clipped: Sequence[StepRecord], unclipped: Sequence[StepRecord] | None = None) -> str:
+def finding(
+    clipped: Sequence[StepRecord],
+    unclipped: Sequence[StepRecord] | None = None,
+    *,
+    counted: str = "steps",
+) -> str:
     """Say in one line what clipping did, and what happened without it.
 
     Args:
         clipped: The run that was clipped.
         unclipped: The same run without clipping.
+        counted: What its steps are: a log may have one of every ten.
     """
     run = summarise(clipped)
-    share = f"{100 * run.clipped / run.steps:.0f} % of {run.steps} steps"
-    line = f"clipping {share}{_limits(run)}: loss {run.ending}"
-    if unclipped is None:
-        return line
-    return f"{line}; without: {summarise(unclipped).ending}"
+    if run.clipped is None:
+        line = f"{run.steps} {counted}, p99 norm {compact(run.norm_p99)}"
+    else:
+        share = run.clipped / run.steps
+        share = round(share, 2) or share
+        line = f"clipped {run.clipped} of {run.steps} {counted} ({percent(share)}){_limits(run)}"
+    if unclipped is not None:
+        return f"{line}: loss {run.ending}; without: {summarise(unclipped).ending}"
+    return line if run.final_loss is None else f"{line}: loss {run.ending}"
 
 
 def compact(value: float) -> str:
     """Write a number in three digits: ``0.57``, ``12.1``, ``5.8e3``."""
-    return f"{value:.3g}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
+    return _short(f"{value:.3g}")
 
 
 def decimal(value: float) -> str:
@@ -127,6 +135,10 @@ def percent(share: float) -> str:
     """
     number = 100 * share
     return f"{number:.0f} %" if number >= 9.5 or number == 0 else f"{number:.1g} %"  # noqa: PLR2004
+
+
+def _short(number: str) -> str:
+    return number.replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
 
 
 def _limit(record: GroupRecord) -> float:

@@ -136,6 +136,11 @@ class Steps(Sequence[StepRecord]):
             return self._columns.nonfinite
         return self._columns.flags.get(name) or self._columns.floats[name]
 
+    def of_group(self, pattern: str, name: str) -> "tuple[list[int], array[float]]":
+        """Return a float of a pattern at each step that has it, and before it these steps."""
+        rows, columns = self._groups[pattern]
+        return [self.step[row] for row in rows], columns.floats[name]
+
     def measured(self, name: str) -> list[int]:
         """Return the positions of those steps at which a float was measured."""
         absent = self._columns.absent[name]

@@ -147,18 +147,19 @@ class StepRing(Generic[_Row, _Told]):
         """How many rows the readers were not told of, as far as they are not on their way."""
         return len(self._rows)
 
-    def push(self, row: _Row, numbers: int) -> None:
+    def push(self, row: _Row, numbers: int, *, asked: bool = False) -> None:
         """Keep the row of a step.
 
         Args:
             row: What the step left behind.
             numbers: How many numbers it keeps on the device.
+            asked: Whether to begin to bring what there is to the host now.
         """
         with READING:
             self._rows.append(row)
             self._pushed += 1
             self._held += numbers
-            if len(self._rows) >= self._size or self._held >= _MOST_HELD:
+            if asked or len(self._rows) >= self._size or self._held >= _MOST_HELD:
                 self._begin(waiting=False)
             while self._copied:
                 since, copied = self._copied[0]

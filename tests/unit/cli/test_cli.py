@@ -30,7 +30,7 @@ main()
 """
 
 
-def run(*arguments, script=COMMAND, missing=("nothing",)):
+def run(*arguments, script=COMMAND, missing=("nothing",), **variables):
     first = [",".join(missing)] if script == COMMAND else []
     return subprocess.run(
         [sys.executable, "-c", script, *first, *arguments],
@@ -38,7 +38,7 @@ def run(*arguments, script=COMMAND, missing=("nothing",)):
         text=True,
         check=False,
         timeout=seconds(),
-        env={**os.environ, "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "100"},
+        env={**os.environ, "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "100", **variables},
     )
 
 
@@ -111,6 +111,22 @@ def test_an_error_of_ours_has_its_code_and_no_traceback(value, tmp_path):
     assert result.stderr.startswith("error[GC010]: max_norm is ")
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_and_its_commands_have_help_with_examples():
+    code = "from runpy import run_module; run_module('gradclip', run_name='__main__')"
+    result = run("plot", "--help", script=f"import sys; sys.argv[0] = 'gradclip'\n{code}")
+
+    assert result.returncode == 0, result.stderr
+    assert "gradclip plot runs/1 runs/2 -o both.png" in result.stdout
+    for each in ("demo", "suggest", "plot"):
+        assert f"gradclip {each} " in run("--help").stdout
+
+
+def test_a_shell_completes_the_commands():
+    asked = {"_GRADCLIP_COMPLETE": "complete_bash", "COMP_WORDS": "gradclip pl", "COMP_CWORD": "1"}
+    script = "import sys; sys.argv[0] = 'gradclip'\nfrom gradclip.cli import main\nmain()"
+    assert run(script=script, **asked).stdout.split() == ["plot"]
 
 
 def test_a_wrong_option_is_a_usage_error():

@@ -1,4 +1,5 @@
 import math
+import shlex
 
 import pytest
 import torch
@@ -91,11 +92,12 @@ def test_windows_are_the_text_in_order():
 
 
 def test_the_command_writes_two_records_and_a_figure_and_says_what_it_found(tmp_path):
-    folder = tmp_path / "new"
+    folder = tmp_path / "a new one"
     options = ["--steps", "12", "--seed", "1", "--max-norm", "0.5", "--output-dir", str(folder)]
     result = CliRunner().invoke(app, ["demo", *options], catch_exceptions=False)
 
     assert result.exit_code == 0
+    assert result.stderr.splitlines()[-1].startswith("clipped 12/12  loss ")  # no terminal
     assert sorted(path.name for path in folder.iterdir()) == [
         "gradclip-demo-unclipped.jsonl",
         "gradclip-demo.jsonl",
@@ -105,10 +107,17 @@ def test_the_command_writes_two_records_and_a_figure_and_says_what_it_found(tmp_
     unclipped = read_record(folder / "gradclip-demo-unclipped.jsonl")
     assert [record.threshold for record in clipped] == [0.5] * 12
     assert [record.threshold for record in unclipped] == [math.inf] * 12
-    line, files = result.stdout.splitlines()[-2:]
+    line, files, *following = result.stdout.splitlines()
     assert line.startswith(finding(clipped, unclipped) + " (p99 norm ")
-    assert "of 12 steps at max_norm 0.5" in line
+    assert " of 12 steps (100 %) at max_norm 0.5: " in line
     assert files == (
         f"record  {folder / 'gradclip-demo.jsonl'}    figure  {folder / 'gradclip-demo.svg'}"
     )
     assert (folder / "gradclip-demo.svg").read_text().startswith("<?xml")
+    commands = [shlex.split(each.removeprefix("next"))[1:] for each in following]
+    assert [(name, record) for name, record, *_ in commands] == [
+        (name, str(folder / "gradclip-demo.jsonl")) for name in ("suggest", "plot")
+    ]
+    codes = [CliRunner().invoke(app, each, catch_exceptions=False).exit_code for each in commands]
+    assert codes == [1, 0]  # twelve norms carry no advice
+    assert (folder / "gradclip-demo-plot.png").is_file()

@@ -36,7 +36,7 @@ def test_two_panels_share_the_steps_and_the_title_states_the_finding():
     assert (above.get_yscale(), below.get_yscale()) == ("log", "linear")
     assert above.get_xlim() == below.get_xlim() == (0, 99)
     assert figure.get_suptitle() == (
-        "Clipping 49 % of 100 steps at max_norm 2.0: loss 2.51; without: 3.51"
+        "Clipped 49 of 100 steps (49 %) at max_norm 2.0: loss 2.51; without: 3.51"
     )
     assert clipping_figure(CLIPPED, title="a run").get_suptitle() == "A run"
 
@@ -171,10 +171,14 @@ def test_labels_that_would_overlap_are_moved_apart():
 
 def test_a_run_without_losses_or_a_single_step_is_drawn(tmp_path):
     bare = [StepRecord(step=4, norm_pre=0.5)]
+    figure = clipping_figure(bare, bare)
 
-    save_figure(clipping_figure(bare, bare), tmp_path / "bare.png")
+    save_figure(figure, tmp_path / "bare.PNG")
 
-    assert (tmp_path / "bare.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "bare.PNG").read_bytes().startswith(b"\x89PNG")
+    (above,) = figure.axes  # nothing is said of losses, nor of clipping
+    assert above.get_xlabel() == "optimizer step"
+    assert texts(above) == []
 
 
 @pytest.mark.parametrize("norm", [None, math.nan])
@@ -197,9 +201,17 @@ def test_the_svg_is_the_same_bytes_each_time_and_small(tmp_path):
 
 def test_many_steps_do_not_make_a_large_svg(tmp_path):
     many = [replace(CLIPPED[step % 100], step=step) for step in range(30_000)]
-    save_figure(clipping_figure(many), tmp_path / "many.svg")
+    many[7_777] = replace(many[7_777], norm_pre=1e4)
+    figure = clipping_figure(many)
+    save_figure(figure, tmp_path / "many.svg")
 
     assert (tmp_path / "many.svg").stat().st_size < 300_000
+    norm, above = figure.axes[0].lines[0], figure.axes[0]
+    assert len(norm.get_xdata()) < 9_000
+    assert (7_777, 1e4) in zip(norm.get_xdata(), norm.get_ydata(), strict=True)  # what stands out
+    (ticks,) = above.collections
+    assert 900 < len(ticks.get_segments()) < 2_100
+    assert "clipped 14700 of 30000" in texts(above)
 
 
 def test_no_global_state_and_no_window(tmp_path):

@@ -60,10 +60,30 @@ def test_the_finding_is_one_line():
     unclipped = run([2.25] * 50, [0.5] * 50, threshold=math.inf)
     diverged = run([2.25, *[math.inf] * 49], [0.5] * 50, threshold=math.inf)
 
-    assert finding(clipped) == "clipping 20 % of 50 steps at max_norm 1.0: loss 1.50"
+    assert finding(clipped) == "clipped 10 of 50 steps (20 %) at max_norm 1.0: loss 1.50"
     assert finding(clipped, unclipped).endswith(": loss 1.50; without: 2.25")
     assert finding(clipped, diverged).endswith(": loss 1.50; without: inf from step 1")
-    assert finding(unclipped) == "clipping 0 % of 50 steps: loss 2.25"
+    assert finding(unclipped) == "clipped 0 of 50 steps (0 %): loss 2.25"
+
+
+@pytest.mark.parametrize(
+    ("clipped", "steps", "loss", "words"),
+    [
+        (5, 560, 0.5, "clipped 5 of 560 steps (1 %) at max_norm 1.0: loss 0.500"),
+        (1, 560, 123.0, "clipped 1 of 560 steps (0.2 %) at max_norm 1.0: loss 123"),
+        (2, 3, 1234.0, "clipped 2 of 3 steps (67 %) at max_norm 1.0: loss 1.23e3"),
+        (0, 3, None, "clipped 0 of 3 steps (0 %) at max_norm 1.0"),
+    ],
+)
+def test_a_few_steps_are_no_share_of_0_and_a_loss_has_three_digits(clipped, steps, loss, words):
+    norms = [2.0] * clipped + [0.5] * (steps - clipped)
+    assert finding(run([loss] * steps, norms)) == words
+
+
+def test_a_log_that_names_no_limit_tells_nothing_of_clipping():
+    steps = [replace(step, threshold=None) for step in run([1.0] * 3, [0.5, 0.25, 0.75])]
+    assert summarise(steps).clipped is None
+    assert finding(steps, counted="logged steps") == "3 logged steps, p99 norm 0.75: loss 1.00"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +92,7 @@ def test_the_finding_is_one_line():
         ({"head.*": 0.5}, " at max_norm 0.5 (head.*):"),
         ({"head.*": 0.5, "*": 1.0}, " at max_norm 0.5 (head.*), 1.0 (*):"),
         ({"head.*": math.inf, "*": 1.0}, " at max_norm 1.0 (*):"),
-        ({"head.*": math.inf, "*": None}, " steps:"),
+        ({"head.*": math.inf, "*": None}, " steps (100 %):"),
         (dict.fromkeys("abcd", 1.0), " at 4 limits:"),
     ],
 )
@@ -92,7 +112,7 @@ def test_the_mean_of_the_largest_losses_does_not_overflow():
     for loss in (1.7e308, -1.7e308):
         summary = summarise(run([loss] * 60, [1.0] * 60))
         assert summary.final_loss == loss
-        assert summary.ending == f"{loss:.1e}".replace("+", "")
+        assert summary.ending == f"{loss:.2e}".replace("+", "")
 
 
 def test_a_run_without_losses_has_no_final_loss():

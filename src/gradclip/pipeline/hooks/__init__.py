@@ -39,6 +39,8 @@ from gradclip.pipeline.hooks.record import RecordHook as RecordHook
 from gradclip.pipeline.hooks.record import RecordHookConfig as RecordHookConfig
 from gradclip.pipeline.hooks.stats import StatsMonitor as StatsMonitor
 from gradclip.pipeline.hooks.stats import StatsMonitorConfig as StatsMonitorConfig
+from gradclip.pipeline.hooks.tracker import TrackerHook as TrackerHook
+from gradclip.pipeline.hooks.tracker import TrackerHookConfig as TrackerHookConfig
 from gradclip.pipeline.hooks.validation import ValidationHook as ValidationHook
 from gradclip.pipeline.hooks.validation import ValidationHookConfig as ValidationHookConfig
 
@@ -77,6 +79,8 @@ __all__ = [
     "SaveCheckpointConfig",
     "StatsMonitor",
     "StatsMonitorConfig",
+    "TrackerHook",
+    "TrackerHookConfig",
     "ValidationHook",
     "ValidationHookConfig",
 ]

@@ -1,0 +1,114 @@
+"""``gradclip plot``: the figure of a run."""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradclip.errors import ArgumentValueError
+
+if TYPE_CHECKING:
+    from gradclip.diagnostics.runs import Run
+
+__all__ = ["EXAMPLES", "plot"]
+
+EXAMPLES = """Examples:
+
+gradclip plot runs/1
+
+gradclip plot runs/1 runs/2 -o both.png
+
+gradclip plot runs/checkpoint-500/trainer_state.json -o norms.svg
+"""
+
+_MOST = 16
+"""Runs of one figure, which grows with each."""
+
+
+def plot(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Records, and logs: JSON, JSONL, CSV, TensorBoard events, text.",
+            metavar="DIR_OR_FILE",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The figure: SVG or PNG, by the name.")
+    ] = Path("gradclip.svg"),
+    norm_key: Annotated[
+        str | None, typer.Option(help="The column of the gradient norms, if it is not found.")
+    ] = None,
+    step_key: Annotated[str | None, typer.Option(help="The column of the steps.")] = None,
+    loss_key: Annotated[str | None, typer.Option(help="The column of the losses.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Say what is in the figure as one JSON object.")
+    ] = False,
+) -> None:
+    """Draw the gradient norms of a run, what was clipped, and its loss.
+
+    It takes records of gradclip, and logs of others as `gradclip suggest` does. Several runs are
+    drawn one below the other. The exit code is 0 where there is a figure, and 2 where a file cannot
+    be read, or the figure not written.
+    """
+    if output.suffix.lower() not in (".svg", ".png"):
+        raise ArgumentValueError(
+            f"{output} is neither SVG nor PNG: give the figure a name that ends in .svg or .png."
+        )
+    from gradclip.diagnostics.figure import figure_of_runs, save_figure  # noqa: PLC0415 - numpy
+    from gradclip.diagnostics.runs import read_runs  # noqa: PLC0415
+
+    runs = [
+        run
+        for file in files
+        for run in read_runs(file, norm_key=norm_key, step_key=step_key, loss_key=loss_key)
+    ]
+    drawn = [run for run in runs if run.has_norms][-_MOST:] or runs[:1]  # which is refused
+    if len(drawn) < len(runs):
+        typer.echo(
+            f"{len(drawn)} of {len(runs)} runs are drawn: the last {_MOST} with a finite norm",
+            err=True,
+        )
+    runs = drawn
+    figure = figure_of_runs(runs)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        save_figure(figure, output)
+    except OSError as error:
+        raise ArgumentValueError(
+            f"{output} cannot be written: {error.strerror or error}. Name another file with -o."
+        ) from None
+    if as_json:
+        said = {"figure": str(output), "runs": [_as_data(run) for run in runs]}
+        typer.echo(json.dumps(said, indent=2, allow_nan=False))
+        return
+    for run in runs:
+        typer.echo(f"{run.name}: {run.finding}")
+    typer.echo(f"figure  {output}")
+
+
+def _as_data(run: "Run") -> dict[str, Any]:
+    from gradclip.diagnostics import summarise  # noqa: PLC0415
+
+    summary = summarise(run.steps)
+    return {
+        "name": run.name,
+        "finding": run.finding,
+        "counted": run.counted,
+        "steps": summary.steps,
+        "clipped": summary.clipped,
+        "nonfinite": summary.nonfinite,
+        "threshold": _number(summary.threshold),
+        "thresholds": {name: _number(each) for name, each in summary.thresholds.items()},
+        "loss": _number(summary.final_loss),
+        "diverged_at": summary.diverged_at,
+        "p99": _number(summary.norm_p99),
+        "max": _number(summary.norm_max),
+    }
+
+
+def _number(value: float | None) -> float | None:
+    """Return a number that JSON has, or None."""
+    return None if value is None or not math.isfinite(value) else value
