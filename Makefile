@@ -22,7 +22,8 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 
 
 test: $(VENV)/.dev  ## run the tests; where arguments are independent, on every pair of their values
 	$(PYTEST) --dist worksteal -m "not framework" \
-		--ignore tests/integrations --ignore tests/robo_orchard --ignore tests/optimizers
+		--ignore tests/integrations --ignore tests/observed --ignore tests/robo_orchard \
+		--ignore tests/optimizers
 
 test-all:  ## run the same tests on every combination of values
 	ALL_COMBINATIONS=1 $(MAKE) test test-integrations

@@ -20,7 +20,9 @@ ENDINGS = {
     ),
     "exits": "import sys\nsys.exit(3)\n",
     "says": "import sys\nsys.exit('sorry')\n",
-    "interrupted": "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n",
+    "interrupted": "import os, signal\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # or it may be ignored
+    "os.kill(os.getpid(), signal.SIGINT)\n",
     "leaves": "import os\nprint('gone', flush=True)\nos._exit(5)\n",
     "arguments": (
         "import argparse\nparser = argparse.ArgumentParser()\n"
