@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gradclip.cli.columns import LossKey, NormKey, StepKey
 from gradclip.errors import ArgumentValueError
 
 if TYPE_CHECKING:
@@ -38,11 +39,9 @@ def plot(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The figure: SVG or PNG, by the name.")
     ] = Path("gradclip.svg"),
-    norm_key: Annotated[
-        str | None, typer.Option(help="The column of the gradient norms, if it is not found.")
-    ] = None,
-    step_key: Annotated[str | None, typer.Option(help="The column of the steps.")] = None,
-    loss_key: Annotated[str | None, typer.Option(help="The column of the losses.")] = None,
+    norm_key: NormKey = None,
+    step_key: StepKey = None,
+    loss_key: LossKey = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Say what is in the figure as one JSON object.")
     ] = False,

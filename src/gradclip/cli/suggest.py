@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gradclip.cli.columns import LossKey, NormKey, StepKey
+
 if TYPE_CHECKING:
     from gradclip.diagnostics import LoggedRun
     from gradclip.diagnostics.advice import Advice
@@ -39,11 +41,9 @@ def suggest(
         _Intent,
         typer.Option(help="guard: clip what is far from usual; regularise: about a tenth."),
     ] = _Intent.guard,
-    norm_key: Annotated[
-        str | None, typer.Option(help="The column of the gradient norms, if it is not found.")
-    ] = None,
-    step_key: Annotated[str | None, typer.Option(help="The column of the steps.")] = None,
-    loss_key: Annotated[str | None, typer.Option(help="The column of the losses.")] = None,
+    norm_key: NormKey = None,
+    step_key: StepKey = None,
+    loss_key: LossKey = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object; a list of several runs.")
     ] = False,

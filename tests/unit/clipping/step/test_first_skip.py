@@ -10,30 +10,18 @@ from torch import nn
 import gradclip
 from documented_policies import documented
 from gradclip import GradientClipper, ObserveClip, ValueClip, attach
-from gradclip.clipping import flags
-from gradclip.clipping.kernels import device, foreach
 from gradclip.errors import NonFiniteGradientError, TooManySkipsError
 from gradclip.record.ring import LAG
 
 NAN, INF = math.nan, math.inf
 
 
-class OnCpu:
-    def __init__(self, values):
-        self._values = values.clone()
-
-    def read(self):
-        return self._values.reshape(-1).tolist()
-
-
 @pytest.fixture(params=["read", "unread"])
-def lag(request, monkeypatch):
+def lag(request):
     """As on the CPU, and as on an accelerator: how many steps late a skip is known."""
     if request.param == "read":
         return 0
-    monkeypatch.setattr(foreach, "_on_cpu", lambda batch: False)
-    monkeypatch.setattr(flags, "host_waits_for", lambda device: True)
-    monkeypatch.setattr(device, "HostCopy", OnCpu)
+    request.getfixturevalue("unread")
     return LAG
 
 

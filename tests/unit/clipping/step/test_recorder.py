@@ -15,8 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gradclip
 from documented_policies import documented
 from gradclip import AGCClip, GradientClipper, NormClip, ObserveClip, ValueClip
-from gradclip.clipping import flags
-from gradclip.clipping.kernels import device, foreach
 from gradclip.diagnostics import read_events, read_header, read_norms, read_record
 from gradclip.errors import (
     ArgumentTypeError,
@@ -29,35 +27,6 @@ from gradclip.record.ring import BATCH, FIRST, LAG
 NAN, INF = math.nan, math.inf
 NORMS = [3.0, 0.5, NAN, 8.0, 1.0, INF, 2.0, 30.0]
 FIELDS = ("norm_pre", "norm_post", "threshold", "coefficient", "clipped", "skipped", "nonfinite")
-
-
-class OnCpu:
-    """Numbers that are on the host, and wait all the same."""
-
-    reads = 0
-
-    def __init__(self, values):
-        self._values = values.clone()
-
-    def read(self):
-        OnCpu.reads += 1
-        return self._values.reshape(-1).tolist()
-
-
-@pytest.fixture
-def unread(monkeypatch):
-    """Tell the engine that reading a number would make it wait."""
-    monkeypatch.setattr(foreach, "_on_cpu", lambda batch: False)
-    monkeypatch.setattr(flags, "host_waits_for", lambda device: True)
-    monkeypatch.setattr(device, "HostCopy", OnCpu)
-    OnCpu.reads = 0
-
-
-@pytest.fixture(params=["read", "unread"])
-def path(request):
-    if request.param == "unread":
-        request.getfixturevalue("unread")
-    return request.param
 
 
 def parameters(dtype=torch.float32):

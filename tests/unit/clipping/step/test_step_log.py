@@ -13,42 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from documented_policies import documented
 from gradclip import GradientClipper, NormClip, ObserveClip, ValueClip, attach
-from gradclip.clipping import flags
-from gradclip.clipping.kernels import device, foreach
 from gradclip.clipping.step.rows import StepLog
 from gradclip.record.ring import BATCH, FIRST, LAG
 
 NAN, INF = math.nan, math.inf
 NORMS = [3.0, 0.5, NAN, 8.0, 1.0, INF, 2.0]
-
-
-class OnCpu:
-    """Numbers that are on the host, and wait all the same."""
-
-    reads = 0
-
-    def __init__(self, values):
-        self._values = values.clone()
-
-    def read(self):
-        OnCpu.reads += 1
-        return self._values.reshape(-1).tolist()
-
-
-@pytest.fixture
-def unread(monkeypatch):
-    """Tell the engine that reading a number would make it wait."""
-    monkeypatch.setattr(foreach, "_on_cpu", lambda batch: False)
-    monkeypatch.setattr(flags, "host_waits_for", lambda device: True)
-    monkeypatch.setattr(device, "HostCopy", OnCpu)
-    OnCpu.reads = 0
-
-
-@pytest.fixture(params=["read", "unread"])
-def path(request):
-    if request.param == "unread":
-        request.getfixturevalue("unread")
-    return request.param
 
 
 def parameters(count=2, size=4):
@@ -171,7 +140,7 @@ def test_on_an_accelerator_numbers_are_read_some_steps_late(unread):
     reads = []
     for _ in range(FIRST + BATCH + LAG + 1):
         clipper.clip()
-        reads.append(OnCpu.reads)
+        reads.append(unread.reads)
     first = FIRST - 1 + LAG
     assert [step for step in range(1, len(reads)) if reads[step] > reads[step - 1]] == [
         first,
