@@ -106,10 +106,8 @@ class _Short(NamedTuple):
         if lean is None and fused is None:
             return None  # to read thousands of gradients twice takes long
         found = source.gradients(parameters)
-        if lean is not None and self.policy.element_limit is not None:
-            if lean.clamp(found, _KNOWN, _GUEST):
-                return torch.scalar_tensor(nan, device="cpu")
-            lean = None
+        if lean is not None and lean.clamp(found, _KNOWN, _GUEST):
+            return torch.scalar_tensor(nan, device="cpu")
         small = None if lean is None else lean.read(found, _KNOWN)
         if small is not None:
             small.write(_GUEST)

@@ -270,7 +270,7 @@ def test_a_parameter_that_was_added_is_clipped():
 
 
 def test_marks_of_both_ways_are_found_by_both():
-    for by_function in (True, False):
+    for by in ("function", "function by value", "object"):
         parameters = made(few())
         optimizer = torch.optim.SGD(parameters, lr=0.0)
         handle = gradclip.attach(optimizer, 1.0)
@@ -283,12 +283,27 @@ def test_marks_of_both_ways_are_found_by_both():
         optimizer.step()  # what only measures leaves no marks
         clipper = GradientClipper(parameters, 0.5)
         warmed(parameters, clipper.clip)
-        clip = (lambda: gradclip.clip_grad_norm_(parameters, 0.5)) if by_function else clipper.clip  # noqa: B023
-        clip()
-        assert by_function or was_lean(clipper.last)
+        if by == "object":
+            assert was_lean(clipper.clip())
+        elif by == "function":
+            gradclip.clip_grad_norm_(parameters, 0.5)
+        else:
+            warmed(parameters, lambda: gradclip.clip_grad_value_(parameters, 0.5))  # noqa: B023
+            gradclip.clip_grad_value_(parameters, 0.5)
         with pytest.raises(DoubleClippingError):
             optimizer.step()
         handle.remove()
+
+
+@pytest.mark.parametrize("bad", [nan, inf])
+def test_a_number_that_is_none_is_seen_in_any_piece(bad):
+    """The largest of norms with a NaN among them may be any of them."""
+    parameters = made([torch.ones(2**14), torch.ones(2**14), torch.ones(4)])
+    clipper = GradientClipper(parameters, NormClip(max_norm=1.0, norm_type=inf))
+    warmed(parameters, clipper.clip)
+    assert was_lean(clipper.clip())
+    parameters[1].grad[-1] = bad
+    assert clipper.clip().skipped
 
 
 def test_a_sound_step_ends_a_row_of_skips():

@@ -139,14 +139,14 @@ class Lean:
         )
 
     def clamp(self, found: Sequence[Tensor | None], known: SpecsCache, role: Role) -> bool:
-        """Clamp gradients whose norm nobody asks for; False where that takes the ordinary way.
+        """Clamp gradients whose norm nobody asks for; False where that is not all there is to do.
 
         Args:
             found: The gradient of each parameter, if it has one.
             known: Recognises gradients that the ordinary way has checked before.
             role: Marks them.
         """
-        there = _there(found, known)
+        there = None if self._element_limit is None else _there(found, known)
         if there is None:
             return False
         gradients, _, dtype = there
