@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 .DEFAULT_GOAL := help
 ROBO := .venv-robo
 ROBO_PYTEST := OMP_NUM_THREADS=1 $(ROBO)/bin/python -m pytest -o addopts=-q -o filterwarnings=default
-.PHONY: help demo smoke test test-all test-integrations test-observed test-optimizers test-oldest-triton \
+.PHONY: help demo docs smoke test test-all test-integrations test-observed test-optimizers test-oldest-triton \
 	test-robo-orchard test-gpu gpu-check check format ways-in bench bench-gpu experiments clean
 
 help:  ## say what there is
@@ -16,13 +16,17 @@ help:  ## say what there is
 demo: $(VENV)/.demo  ## train a small model without and with clipping, under a minute
 	$(BIN)/gradclip demo
 
+docs: $(VENV)/.docs  ## build the site, docs/_build/html, and check its reference, its links, its search
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/python -m pytest tests/documentation
+
 # One thread each: two processes with threads of their own on two cores wait for each other. Processes
 # that tests start find compiled modules, whatever this variable says outside.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2
 
 test: $(VENV)/.dev  ## run the tests; where arguments are independent, on every pair of their values
 	$(PYTEST) --dist worksteal -m "not framework" \
-		--ignore tests/integrations --ignore tests/observed --ignore tests/robo_orchard \
+		--ignore tests/integrations --ignore tests/documentation --ignore tests/observed --ignore tests/robo_orchard \
 		--ignore tests/optimizers
 
 test-all:  ## run the same tests on every combination of values
@@ -39,7 +43,7 @@ test-integrations: $(VENV)/.integrations  ## run the tests of the frameworks tha
 test-observed: $(VENV)/.integrations  ## run scripts of ten kinds with and without gradclip run: a few minutes
 	$(PYTEST) --dist worksteal tests/observed
 
-test-optimizers: $(VENV)/.optimizers  ## run the optimizers and the clippers of other libraries, and write docs/optimizers.md
+test-optimizers: $(VENV)/.optimizers  ## run the optimizers and the clippers of other libraries, and write docs/reference/optimizers.md
 	PYTHONPATH=$(VENV)/optimizers $(PYTEST) tests/optimizers
 	PYTHONPATH=$(VENV)/optimizers $(BIN)/python tests/optimizers/table.py
 
@@ -85,7 +89,7 @@ format: $(VENV)/.dev  ## put the code into its format
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-ways-in: $(VENV)/.dev  ## write the table of all ways in into docs/integrations.md
+ways-in: $(VENV)/.dev  ## write the table of all ways in into docs/reference/integrations.md
 	PYTHONPATH=tests $(BIN)/python tests/contract/ways_in.py
 
 # Threads that wait do not compute: else what they spin would count as computing time.
@@ -107,7 +111,7 @@ bench: $(VENV)/.bench  ## measure on the CPU: benchmarks/results/*.csv, and the 
 
 EXPERIMENTS := recurrent wrong_scale learning_rates price faults rescaled
 
-experiments: $(VENV)/.dev  ## train small models under each policy, half an hour on one core: docs/experiments.md
+experiments: $(VENV)/.dev  ## train small models under each policy, half an hour on one core: docs/explanation/experiments.md
 	for name in $(EXPERIMENTS); do \
 		OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/experiments/$$name.py || exit 1; \
 	done
@@ -133,6 +137,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(PIP) -e '.[dev,docs,transformers,lightning]'
+	@touch $@
 
 # Its source package looks for torch while it is built, and would compile its kernels. Accelerate
 # needs transformers to use it.

@@ -1,4 +1,4 @@
-"""The tables of docs/experiments.md, from what ``benchmarks/experiments/`` wrote.
+"""The tables of docs/explanation/experiments.md, from what ``benchmarks/experiments/`` wrote.
 
 A line is a policy. A cell is the median over the seeds, with the least and the largest.
 """

@@ -21,7 +21,8 @@ from timing import RESULTS, optional, read
 ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "hooks", "policies", "experiments")),
+    *(ROOT / "docs" / "reference" / f"{name}.md" for name in ("hooks", "policies")),
+    *(ROOT / "docs" / "explanation" / f"{name}.md" for name in ("performance", "experiments")),
 )
 PLOT = ROOT / "docs" / "images" / "performance.svg"
 
@@ -78,8 +79,25 @@ def faster(ours: Row, theirs: Row) -> str:
     return f"{value} ({times(float(ours['faster_q1']))} to {times(float(ours['faster_q3']))})"
 
 
+def speed() -> str:
+    """The README's sentence about a CPU."""
+    measured = models(read(RESULTS / "clip_cpu.csv"))
+    within, clips = (
+        [times(float(by[what, "object"]["faster"])) for by in measured.values()]
+        for what in ("within", "clips")
+    )
+    return fill(
+        f"Where nothing is clipped, {min(within, key=float)} to {max(within, key=float)} times as "
+        f"fast as torch's function, for the {len(measured)} models of [the table]"
+        "(docs/explanation/performance.md), on two cores of a slow virtual machine. Where every "
+        f"step is clipped, {min(clips, key=float)} to {max(clips, key=float)} times: there both "
+        "have to write everything, and an exact sum takes longer.",
+        width=118,
+    )
+
+
 def summary() -> str:
-    """The README's table: a CPU, nothing clips."""
+    """A CPU, nothing clips."""
     head = ["gradients", "torch", "`clip_grad_norm_`", "`GradientClipper`"]
     head += ["error of the norm: torch", "gradclip"]
     lines = []
@@ -215,21 +233,6 @@ def pipeline() -> str:
     return table(["tensors", "loop", "step, us", "adds, us", "of computing"], lines)
 
 
-def trainer() -> str:
-    """The README's sentence about our trainer."""
-    added = {who: us(row["ms"]) for who, row in loops()["4"]["added"].items()}
-    others = [
-        f"{name} adds {added[who]} us a step" for who, name in TRAINERS.items() if who in added
-    ]
-    return fill(
-        f"To a plain loop around a model of 4 tensors, clipped by torch, {', '.join(others)}, and "
-        f"this trainer {added['gradclip']} us; next to a plain loop that clips with the object it "
-        f"adds {added['gradclip alone']} us "
-        "([pipeline_overhead.csv](benchmarks/results/pipeline_overhead.csv)).",
-        width=118,
-    )
-
-
 def hooks() -> str:
     """What a hook channel costs."""
     found = {row["what"]: us(row["ms"]) for row in read(RESULTS / "hook_overhead.csv")}
@@ -351,7 +354,7 @@ def policies() -> str:
 
 
 MADE: tuple[Callable[[], str], ...] = (
-    *(summary, cpu, others, errors, small, cuda, host, steps, pipeline, trainer, hooks),
+    *(speed, summary, cpu, others, errors, small, cuda, host, steps, pipeline, hooks),
     *(goals, sharded, scale, policies, *experiment_tables.MADE),
 )
 BY_NAME = {make.__name__: make for make in MADE}

@@ -24,7 +24,7 @@
     |-- MissingDependencyError (ImportError)     GC401  an extra that is not installed
     `-- AbsentNameError (ImportError)            GC402  a name of RoboOrchardLab that is not here
 
-A code never changes its meaning; ``docs/errors.md`` has a paragraph for each.
+A code never changes its meaning; ``docs/reference/errors.md`` has a paragraph for each.
 """
 
 import sys
@@ -70,7 +70,7 @@ class GradClipError(Exception):
     """The root: ``except GradClipError`` catches whatever gradclip raises on purpose."""
 
     code: ClassVar[str] = "GC000"
-    """A stable identifier; ``docs/errors.md`` explains it."""
+    """A stable identifier; ``docs/reference/errors.md`` explains it."""
 
 
 class ConfigError(GradClipError, ValueError):

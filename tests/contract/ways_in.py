@@ -1,6 +1,6 @@
 """All ways into gradclip, and what each refuses: the rows of the grid, and the page that shows it.
 
-``make ways-in`` runs this file: it writes the tables into ``docs/integrations.md``.
+``make ways-in`` runs this file: it writes the tables into ``docs/reference/integrations.md``.
 """
 
 import re
@@ -21,7 +21,7 @@ from gradclip.errors import (
     RecordError,
 )
 
-PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "integrations.md"
 
 Train: TypeAlias = Callable[[Feature, list[Gradient], Path], Trained]
 """A driver: trains the tiny model on these gradients, and returns its weights after each step.

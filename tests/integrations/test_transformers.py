@@ -31,7 +31,7 @@ from gradclip.errors import (
 )
 from gradclip.integrations.transformers import GradientClippingCallback
 
-DOCS = Path(__file__).parents[2] / "docs" / "integrations.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "integrations.md"
 
 
 def spy(monkeypatch, owner, name, events, said):

@@ -1,4 +1,4 @@
-"""Write the tables of docs/optimizers.md: what the tests here show, which must have passed."""
+"""Write the tables of docs/reference/optimizers.md: what the tests here show; they must pass."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import set_ups
 from refused import REFUSED
 
-PAGE = Path(__file__).parents[2] / "docs" / "optimizers.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "optimizers.md"
 PACKAGES = {"muon": "muon-optimizer", "optimi": "torch-optimi"}
 MARK = "<!-- written by tests/optimizers/table.py -->"
 

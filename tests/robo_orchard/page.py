@@ -1,4 +1,4 @@
-"""Write docs/coming-from-roboorchard.md: what the scripts left in both, and the differences."""
+"""Write docs/how-to/coming-from-roboorchard.md: what scripts left in both, and differences."""
 
 import tempfile
 from importlib.metadata import version
@@ -7,7 +7,7 @@ from pathlib import Path
 from differences import table
 from test_scripts import ALL, run
 
-PAGE = Path(__file__).parents[2] / "docs" / "coming-from-roboorchard.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "coming-from-roboorchard.md"
 MARK = "<!-- written by tests/robo_orchard/page.py -->"
 
 

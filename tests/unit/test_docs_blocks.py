@@ -1,33 +1,28 @@
-"""Blocks of the documentation that say they run as they stand."""
-
-import re
-from pathlib import Path
+"""Blocks of the documentation that say they run as they stand, and whole tutorials."""
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 
-DOCS = Path(__file__).parents[2] / "docs"
-MARKED = re.compile(r"<!-- executed -->\n```python\n(.*?)```", re.DOTALL)
+from pages import DOCS, ROOT, marked, run_page, run_program
+
 BLOCKS = [
-    pytest.param(block, id=f"{page.stem}-{number}")
-    for page in sorted(DOCS.glob("*.md"))
-    for number, block in enumerate(MARKED.findall(page.read_text(encoding="utf-8")))
+    pytest.param(block, id=f"{page.relative_to(DOCS).with_suffix('').as_posix()}-{number}")
+    for page in sorted(DOCS.rglob("*.md"))
+    for number, block in enumerate(marked(page))
 ]
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("block", BLOCKS)
-def test_it_runs_as_it_stands(block, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    exec(compile(block, "a block of the documentation", "exec"), {"__name__": "__main__"})
+def test_it_runs_as_it_stands(block, tmp_path):
+    run_program(block, tmp_path)
 
 
 def test_there_are_such_blocks():
     assert len(BLOCKS) >= 3
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/tutorials/plain-loop.md", "docs/tutorials/trainer.md"]
+)
+def test_every_block_of_the_page_runs(page, tmp_path):
+    run_page(ROOT / page, tmp_path)

@@ -73,7 +73,7 @@ def test_the_engine_reads_from_collect_to_apply():
 
 def test_prose_is_at_most_120_characters_wide():
     wide = []
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         in_code = False
         for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
             in_code ^= line.lstrip().startswith("```")
@@ -85,7 +85,7 @@ def test_prose_is_at_most_120_characters_wide():
 
 def test_pages_name_files_that_exist():
     path = re.compile(r"\b(?:tests|src|benchmarks|docs|examples)/[\w./-]+\.(?:py|md|csv|yaml|svg)")
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     named = {name for page in pages for name in path.findall(page.read_text(encoding="utf-8"))}
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
     assert len(named) > 10
@@ -95,7 +95,7 @@ def test_the_page_for_those_who_come_from_robo_orchard_lab_has_a_test_for_each_d
     place = ROOT / "tests" / "robo_orchard" / "differences.py"
     known: dict[str, object] = {}
     exec(compile(place.read_text(encoding="utf-8"), str(place), "exec"), known)
-    page = (ROOT / "docs" / "coming-from-roboorchard.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "how-to" / "coming-from-roboorchard.md").read_text(encoding="utf-8")
     assert known["table"]() in page
     for row in known["ROWS"]:
         file, _, name = row.test.partition("::")

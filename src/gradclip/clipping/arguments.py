@@ -64,8 +64,8 @@ class ClipOptions(TypedDict, total=False):
             in none.
         duplicated: Likewise, for a parameter of which several ranks among those have a copy, as
             stages have that tie weights: it is counted once.
-        record: A folder that every step is written to, as ``docs/records.md`` says; the one of an
-            earlier run is gone on with after ``load_state_dict``.
+        record: A folder that every step is written to, as ``docs/reference/records.md`` says; the
+            one of an earlier run is gone on with after ``load_state_dict``.
         backend: "auto" (the fastest of each device), "foreach", "triton" (CUDA), or "reference"
             (float64, slow, for comparison).
     """

@@ -1,7 +1,7 @@
 """What the limit should be: a rule from the norms of a run to a policy, or to why there is none.
 
-The rule and its constants were chosen on the logs of 73 runs; ``docs/choosing-a-limit.md`` says
-what it can do and what it cannot.
+The rule and its constants were chosen on the logs of 73 runs; ``docs/how-to/choosing-a-limit.md``
+says what it can do and what it cannot.
 """
 
 import math

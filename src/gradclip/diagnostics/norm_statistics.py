@@ -1,6 +1,7 @@
 """What the norms of a run say about a limit: where they settle, how they spread, how they move.
 
-``advice.py`` has the rule that these numbers enter, and ``docs/choosing-a-limit.md`` its evidence.
+``advice.py`` has the rule that these numbers enter, and ``docs/how-to/choosing-a-limit.md`` its
+evidence.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The examples of docs/configuration.md do what the page says."""
+"""The examples of docs/reference/configuration.md do what the page says."""
 
 import re
 import sys
@@ -10,7 +10,9 @@ import pytest
 from gradclip.config import dump, load
 from gradclip.errors import ConfigError
 
-PAGE = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "reference" / "configuration.md").read_text(
+    encoding="utf-8"
+)
 
 
 def block(language, start):
