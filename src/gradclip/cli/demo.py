@@ -28,6 +28,10 @@ gradclip demo
 gradclip demo --max-norm 0.5 --steps 100 --output-dir /tmp/demo
 """
 
+_BOTH_START_HIGH = (
+    "Both runs start high: the first step of AdamW has the same size whatever the norm is,\n"
+    "so a limit makes a difference from the second step on."
+)
 _STEPS_A_LINE = 50
 """Where there is no terminal to draw a bar on."""
 
@@ -78,7 +82,9 @@ def demo(
             )
             for name, limit, path in runs
         )
-    save_figure(clipping_figure(clipped, unclipped), figure)
+    picture = clipping_figure(clipped, unclipped)
+    picture.supxlabel(_BOTH_START_HIGH, fontsize=8, color="#59636e", x=0.04, ha="left")
+    save_figure(picture, figure)
 
     without = summarise(unclipped)
     norms = f"p99 norm {compact(without.norm_p99)}, largest {compact(without.norm_max)}"
