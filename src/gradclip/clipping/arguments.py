@@ -106,8 +106,8 @@ class Options:
 
     @property
     def folder(self) -> Path | None:
-        """Where the record goes."""
-        return None if self.record is None else Path(self.record)
+        """Where the record goes, whatever folder the process works in later."""
+        return None if self.record is None else Path(self.record).absolute()
 
 
 def read_options(name: str, policy: object, given: Mapping[str, Any]) -> tuple[Any, Options]:
@@ -168,6 +168,8 @@ def check_folder(record: object) -> None:
         return
     if not isinstance(record, str | PathLike):
         raise ArgumentTypeError(f"record={record!r}: expected a path, such as 'runs/1'")
+    if not str(record) or "\0" in str(record):
+        raise ArgumentValueError(f"record={str(record)!r}: expected a path, such as 'runs/1'")
     path = Path(record)
     if path.suffix == ".jsonl" or path.is_file():
         raise ArgumentValueError(

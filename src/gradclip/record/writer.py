@@ -5,6 +5,7 @@ writes its own norms and events, and says in ``run.rank1.json`` what they are of
 another one anything.
 """
 
+import errno
 import json
 import os
 from collections import Counter
@@ -38,6 +39,8 @@ _WAYS_OUT = (
     "clipper before the first step (load_state_dict), which keeps the steps before it; or delete "
     "the folder."
 )
+
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,7 @@ class Writer:
                 names = {"file": f"{stem}.f16", "events": f"{stem}-events.f16"}
                 names = {key: ranked(name, self._place.rank) for key, name in names.items()}
                 for name in names.values():  # of nothing that is known
-                    (self.folder / name).unlink(missing_ok=True)
+                    (self.folder / name).write_bytes(b"")
                 parts.append({**names, "every": 1, "first_step": step, **said})
             part, count = parts[-1], len(layout.names)
             self._norms[number] = (
@@ -354,7 +357,6 @@ def _kinds(path: Path) -> Iterator[str]:
 
 
 def _cannot(folder: Path, error: OSError) -> str:
-    return (
-        f"the record {folder} cannot be written: {error.strerror or error}. Make room there, or "
-        "give another folder."
-    )
+    way_out = "Make room there, or give" if error.errno in _FULL else "Give"
+    found = error.strerror or error
+    return f"the record {folder} cannot be written: {found}. {way_out} another folder."

@@ -19,7 +19,7 @@ from gradclip.diagnostics import (
     read_steps,
 )
 from gradclip.errors import ArgumentValueError, RecordError
-from gradclip.record import lines, norms
+from gradclip.record import lines, norms, own_file
 from gradclip.record.schema import StepRecord
 from gradclip.record.writer import Batch, Layout, Place, Writer
 from patience import seconds
@@ -239,13 +239,31 @@ def test_a_disk_that_fails_stops_no_training_and_is_told_once(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(lines, "write_all", full)
+        patch.setattr(own_file, "write_all", full)
         with pytest.warns(UserWarning, match="No space left.*Lines are missing from step 5 on"):
             write(writer, number, range(5, 9))
         write(writer, number, range(9, 12))
     write(writer, number, range(12, 15))
     writer.leave(number)
     assert [record.step for record in read_record(tmp_path)] == list(range(5))
+
+
+def test_one_process_writes_a_folder_and_a_second_one_stops(tmp_path):
+    early, late = begin(tmp_path), begin(tmp_path)  # both before a step was written
+    write(*early, range(5))
+    with pytest.warns(UserWarning, match="another process writes them. Give another folder"):
+        write(*late, range(5))
+    write(*early, range(5, 9))
+    assert [record.step for record in read_record(tmp_path)] == list(range(9))
+    assert list(read_norms(tmp_path).steps) == list(range(9))
+    run(tmp_path, range(7, 12), resumes=True)
+    with pytest.warns(UserWarning, match="Lines are missing from step 9 on"):
+        write(*early, range(9, 12))
+    assert [record.step for record in read_record(tmp_path)] == list(range(12))
+    again = begin(tmp_path, 12, resumes=True)
+    shutil.rmtree(tmp_path)
+    with pytest.warns(UserWarning, match="its files were deleted"):
+        write(*again, range(12, 13))
 
 
 def test_advice_is_taken_from_a_folder(tmp_path):

@@ -134,6 +134,11 @@ class Recorder(NoRecord):
         """Copy and pickle as none: a copy of a clipper records nothing."""
         return NoRecord, ()
 
+    @property
+    def _is_here(self) -> bool:
+        """Whether this is the process that writes, and not a fork of it."""
+        return os.getpid() == self._process
+
     def open(self, step: int, patterns: Sequence[Pattern], policies: Policies) -> None:
         """Open the folder, before the first step writes.
 
@@ -147,6 +152,9 @@ class Recorder(NoRecord):
             ArgumentValueError: GC010, it has something that is no record.
         """
         self._place = _place()
+        if not self._is_here:  # it was made before a fork
+            self._writer, self._process = Writer.of(self._writer.folder), os.getpid()
+            self._has_joined = False
         if not self._has_joined:
             self._number, self._has_joined = self._writer.join(), True
         optimizer = self._optimizer()
@@ -187,7 +195,7 @@ class Recorder(NoRecord):
         """
         now, losses, lr = perf_counter(), self._losses, self._lr
         self._losses, self._lr = [], None
-        if is_capturing(result.device) or not self.is_open:
+        if is_capturing(result.device) or not self.is_open or not self._is_here:
             return
         if lr is None and (optimizer := self._optimizer()) is not None:
             lr = _rate(optimizer)
@@ -243,7 +251,7 @@ class Recorder(NoRecord):
         try:
             yield
         except BaseException as error:
-            if self.is_open:
+            if self.is_open and self._is_here:
                 self._fail(step, error)
             raise
 
@@ -258,14 +266,14 @@ class Recorder(NoRecord):
 
     def flush(self) -> None:
         """Write every step that was made; waits for the device."""
-        if os.getpid() == self._process:  # a fork has a copy of what waits
+        if self._is_here:  # a fork has a copy of what waits
             with READING:
                 self._ring.flush()
                 self._write()
 
     def close(self) -> None:
         """Write every step that was made, and close the folder; the next step opens it again."""
-        if self._has_joined and os.getpid() == self._process:
+        if self._has_joined and self._is_here:
             if self.is_open:
                 self.flush()
                 self.is_open, self._resumes = False, True

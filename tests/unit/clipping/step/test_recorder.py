@@ -266,8 +266,43 @@ def test_a_copy_records_nothing(way, tmp_path):
     assert len(read_record(tmp_path)) == 1
 
 
+def test_a_fork_writes_what_it_opened_itself(tmp_path, monkeypatch):
+    pairs = parameters()
+    fill(pairs, 1.0, 0)
+    opened, closed = (GradientClipper(pairs, 1.0, record=tmp_path / name) for name in "ab")
+    opened.clip()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: -1)
+        for clipper in (opened, closed):
+            for _ in range(2 * FIRST):
+                fill(pairs, 2.0, 0)
+                clipper.clip()
+            clipper.close()
+    opened.close()
+    assert len(read_record(tmp_path / "a")) == 1
+    assert len(read_record(tmp_path / "b")) == 2 * FIRST
+
+
+def test_a_record_stays_where_it_was_when_the_working_folder_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pairs = parameters()
+    clipper = GradientClipper(pairs, 1.0, record="run")
+    fill(pairs, 1.0, 0)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    clipper.clip()
+    clipper.close()
+    assert len(read_record(tmp_path / "run")) == 1
+
+
 @pytest.mark.parametrize(
-    ("folder", "error"), [(3, ArgumentTypeError), ("x.jsonl", ArgumentValueError)]
+    ("folder", "error"),
+    [
+        (3, ArgumentTypeError),
+        ("x.jsonl", ArgumentValueError),
+        ("", ArgumentValueError),
+        ("a\0b", ArgumentValueError),
+    ],
 )
 def test_a_record_is_a_folder(folder, error):
     with pytest.raises(error, match=r"record=.*expected a (path|folder)"):
