@@ -152,6 +152,10 @@ clipped=True, skipped=False, nonfinite=0)
         """
         self._engine.recorder.note(loss=loss, lr=lr)
 
+    def note_last(self, loss: float) -> None:
+        """Tell the record the loss of the last step, where it is known only after it."""
+        self._engine.recorder.note_last(loss)
+
     def close(self) -> None:
         """Write to the record whatever is waiting, and close it; the next step goes on with it."""
         self._engine.recorder.close()

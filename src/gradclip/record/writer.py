@@ -96,7 +96,7 @@ class Batch:
         events: What happened.
     """
 
-    steps: list[Mapping[str, object]] = field(default_factory=list)
+    steps: list[dict[str, object]] = field(default_factory=list)
     norms: list[tuple[int, bytes]] = field(default_factory=list)
     event_norms: list[tuple[int, bytes]] = field(default_factory=list)
     events: list[dict[str, object]] = field(default_factory=list)

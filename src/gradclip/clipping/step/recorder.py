@@ -59,6 +59,9 @@ class NoRecord:
     def note(self, *, loss: float | Tensor | None = None, lr: float | Tensor | None = None) -> None:
         """Note nothing."""
 
+    def note_last(self, loss: float) -> None:
+        """Note nothing."""
+
     def watching(self, step: int) -> AbstractContextManager[None]:  # noqa: ARG002
         """Watch nothing."""
         return _NOTHING
@@ -124,6 +127,8 @@ class Recorder(NoRecord):
         self._batch = Batch()
         self._losses: list[float | Tensor] = []
         self._lr: float | Tensor | None = None
+        self._late: dict[int, float] = {}
+        self._last = -1
         self._place = Place()
         self._first: Callable[[], Pattern | None] = _nothing
         self._layout: Layout | None = None
@@ -176,6 +181,12 @@ class Recorder(NoRecord):
         if lr is not None:
             self._lr = _checked("lr", lr)
 
+    def note_last(self, loss: float) -> None:
+        """Note the loss of the last step: its line waits for the next one."""
+        with READING:
+            if self.is_open and not self._place.rank:
+                self._late[self._last] = loss
+
     def push(
         self,
         result: "ClipResult",
@@ -203,8 +214,9 @@ class Recorder(NoRecord):
         with READING:
             self._lay_out(patterns, step)
             row = RecordRow.of(result, Noted(step, expected, elapsed, losses, lr, scale))
+            self._last = step
             self._ring.push(row, row.size)
-            self._write()
+            self._write(but_last=True)
         self._since = now
 
     def add(self, found: RecordedStep, /) -> None:
@@ -297,10 +309,16 @@ class Recorder(NoRecord):
             self._writer.lay_out(self._number, layout, step)
         self._first, self._layout = ref(patterns[0]) if patterns else _nothing, layout
 
-    def _write(self) -> None:
+    def _write(self, *, but_last: bool = False) -> None:
+        """Write what is on the host, but for the line of the last step, whose loss may be told."""
         batch = self._batch
+        last = batch.steps[-1:] if but_last else []
+        waits = [line for line in last if line["step"] == self._last]
+        batch.steps = batch.steps[: len(batch.steps) - len(waits)]
+        for line in batch.steps:
+            line["loss"] = self._late.pop(int(str(line["step"])), line["loss"])
+        self._batch = Batch(waits)
         if batch.steps or batch.norms or batch.events:
-            self._batch = Batch()
             at = [step for step, _ in batch.norms] or [
                 int(str(each["step"])) for each in (*batch.steps, *batch.events)
             ]

@@ -281,6 +281,10 @@ class EngineWatch(HasPolicy):
         """Tell the record the loss and the rate of the next step; see ``GradientClipper.note``."""
         self._recorder.note(loss=loss, lr=lr)
 
+    def note_last(self, loss: float) -> None:
+        """Tell the record the loss of the last step; see ``GradientClipper.note_last``."""
+        self._recorder.note_last(loss)
+
     def close(self) -> None:
         """Write to the record whatever is waiting, and close it."""
         self._recorder.close()

@@ -233,7 +233,10 @@ class GradientClippingCallback(HasPolicy, TrainerCallback):  # type: ignore[misc
             state.stateful_callbacks[KEY] = exported(self.clipper)
 
     def on_log(self, _args: Any, state: Any, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        """Add the numbers to what is logged, unless that has happened."""
+        """Add the numbers to what is logged, unless that has happened, and record the loss."""
+        clips = self.clipper or self._watch
+        if clips is not None and isinstance(loss := logs.get("loss"), float):
+            clips.note_last(loss)
         if "loss" in logs and "gradclip/norm_pre" not in logs:
             numbers = self.report()
             logs.update(numbers)
