@@ -35,11 +35,11 @@ from gradclip.whole_file import write_whole
 __all__ = ["Batch", "Layout", "Place", "Writer"]
 
 _WAYS_OUT = (
-    "Three ways out: give this run another folder; go on with that run, and load the state of the "
-    "clipper before the first step (load_state_dict), which keeps the steps before it; or delete "
-    "the folder."
+    "Three ways out: give this run another folder, as each train() or fit() that begins anew "
+    "needs; go on with that run, and load the state of the clipper before the first step "
+    "(load_state_dict; of transformers train(resume_from_checkpoint=...), of Lightning "
+    "fit(ckpt_path=...)), which keeps the steps before it; or delete the folder."
 )
-
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 

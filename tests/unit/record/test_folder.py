@@ -162,7 +162,9 @@ def test_a_run_that_goes_on_drops_what_it_does_again(tmp_path, small):
 def test_a_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path):
     run(tmp_path, range(3))
     before = contents(tmp_path)
-    with pytest.raises(RecordError, match=r"another folder; .*load_state_dict.*; or delete"):
+    with pytest.raises(
+        RecordError, match=r"another folder, .*load_state_dict.*fit.ckpt_path.*; or delete"
+    ):
         begin(tmp_path)
     assert contents(tmp_path) == before
 

@@ -23,7 +23,7 @@ from gradclip.clipping.measure.norm import shown_order
 from gradclip.clipping.measure.pattern import Pattern
 from gradclip.clipping.policies import Policy
 from gradclip.clipping.step.recorded import Noted, Numbers, RecordedStep, RecordRow, copy_recorded
-from gradclip.errors import ArgumentTypeError, GradClipError
+from gradclip.errors import ArgumentTypeError, GradClipError, warn
 from gradclip.record.ring import READING, StepRing
 from gradclip.record.writer import Batch, Layout, Place, Writer
 
@@ -37,6 +37,9 @@ SPIKE = 0.1
 
 _NAMED = 8
 """How many parameters at fault an event names."""
+
+_LATE = [False, True, True, True]
+"""Of the first steps, whether a loss was told before them, where it is told after each."""
 
 _EXPONENT = 0x7C00
 """The bits that are all set in a float16 that is infinite or a NaN."""
@@ -128,6 +131,7 @@ class Recorder(NoRecord):
         self._losses: list[float | Tensor] = []
         self._lr: float | Tensor | None = None
         self._late: dict[int, float] = {}
+        self._told: list[bool] = []
         self._last = -1
         self._place = Place()
         self._first: Callable[[], Pattern | None] = _nothing
@@ -170,7 +174,7 @@ class Recorder(NoRecord):
             "torch": torch.__version__,
         }
         self._writer.begin(self._number, step, self._place, about, resumes=self._resumes)
-        self._first, self._layout = _nothing, None
+        self._first, self._layout, self._told = _nothing, None, []
         self._lay_out(patterns, step)
         self.is_open, self._since = True, perf_counter()
 
@@ -210,6 +214,7 @@ class Recorder(NoRecord):
             return
         if lr is None and (optimizer := self._optimizer()) is not None:
             lr = _rate(optimizer)
+        self._watch_order(bool(losses))
         elapsed = 1e3 * (now - self._since)
         with READING:
             self._lay_out(patterns, step)
@@ -324,6 +329,17 @@ class Recorder(NoRecord):
             ]
             self._writer.write(self._number, at[0], batch)
 
+    def _watch_order(self, told: bool) -> None:
+        """Warn, once, where losses seem to be told after their steps."""
+        if len(self._told) < len(_LATE):
+            self._told.append(told)
+            if self._told == _LATE:
+                warn(
+                    f"{self._called}: note(loss=...) was not called before the first recorded step "
+                    "and was before each of the next three. If it comes after the step, each loss "
+                    "is recorded one step late: call it before, right behind backward()."
+                )
+
     def _add_nonfinite(self, found: RecordedStep) -> None:
         names: list[str] = []
         if found.norms and self._layout is not None:
@@ -365,7 +381,7 @@ def _checked(name: str, value: float | Tensor) -> float | Tensor:
         return value.item() if value.is_cpu else value.detach().clone()
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ArgumentTypeError(
             f"{name} is of type {type(value).__qualname__}: expected a number, or a tensor of one"
         ) from None

@@ -190,14 +190,26 @@ def test_a_loss_is_the_mean_of_its_window_and_a_number(tmp_path):
     total += 5.0
     clipper.clip()
     clipper.clip()
-    with pytest.raises(ArgumentTypeError, match="loss is of type str"):
-        clipper.note(loss="low")
+    for loss in ("low", 10**400):
+        with pytest.raises(ArgumentTypeError, match=f"loss is of type {type(loss).__name__}"):
+            clipper.note(loss=loss)
     with pytest.raises(ArgumentValueError, match="lr is a tensor of shape"):
         clipper.note(lr=torch.zeros(2))
     clipper.close()
     first, second = read_record(tmp_path)
     assert (first.loss, first.lr, second.loss, second.lr) == (2.0, 0.25, None, None)
     GradientClipper(pairs, 1.0).note(loss=1.0)  # nothing records it
+
+
+def test_a_loss_that_is_told_after_its_step_is_noticed(tmp_path):
+    pairs = parameters()
+    clipper = GradientClipper(pairs, 1.0, record=tmp_path)
+    for _ in range(3):
+        fill(pairs, 2.0, 0)
+        clipper.clip()
+        clipper.note(loss=1.0)
+    with pytest.warns(UserWarning, match="one step late: call it before"):
+        clipper.clip()
 
 
 def test_a_run_goes_on_behind_its_state_and_another_one_is_refused(tmp_path):
