@@ -174,7 +174,7 @@ clipped=True, skipped=False, nonfinite=0)
                 number or one-element tensor. Limits and norms are those of unscaled gradients.
             overflow_expected: An active loss scaler answers for an overflow at this step, so that
                 a skip does not count towards ``max_consecutive_skips``.
-            defer_scaling: Leave it to the caller to multiply, where ``ClipResult.deferred`` says so.
+            defer_scaling: Leave it to the caller to multiply where ``ClipResult.deferred`` says so.
 
         Returns:
             What was measured and done. Nothing waits for the device, unless ``nonfinite="raise"``.
