@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import os
+import re
 import shutil
 import struct
 import time
 from hashlib import sha256
 from math import log10
+from pathlib import Path
 
 import pytest
 
@@ -334,3 +337,54 @@ def test_a_damaged_folder_is_refused_with_its_file(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({**about, "schema": 3}) + "\n")
     with pytest.raises(ArgumentValueError, match="schema 3; this version reads 2"):
         read_header(tmp_path)
+
+
+def replaced(name, make):
+    def damage(folder):
+        (folder / name).unlink()
+        make(folder / name)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "words", "resumes"),
+    [
+        (shutil.rmtree, "there is no|cannot be read|has no norms", True),
+        (replaced("norms.f16", Path.mkdir), r"norms\.f16 cannot be read", False),
+        (replaced("norms.f16", os.mkfifo), None, False),
+        (replaced("steps.jsonl", Path.mkdir), r"steps\.jsonl cannot be read", False),
+        (lambda folder: os.truncate(folder / "run.json", 4 << 30), "run.json:1 .*more than", False),
+    ],
+)
+def test_what_is_no_file_or_has_no_end_is_told_in_less_than_a_second(
+    tmp_path, damage, words, resumes
+):
+    folder = tmp_path / "run"
+    run(folder, range(3))
+    damage(folder)
+    seen = []
+    for read in (read_steps, read_record, read_header, read_events, read_norms):
+        started = time.process_time()
+        try:
+            read(folder)
+        except ArgumentValueError as error:
+            seen.append(str(error))
+        assert time.process_time() - started < seconds(1)
+    assert all(re.search(words, error) for error in seen) if words else not seen
+    assert words is None or seen
+    if not resumes:
+        with pytest.raises(RecordError):
+            begin(folder, 3, resumes=True)
+
+
+def test_a_hundred_thousand_parameters_are_read_soon(tmp_path):
+    count = 100_000
+    names = [f"layer.{number}" for number in range(count)]
+    layout = Layout(names, [1] * count, [2.0], [1.0])
+    writer, number = begin(tmp_path, layout=layout)
+    writer.write(number, 0, Batch(norms=[(0, b"\0\0" * count)]))
+    writer.leave(number)
+    started = time.process_time()
+    assert read_norms(tmp_path).norms.sum() == count
+    assert time.process_time() - started < seconds(2)

@@ -408,6 +408,10 @@ def _layout(patterns: Sequence[Pattern]) -> Layout:
         sizes += [local_part(each.detach()).numel() for each in parameters]
         orders += [shown_order(pattern.order)] * len(parameters)
         weights += pattern.portions
+    seen: dict[str, int] = {}
+    for at, name in enumerate(names):  # two models in one clipper may have the same ones
+        seen[name] = seen.get(name, 0) + 1
+        names[at] = name if seen[name] == 1 else f"{name} ({seen[name]})"
     return Layout(names, sizes, orders, weights)
 
 

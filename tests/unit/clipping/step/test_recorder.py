@@ -253,6 +253,17 @@ def test_two_clippers_share_a_folder(tmp_path):
     assert sorted(record.optimizer for record in read_record(tmp_path)) == [0, 0, 1]
 
 
+def test_parameters_of_one_name_are_kept_apart(tmp_path):
+    pairs = [("w", parameter) for _, parameter in parameters()]
+    clipper = GradientClipper(pairs, ObserveClip(), record=tmp_path)
+    fill(pairs, 4.0, 0)
+    clipper.clip()
+    clipper.close()
+    found = read_norms(tmp_path)
+    assert found.names == ["w", "w (2)", "w (3)"]
+    assert found.norms[0] == pytest.approx([float(p.grad.norm()) for _, p in pairs], rel=5e-3)
+
+
 def test_an_error_leaves_a_record_of_the_steps_before_it(tmp_path):
     pairs = parameters()
     clipper = GradientClipper(pairs, 1.0, record=tmp_path, nonfinite="raise")
