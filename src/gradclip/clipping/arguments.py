@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from math import inf, isfinite
 from numbers import Real
 from os import PathLike
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
@@ -170,8 +171,7 @@ def check_folder(record: object) -> None:
         raise ArgumentTypeError(f"record={record!r}: expected a path, such as 'runs/1'")
     if not str(record) or "\0" in str(record):
         raise ArgumentValueError(f"record={str(record)!r}: expected a path, such as 'runs/1'")
-    path = Path(record)
-    if path.suffix == ".jsonl" or path.is_file():
+    if Path(record).suffix == ".jsonl" or isfile(record):  # noqa: PTH113 - that of Path may raise
         raise ArgumentValueError(
             f"record={str(record)!r} is a file: expected a folder, such as 'runs/1'. A record in "
             "one file is written by RecordHookConfig(path=...) or gradclip.diagnostics.RunRecorder"

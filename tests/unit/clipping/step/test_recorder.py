@@ -289,6 +289,13 @@ def test_a_copy_records_nothing(way, tmp_path):
     assert len(read_record(tmp_path)) == 1
 
 
+def test_a_name_that_no_disk_takes_is_told_before_the_first_step(tmp_path):
+    pairs = parameters()
+    clipper = GradientClipper(pairs, 1.0, record=tmp_path / ("x" * 300))
+    with pytest.raises(RecordError, match=r"name too long\. Give another folder"):
+        clipper.clip()
+
+
 def test_a_fork_writes_what_it_opened_itself(tmp_path, monkeypatch):
     pairs = parameters()
     fill(pairs, 1.0, 0)
