@@ -175,6 +175,7 @@ class GradientClippingCallback(HasPolicy, TrainerCallback):  # type: ignore[misc
         if self._accelerator is not None:
             engine = engine_of(self._accelerator, model)
             self._watch = EngineWatch(engine, self._policy, **self._options)
+            self._watch.begin()
             self._follow(self._watch.step_log)
             self._training = state
             return

@@ -223,7 +223,7 @@ clipped=True, skipped=False, nonfinite=0)
         self._stepped = False
         engine = engine_of(arg.accelerator, arg.model)
         if engine is not None:  # it steps in the backward pass, so this is checked before
-            self._watching(engine).check()
+            self._watching(engine).begin()
 
     def _after_step(self, arg: PipelineHookArgs) -> None:
         if self._result is None:
