@@ -161,6 +161,7 @@ def suggest(
     return advise(run, intent)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # logs have numbers near the largest
 def advise(run: LoggedRun, intent: Intent = "guard") -> Advice:
     """Suggest a policy for runs like one that was read from a log."""
     is_norm = run.is_norm
