@@ -90,6 +90,7 @@ def _as_data(file: Path, run: "LoggedRun", advice: "Advice") -> dict[str, Any]:
             "line": advice.line,
             "clip_fraction": advice.clip_fraction,
             "clip_fraction_by_third": advice.clip_fraction_by_third,
+            "clip_fraction_settled": advice.clip_fraction_settled,
             "lr_factor": advice.lr_factor,
         }
     return {
