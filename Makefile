@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 ROBO := .venv-robo
 ROBO_PYTEST := OMP_NUM_THREADS=1 $(ROBO)/bin/python -m pytest -o addopts=-q -o filterwarnings=default
 .PHONY: help demo smoke test test-all test-integrations test-observed test-optimizers test-oldest-triton \
-	test-robo-orchard test-gpu gpu-check check format ways-in bench bench-gpu experiments clean
+	test-robo-orchard test-gpu gpu-check check format ways-in error-page bench bench-gpu experiments clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -87,6 +87,9 @@ format: $(VENV)/.dev  ## put the code into its format
 
 ways-in: $(VENV)/.dev  ## write the table of all ways in into docs/integrations.md
 	PYTHONPATH=tests $(BIN)/python tests/contract/ways_in.py
+
+error-page: $(VENV)/.dev  ## write the explanations of the errors into docs/errors.md
+	$(BIN)/python tests/unit/cli/error_page.py
 
 # Threads that wait do not compute: else what they spin would count as computing time.
 BENCH := OMP_WAIT_POLICY=passive $(BIN)/python
