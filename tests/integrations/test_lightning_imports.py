@@ -58,7 +58,6 @@ def test_without_lightning_the_error_has_the_command():
         "gradclip.errors.MissingDependencyError: gradclip.integrations.lightning needs Lightning, "
         "which is not installed\n  pip install 'gradclip[lightning]'\n"
         "To read more: gradclip explain GC401\n"
-        "To read more: gradclip explain GC401\n"
     )
 
 
