@@ -251,7 +251,7 @@ class StateError(GradClipError, ValueError):
         >>> state = gradclip.GradientClipper(model, gradclip.EMAClip()).state_dict()
         >>> gradclip.GradientClipper(model, 1.0).load_state_dict(state)
         Traceback (most recent call last):
-        gradclip.errors.StateError: this state cannot be loaded into this clipper: ...
+        gradclip.errors.StateError: ... it was saved under 'ema', and the policy here is 'norm': ...
     """
 
     code = "GC030"
