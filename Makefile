@@ -2,7 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Modules are compiled where they are first imported, and kept: most of what is installed never is.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(PIP_INSTALL) -c constraints.txt
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 ROBO := .venv-robo
@@ -16,9 +19,8 @@ help:  ## say what there is
 demo: $(VENV)/.demo  ## train a small model without and with clipping, under a minute
 	$(BIN)/gradclip demo
 
-# One thread each: two processes with threads of their own on two cores wait for each other. Processes
-# that tests start find compiled modules, whatever this variable says outside.
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2
+# One thread each: two processes with threads of their own on two cores wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test: $(VENV)/.dev  ## run the tests; where arguments are independent, on every pair of their values
 	$(PYTEST) --dist worksteal -m "not framework" \
@@ -152,8 +154,7 @@ $(VENV)/.optimizers: $(VENV)/.dev
 	@touch $@
 
 $(VENV)/.oldest-triton: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
-		--target $(VENV)/oldest-triton triton==3.2.0
+	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/oldest-triton triton==3.2.0
 	@touch $@
 
 # It pins older releases of what the other tests use, so it has an environment of its own. It asks
