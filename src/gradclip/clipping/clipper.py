@@ -241,7 +241,7 @@ def _engine(
         given, checked = read_options(called, policy, options)
         policies, division = as_policies(given)
         warn_of_zero(called, policies)
-        source = as_source(params)
+        source = as_source(params, "params")
         if division == "by group" and source.group_sizes() is None:
             raise ArgumentTypeError(
                 f"policy={given!r} is a list, with an entry for each param_group, and {called} was "
