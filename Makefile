@@ -2,13 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Modules are compiled where they are first imported, and kept: most of what is installed never is.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(PIP_INSTALL) -c constraints.txt
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 ROBO := .venv-robo
 ROBO_PYTEST := OMP_NUM_THREADS=1 $(ROBO)/bin/python -m pytest -o addopts=-q -o filterwarnings=default
 .PHONY: help demo docs smoke test test-all test-integrations test-observed test-optimizers test-oldest-triton \
-	test-robo-orchard test-gpu gpu-check check format ways-in bench bench-gpu experiments clean
+	test-robo-orchard test-gpu gpu-check check format ways-in error-page bench bench-gpu experiments clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,9 +23,8 @@ docs: $(VENV)/.docs  ## build the site, docs/_build/html, and check its referenc
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	$(BIN)/python -m pytest tests/documentation
 
-# One thread each: two processes with threads of their own on two cores wait for each other. Processes
-# that tests start find compiled modules, whatever this variable says outside.
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2
+# One thread each: two processes with threads of their own on two cores wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test: $(VENV)/.dev  ## run the tests; where arguments are independent, on every pair of their values
 	$(PYTEST) --dist worksteal -m "not framework" \
@@ -92,6 +94,9 @@ format: $(VENV)/.dev  ## put the code into its format
 ways-in: $(VENV)/.dev  ## write the table of all ways in into docs/reference/integrations.md
 	PYTHONPATH=tests $(BIN)/python tests/contract/ways_in.py
 
+error-page: $(VENV)/.dev  ## write the explanations of the errors into docs/reference/errors.md
+	$(BIN)/python tests/unit/cli/error_page.py
+
 # Threads that wait do not compute: else what they spin would count as computing time.
 BENCH := OMP_WAIT_POLICY=passive $(BIN)/python
 
@@ -157,8 +162,7 @@ $(VENV)/.optimizers: $(VENV)/.dev
 	@touch $@
 
 $(VENV)/.oldest-triton: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
-		--target $(VENV)/oldest-triton triton==3.2.0
+	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/oldest-triton triton==3.2.0
 	@touch $@
 
 # It pins older releases of what the other tests use, so it has an environment of its own. It asks

@@ -1,11 +1,19 @@
 """Where there is no GPU, Triton's kernels run in its interpreter, on the CPU."""
 
+import gc
 import inspect
 import os
 from functools import cache
 from importlib.util import find_spec
 
 import torch
+
+
+def pytest_collection_finish():
+    """Leave what is loaded by now out of all later collections: it is nobody's garbage."""
+    gc.collect()
+    gc.freeze()
+
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

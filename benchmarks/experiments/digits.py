@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from shared import Run, is_finite, train
+from shared import Begun, Run, is_finite, train
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -27,6 +27,20 @@ def _all() -> tuple[Any, Any]:
     return load_digits(return_X_y=True)
 
 
+def begun(make: Callable[[], nn.Module], lr: float, seed: int) -> Begun:
+    """Return a training by SGD with momentum 0.9 that can begin."""
+    torch.manual_seed(seed)
+    images, classes, _, _ = digits(seed)
+    model = make()
+
+    def loss_at(_: int) -> Tensor:
+        chosen = torch.randint(len(images), (BATCH,))
+        return cross_entropy(model(images[chosen]), classes[chosen])
+
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=lr, momentum=0.9, fused=True)
+    return Begun(model, optimizer, loss_at)
+
+
 def trained(
     make: Callable[[], nn.Module], lr: float, policy: Any, seed: int, steps: int
 ) -> tuple[float, Run]:
@@ -39,16 +53,9 @@ def trained(
         seed: Of the first weights, of the batches, and of which images are for testing.
         steps: How many steps.
     """
-    torch.manual_seed(seed)
-    images, classes, unseen, unseen_classes = digits(seed)
-    model = make()
-
-    def loss_at(_: int) -> Tensor:
-        chosen = torch.randint(len(images), (BATCH,))
-        return cross_entropy(model(images[chosen]), classes[chosen])
-
-    optimizer = torch.optim.SGD(model.named_parameters(), lr=lr, momentum=0.9, fused=True)
-    run = train(model, optimizer, policy, loss_at, steps)
+    training = begun(make, lr, seed)
+    run, model = train(training, policy, steps), training.model
+    _, _, unseen, unseen_classes = digits(seed)
     if not is_finite(model):
         return 0.1, run  # that of guessing
     with torch.no_grad():

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from digits import digits
-from shared import Row, Run, main, policies, train
+from shared import Begun, Row, Run, main, policies, train
 from torch import Tensor, nn
 from torch.distributions import StudentT
 from torch.nn.functional import cross_entropy, normalize
@@ -41,7 +41,7 @@ def trained(policy: Any, noise: float, seed: int, steps: int) -> tuple[float, Ru
         return loss
 
     optimizer = torch.optim.SGD(model.named_parameters(), lr=LEARNING_RATE, fused=True)
-    run = train(model, optimizer, policy, loss_at, steps)
+    run = train(Begun(model, optimizer, loss_at), policy, steps)
     with torch.no_grad():
         return float(cross_entropy(model(images), classes)), run
 

@@ -62,6 +62,21 @@ def policies(limit: float, *more: str) -> dict[str, Any]:
 
 
 @dataclass
+class Begun:
+    """A training that can begin.
+
+    Args:
+        model: What is trained.
+        optimizer: Of its parameters.
+        loss_at: Returns the loss of a step.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss_at: Callable[[int], Tensor]
+
+
+@dataclass
 class Run:
     """What became of a run.
 
@@ -87,29 +102,22 @@ class Run:
         return {"clipped": share, "skipped": self.skipped, "lost": self.lost}
 
 
-def train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    policy: Any,
-    loss_at: Callable[[int], Tensor],
-    steps: int,
-) -> Run:
+def train(begun: Begun, policy: Any, steps: int) -> Run:
     """Train, and clip.
 
     Args:
-        model: What is trained.
-        optimizer: Made of ``model.named_parameters()``, so that patterns of names work.
+        begun: Its optimizer is made of ``model.named_parameters()``, so that patterns of names
+            work.
         policy: One of ``policies``, or a ``TorchClip``.
-        loss_at: Returns the loss of a step.
         steps: How many steps.
     """
     run = Run()
-    handle = None
+    model, optimizer, handle = begun.model, begun.optimizer, None
     if policy is not None and not isinstance(policy, TorchClip):
         handle = gradclip.attach(optimizer, policy)
     for step in range(steps):
         optimizer.zero_grad()
-        loss_at(step).backward()
+        begun.loss_at(step).backward()
         if isinstance(policy, TorchClip):
             norm = clip_grad_norm_(model.parameters(), policy.max_norm)
             run.clipped += bool(norm > policy.max_norm)

@@ -6,7 +6,7 @@ from math import nan
 from typing import Any
 
 import torch
-from shared import Run, train
+from shared import Begun, Run, train
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -59,6 +59,20 @@ def loss_of(model: nn.Module, text: Tensor, starts: Tensor) -> Tensor:
     return cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
 
+def begun(optimizer: str, seed: int, factors: Mapping[int, float]) -> Begun:
+    """Return a training that can begin; see ``trained``."""
+    torch.manual_seed(seed)
+    learned, _, characters = tokens()
+    model = Transformer(characters)
+    order = torch.Generator().manual_seed(seed)
+
+    def loss_at(step: int) -> Tensor:
+        starts = torch.randint(len(learned) - CONTEXT, (BATCH,), generator=order)
+        return loss_of(model, learned, starts) * factors.get(step, 1.0)
+
+    return Begun(model, OPTIMIZERS[optimizer](model.named_parameters()), loss_at)
+
+
 def trained(
     policy: Any, optimizer: str, seed: int, steps: int, factors: Mapping[int, float]
 ) -> tuple[float, Run]:
@@ -71,16 +85,8 @@ def trained(
         steps: How many steps.
         factors: What the loss of some steps is multiplied by.
     """
-    torch.manual_seed(seed)
-    learned, unseen, characters = tokens()
-    model = Transformer(characters)
-    order = torch.Generator().manual_seed(seed)
-
-    def loss_at(step: int) -> Tensor:
-        starts = torch.randint(len(learned) - CONTEXT, (BATCH,), generator=order)
-        return loss_of(model, learned, starts) * factors.get(step, 1.0)
-
-    run = train(model, OPTIMIZERS[optimizer](model.named_parameters()), policy, loss_at, steps)
+    training = begun(optimizer, seed, factors)
+    run, model, (_, unseen, _) = train(training, policy, steps), training.model, tokens()
     starts = torch.linspace(0, len(unseen) - CONTEXT - 1, TESTED).long()
     with torch.no_grad():
         return (nan if run.lost else float(loss_of(model, unseen, starts))), run

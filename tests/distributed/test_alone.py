@@ -73,7 +73,7 @@ def only_plain(rank):
         clipper = GradientClipper(both[1:], 1.0)
         assert clipper.clip().norm_pre.item() == pytest.approx(2**0.5)
     else:
-        words = "rank 1 made a clipper of parameters that it holds alone"
+        words = "rank 1 clips parameters that it holds alone"
         fails(lambda: GradientClipper(both, 1.0), ArgumentValueError, words)
     dist.barrier()
     # A clipper that every rank has for itself is no sign of that, however late a rank is.
@@ -97,13 +97,13 @@ def other_groups(rank):
     if rank < 2:
         GradientClipper([weight], 1e9)
     else:
-        words = r"rank 0 made its clipper over the process groups \[0, 1\], and"
+        words = r"rank 0 clips over the process groups \[0, 1\], and"
         call = lambda: GradientClipper([weight], 1e9, partitioned=everyone)  # noqa: E731
         fails(call, ArgumentValueError, words)
     dist.barrier()
     if rank == 3:
         fails(lambda: GradientClipper([weight], -1.0), ArgumentValueError, "number >= 0")
-    words = "rank . heard that" if rank == 3 else "rank 3 could not"
+    words = "rank . heard that" if rank == 3 else "could not begin on rank 3"
     call = lambda: GradientClipper([weight], 1e9, partitioned=everyone)  # noqa: E731
     fails(call, ArgumentValueError, words)
     dist.barrier()

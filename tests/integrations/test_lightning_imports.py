@@ -57,6 +57,7 @@ def test_without_lightning_the_error_has_the_command():
     assert done.stderr.endswith(
         "gradclip.errors.MissingDependencyError: gradclip.integrations.lightning needs Lightning, "
         "which is not installed\n  pip install 'gradclip[lightning]'\n"
+        "To read more: gradclip explain GC401\n"
     )
 
 

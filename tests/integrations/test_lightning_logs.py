@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_runs import BATCHES, LIMIT, QUIET, Keep, Manual, Net, fit, half
 
-from gradclip.diagnostics import read_log
+from gradclip.diagnostics import read_log, read_record
 from gradclip.errors import NonFiniteGradientError
 from gradclip.integrations.lightning import GradientClippingCallback
 
@@ -117,3 +117,12 @@ def test_an_error_names_the_callback():
     clipping = GradientClippingCallback(LIMIT, nonfinite="raise")
     with pytest.raises(NonFiniteGradientError, match='"skip" to GradientClippingCallback'):
         fit(Net(broken={1: torch.nan}), clipping)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_record_has_the_mean_loss_of_each_window(tmp_path, window):
+    model = Net()
+    fit(model, GradientClippingCallback(LIMIT, record=tmp_path), accumulate_grad_batches=window)
+    windows = [model.losses[at : at + window] for at in range(0, BATCHES, window)]
+    found = [step.loss for step in read_record(tmp_path)]
+    assert found == pytest.approx([sum(losses) / window for losses in windows])

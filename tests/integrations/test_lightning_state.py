@@ -104,7 +104,7 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
     state = torch.load(path, weights_only=True)["callbacks"]["GradientClippingCallback"]
     two = GradientClippingCallback(LIMIT)
     two.load_state_dict(state)
-    with pytest.raises(StateError, match="1 clippers, and there are 2 optimizers"):
+    with pytest.raises(StateError, match="1 optimizers, and there are 2"):
         fit(Manual(), two)
 
 

@@ -21,7 +21,7 @@ from transformers_runs import (
 )
 
 from gradclip import ObserveClip
-from gradclip.diagnostics import read_log
+from gradclip.diagnostics import read_log, read_record
 from gradclip.errors import ArgumentTypeError, ArgumentValueError, NonFiniteGradientError
 from gradclip.integrations.transformers import ClippingTrainerMixin, GradientClippingCallback
 
@@ -241,3 +241,15 @@ def test_other_orders_are_fine():
             return super().train(*args, **options)
 
     assert issubclass(Derived, ClippedTrainer.__mro__[1])
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_record_has_the_losses_that_are_logged(tmp_path, every):
+    folder = tmp_path / "record"
+    clipping = GradientClippingCallback(LIMIT, record=folder)
+    made = trained(tmp_path, clipping, logging_steps=every)
+    found = {each.step: each.loss for each in read_record(folder)}
+    assert len(found) == STEPS
+    logged = {e["step"] - 1: e["loss"] for e in made.state.log_history if "loss" in e}
+    assert found == pytest.approx({step: logged.get(step) for step in found})
+    assert len(logged) == STEPS // every

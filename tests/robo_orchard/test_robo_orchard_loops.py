@@ -13,11 +13,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from robo_orchard_lab.pipeline import HookBasedTrainer
 from robo_orchard_lab.pipeline.batch_processor import SimpleBatchProcessor
+from robo_orchard_lab.pipeline.hook_based_trainer import ResumeCheckpointConfig
 from robo_orchard_lab.pipeline.hooks import grad_clip as theirs
+from robo_orchard_lab.pipeline.hooks.checkpoint import SaveCheckpointConfig
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext, PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHookConfig
 from torch.utils.data import DataLoader
 
+from gradclip.diagnostics import read_record
 from gradclip.errors import (
     ArgumentValueError,
     DoubleClippingError,
@@ -252,3 +255,33 @@ def test_a_file_of_theirs_is_read_for_their_trainer():
     config = GradientClippingHookConfig.from_str(text, "yaml")
     assert config == CLIP
     trainer([ONE], config)()
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_record_has_the_losses_and_goes_on_from_a_checkpoint_inside_an_epoch(tmp_path, window):
+    def trainer(rows, **options):
+        model = torch.nn.Linear(64, 1, bias=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return HookBasedTrainer(
+            accelerator=Accelerator(cpu=True, gradient_accumulation_steps=window),
+            model=model,
+            dataloader=DataLoader(rows, batch_size=1),
+            batch_processor=SimpleBatchProcessor.from_callable(
+                lambda model, batch: (None, (model(batch) * 0 + 7.0).sum())
+            ),
+            optimizer=optimizer,
+            lr_scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+            grad_clip=CLIP.replace(record=str(tmp_path / "record")),
+            **options,
+        )
+
+    rows = [torch.full((64,), 1.0 + seed) for seed in range(5)]
+    save = SaveCheckpointConfig(save_root=str(tmp_path / "run"), save_step_freq=4)
+    trainer(rows, max_step=6, hooks=[save])()
+    before = read_record(tmp_path / "record")
+    resumed = ResumeCheckpointConfig(resume_from=str(tmp_path / "run"))
+    trainer(rows, max_step=9, resume_from=resumed)()
+    steps = read_record(tmp_path / "record")
+    assert [step.step for step in steps] == list(range(len(steps)))
+    assert {step.loss for step in steps} == {7.0}
+    assert len(steps) > len(before)

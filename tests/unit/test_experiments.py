@@ -43,4 +43,9 @@ def test_every_experiment_runs_and_writes_what_its_table_reads(monkeypatch, tmp_
         policies = {row["policy"] for row in rows}
         assert {"none", "zscore", "ema", "quantile"} < policies
         assert make().count("\n") == len(policies) + 1
+    script = import_module("next_steps")
+    begin = dict(script.runs(1, 40))
+    advice, clipped, above = script.compare(begin["E2 SGD, none"], 40)
+    assert advice.clip_fraction_settled is not None
+    assert {type(clipped), type(above)} == {float}
     torch.set_num_threads(threads)

@@ -13,6 +13,9 @@ def main() -> None:
     if sys.argv[1:2] == ["run"]:
         _run_script()
         return
+    if sys.argv[1:2] == ["explain"]:
+        _explain()
+        return
     try:
         from gradclip.cli.app import app  # noqa: PLC0415 - typer and rich are an extra
     except ModuleNotFoundError as error:
@@ -38,6 +41,15 @@ def _run_script() -> None:
     except GradClipError as error:
         _say(error)
     run()
+
+
+def _explain() -> None:
+    from gradclip.cli.explain import explain  # noqa: PLC0415
+
+    try:
+        explain(sys.argv[2:])
+    except GradClipError as error:
+        _say(error)
 
 
 def _say(error: GradClipError) -> NoReturn:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from gradclip import __version__
-from gradclip.cli import demo, plot, run, suggest
+from gradclip.cli import demo, explain, plot, run, suggest
 
 __all__ = ["app"]
 
@@ -18,6 +18,8 @@ gradclip run train.py --lr 3e-4
 gradclip suggest runs/checkpoint-500/trainer_state.json
 
 gradclip plot runs/1 -o run.png
+
+gradclip explain GC201
 
 Exit codes: 0 done, 1 no answer, 2 a mistake in what was asked for.
 """
@@ -32,6 +34,7 @@ app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command("run")(run.listed_run)
 app.command(epilog=suggest.EXAMPLES)(suggest.suggest)
 app.command(epilog=plot.EXAMPLES)(plot.plot)
+app.command("explain")(explain.listed_explain)
 
 
 def _show_version(wanted: bool) -> None:

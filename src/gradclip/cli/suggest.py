@@ -56,28 +56,22 @@ def suggest(
     from gradclip.diagnostics import read_log  # noqa: PLC0415 - numpy
     from gradclip.diagnostics.advice import advise  # noqa: PLC0415
 
-    found = [
-        (file, run, advise(run, intent.value))
-        for file in files
-        for run in read_log(file, norm_key=norm_key, step_key=step_key, loss_key=loss_key)
-    ]
+    found = []
+    for file in files:
+        runs = read_log(file, norm_key=norm_key, step_key=step_key, loss_key=loss_key)
+        for number, run in enumerate(runs, start=1):
+            place = f", run {number} of {len(runs)}" if len(runs) > 1 else ""
+            found.append((file, place, run, advise(run, intent.value)))
     if as_json:
-        told = [_as_data(*each) for each in found]
+        told = [_as_data(file, run, advice) for file, _, run, advice in found]
         typer.echo(json.dumps(told if len(told) > 1 else told[0], indent=2, allow_nan=False))
     else:
-        parts = [_as_text(*each, _place(found, each)) for each in found]
-        typer.echo("\n\n".join(parts))
-    if all(advice.policy is None for _, _, advice in found):
+        typer.echo("\n\n".join(_as_text(*each) for each in found))
+    if all(advice.policy is None for *_, advice in found):
         raise typer.Exit(1)
 
 
-def _place(found: "list[tuple[Path, LoggedRun, Advice]]", each: Any) -> str:
-    """Say which run of its file it is, where there are several."""
-    of_file = [run for file, run, _ in found if file == each[0]]
-    return f", run {of_file.index(each[1]) + 1} of {len(of_file)}" if len(of_file) > 1 else ""
-
-
-def _as_text(file: Path, run: "LoggedRun", advice: "Advice", place: str) -> str:
+def _as_text(file: Path, place: str, run: "LoggedRun", advice: "Advice") -> str:
     if run.spacing is None:
         spacing = " at unknown steps" if run.step_key is None else f" by {run.step_key!r}"
     else:
@@ -96,6 +90,7 @@ def _as_data(file: Path, run: "LoggedRun", advice: "Advice") -> dict[str, Any]:
             "line": advice.line,
             "clip_fraction": advice.clip_fraction,
             "clip_fraction_by_third": advice.clip_fraction_by_third,
+            "clip_fraction_settled": advice.clip_fraction_settled,
             "lr_factor": advice.lr_factor,
         }
     return {

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from math import inf, isfinite
 from numbers import Real
 from os import PathLike
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
@@ -106,8 +107,8 @@ class Options:
 
     @property
     def folder(self) -> Path | None:
-        """Where the record goes."""
-        return None if self.record is None else Path(self.record)
+        """Where the record goes, whatever folder the process works in later."""
+        return None if self.record is None else Path(self.record).absolute()
 
 
 def read_options(name: str, policy: object, given: Mapping[str, Any]) -> tuple[Any, Options]:
@@ -168,8 +169,9 @@ def check_folder(record: object) -> None:
         return
     if not isinstance(record, str | PathLike):
         raise ArgumentTypeError(f"record={record!r}: expected a path, such as 'runs/1'")
-    path = Path(record)
-    if path.suffix == ".jsonl" or path.is_file():
+    if not str(record) or "\0" in str(record):
+        raise ArgumentValueError(f"record={str(record)!r}: expected a path, such as 'runs/1'")
+    if Path(record).suffix == ".jsonl" or isfile(record):  # noqa: PTH113 - that of Path may raise
         raise ArgumentValueError(
             f"record={str(record)!r} is a file: expected a folder, such as 'runs/1'. A record in "
             "one file is written by RecordHookConfig(path=...) or gradclip.diagnostics.RunRecorder"

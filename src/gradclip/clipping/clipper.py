@@ -40,8 +40,7 @@ class GradientClipper(HasPolicy):
         policy: A number (``max_norm``), a policy, or a mapping of name patterns (``fnmatch``, first
             match wins) to those; of an optimizer also a list, one entry for each ``param_group``.
             None as an entry leaves its parameters alone.
-        options: The keywords of ``ClipOptions``: ``max_norm`` in place of a policy, ``nonfinite``,
-            ``max_consecutive_skips``, ``partitioned``, ``duplicated``, ``record``, ``backend``.
+        options: The keywords of ``ClipOptions``, among them ``max_norm`` in place of a policy.
 
     Raises:
         ArgumentTypeError: GC011, for an argument of the wrong kind, or an unknown keyword.
@@ -152,6 +151,10 @@ clipped=True, skipped=False, nonfinite=0)
         """
         self._engine.recorder.note(loss=loss, lr=lr)
 
+    def note_last(self, loss: float) -> None:
+        """Tell the record the loss of the last step, where it is known only after it."""
+        self._engine.recorder.note_last(loss)
+
     def close(self) -> None:
         """Write to the record whatever is waiting, and close it; the next step goes on with it."""
         self._engine.recorder.close()
@@ -171,8 +174,7 @@ clipped=True, skipped=False, nonfinite=0)
                 number or one-element tensor. Limits and norms are those of unscaled gradients.
             overflow_expected: An active loss scaler answers for an overflow at this step, so that
                 a skip does not count towards ``max_consecutive_skips``.
-            defer_scaling: Leave it to the caller to multiply by the one coefficient there is, if
-                there is one, as a fused optimizer can; ``ClipResult.deferred`` says whether.
+            defer_scaling: Leave it to the caller to multiply where ``ClipResult.deferred`` says so.
 
         Returns:
             What was measured and done. Nothing waits for the device, unless ``nonfinite="raise"``.
@@ -185,8 +187,7 @@ clipped=True, skipped=False, nonfinite=0)
                 a policy whose answer does not fit.
             CaptureError: GC022, inside a CUDA graph that is captured before the first steps.
             StateError: GC030, for a history that was loaded and is of other parameters.
-            DoubleClippingError: GC101, for the clipper of an attachment, a callback or a hook, if
-                another clipper came first.
+            DoubleClippingError: GC101, for an attachment, callback or hook, if another came first.
             NonFiniteGradientError: GC201, with ``nonfinite="raise"``.
             RankError: GC210, if another rank could not clip, or was assigned another policy.
             ReplicaError: GC211, if gradients that ranks should hold alike differ.
@@ -240,7 +241,7 @@ def _engine(
         given, checked = read_options(called, policy, options)
         policies, division = as_policies(given)
         warn_of_zero(called, policies)
-        source = as_source(params)
+        source = as_source(params, "params")
         if division == "by group" and source.group_sizes() is None:
             raise ArgumentTypeError(
                 f"policy={given!r} is a list, with an entry for each param_group, and {called} was "

@@ -300,7 +300,7 @@ def clip_grads_with_norm_(
 
 
 def _given(tensors: object) -> GivenGradients:
-    listed = as_sequence(tensors)
+    listed = as_sequence(tensors, "tensors")
     for number, tensor in enumerate(listed):
         if not isinstance(tensor, Tensor):
             raise ArgumentTypeError(

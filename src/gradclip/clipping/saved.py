@@ -84,8 +84,9 @@ def read_state(state: object, own: Mapping[str, Any]) -> SavedState:
     # In order: the first pattern that matches wins.
     if not isinstance(modes, Mapping) or list(modes.items()) != list(own["clip_modes"].items()):
         raise damaged(
-            f"it is of {state['clip_modes']!r}, the clipper of {own['clip_modes']}: where another "
-            "policy was assigned during the run, assign it before loading"
+            f"it was saved under {_in_words(modes)}, and the policy here is "
+            f"{_in_words(own['clip_modes'])}: give the policy of then, or assign it before loading "
+            "where it was assigned during the run"
         )
     counts = [state[name] for name in _COUNTS]
     if not all(type(count) is int and count >= 0 for count in counts):
@@ -128,9 +129,15 @@ def _is_dense(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
 
 
+def _in_words(modes: object) -> str:
+    """Say the policies by pattern; alone, one for all parameters is said without its pattern."""
+    alone = isinstance(modes, Mapping) and [*modes] == ["*"]
+    return repr(modes["*"] if alone and isinstance(modes, Mapping) else modes)
+
+
 def damaged(reason: str) -> StateError:
     """Return the error of a state that cannot be loaded."""
     return StateError(
-        f"this state cannot be loaded into this clipper: {reason}. No gradient and no history was "
+        f"the saved state of clipping cannot be loaded: {reason}. No gradient and no history was "
         "changed."
     )

@@ -62,6 +62,8 @@ class Advice:
         drift: The last third's median by the first third's; None where it was not asked for.
         clip_fraction: The share of steps of this run that the policy would have clipped.
         clip_fraction_by_third: The same in each third.
+        clip_fraction_settled: The same after the beginning: what to expect of later steps whose
+            norms are like these.
         lr_factor: The mean of what steps would have been multiplied by.
         policies: What every policy would have done.
         warnings: What makes the advice doubtful, with the evidence.
@@ -84,6 +86,7 @@ class Advice:
     drift: float | None = None
     clip_fraction: float | None = None
     clip_fraction_by_third: tuple[float, float, float] | None = None
+    clip_fraction_settled: float | None = None
     lr_factor: float | None = None
     policies: tuple[Replayed, ...] = ()
     warnings: tuple[AdviceWarning, ...] = ()
@@ -161,6 +164,7 @@ def suggest(
     return advise(run, intent)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # logs have numbers near the largest
 def advise(run: LoggedRun, intent: Intent = "guard") -> Advice:
     """Suggest a policy for runs like one that was read from a log."""
     is_norm = run.is_norm
@@ -198,7 +202,7 @@ def advise(run: LoggedRun, intent: Intent = "guard") -> Advice:
         doubts = warnings_of(run, norms, found, None)
         return Advice(kind=kind, reason=words.refusal(kind, after, cap), warnings=doubts, **said)
     kind, policy = _guard(found, cap) if intent == "guard" else _regular(found, cap)
-    run_of = replayed(norms, policy, spacing)
+    run_of = replayed(norms, policy, spacing, found.cut)
     highest = getattr(policy, "max_norm", None) or cap
     return Advice(
         kind=kind,
@@ -207,6 +211,7 @@ def advise(run: LoggedRun, intent: Intent = "guard") -> Advice:
         line=words.line(policy, run.framework),
         clip_fraction=run_of.clip_fraction,
         clip_fraction_by_third=run_of.by_third,
+        clip_fraction_settled=run_of.settled,
         lr_factor=run_of.lr_factor,
         warnings=warnings_of(run, norms, found, highest),
         **said,

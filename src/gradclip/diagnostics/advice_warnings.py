@@ -11,6 +11,8 @@ from gradclip.diagnostics.summary import compact, percent
 __all__ = ["AdviceWarning", "of_the_log", "warnings_of"]
 
 _FEW_LOSSES = 20
+_LOST = 10
+"""Norms at the end that are not finite, after which no run comes back."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ def of_the_log(run: LoggedRun) -> Iterator[AdviceWarning]:
     if run.spacing is not None and run.spacing > 1:
         yield AdviceWarning(
             "SPACING",
-            f"A norm was logged every {run.spacing:g} steps. Median and p90 hold. The largest "
-            "spikes are not in this log.",
+            f"A norm was logged every {run.spacing:g} steps. The usual norm, and the one that a "
+            "step in ten exceeds, hold. The largest spikes are not in this log.",
         )
     share = run.zeros / max(1, len(run.norms))
     if share > 0.05:  # noqa: PLR2004
@@ -92,6 +94,14 @@ def of_the_log(run: LoggedRun) -> Iterator[AdviceWarning]:
             "NONFINITE",
             f"{run.nonfinite} of {len(run.norms)} norms are NaN or infinite, and were left out. "
             "A limit does not mend those; skipping the step does, as gradclip does.",
+        )
+    last = int(np.argmax(np.isfinite(run.norms[::-1])))
+    if last >= _LOST:
+        yield AdviceWarning(
+            "LOST",
+            f"The last {last} norms are NaN or infinite: this run was lost. The norms just before "
+            "are those of a run that breaks, and say little about one that does not. For a better "
+            "limit, cut the log off where the norms begin to rise.",
         )
 
 

@@ -24,16 +24,18 @@ _LINES = {
 """The setting of a framework that clips by norm."""
 _SPIKE = 3
 """Norms this many times larger than the 90th percentile are spikes."""
+_GUARDS = ("GUARD", "BROAD", "FALLEN_AWAY", "NARROW")
+"""Kinds whose limit is that of a guard, of which the share of clipped steps carries over."""
 _WITH_CALLBACK = ("transformers", "lightning")
 _REFUSALS = {
     "FEW": "There are {points} norms that are finite and above 0; 30 are needed, and 100 to "
     "regularise.",
     "EVENTS_ONLY": "There is no step, no loss and no learning rate beside the norms. Only outliers "
-    "seem to be logged.",
+    "seem to be logged. Log the step beside each norm.",
     "PLATEAU": "More than 5 % of the norms are the largest one. These are norms after clipping; "
     "log the norm before.",
     "COLLAPSED": "The norm fell below 1 % of what it was and stayed. No number describes both "
-    "parts. Dead or overfitted?",
+    "parts. Did the model stop learning, or does it know its data by heart?",
     "FEW_FOR_REGULARISE": "There are {points} norms after the beginning; 100 are needed to "
     "regularise. A guard needs 30, and would have the limit {cap:g}.",
 }
@@ -79,12 +81,13 @@ def reason(kind: str, norms: Numbers, found: Level, cap: float, run: Replayed) -
     if kind == "FALLEN_AWAY":
         return (
             f"In a part of the run the norms are over ten times below a limit of {cap:g}, so it "
-            "would not guard that part. Use the moving average with ratio 2, capped."
+            "would not guard that part. Use a limit that follows the norms: twice their moving "
+            "average, and never above that one."
         )
     if kind == "NARROW":
         return (
-            f"Your norms hardly vary (p90 is {found.p90 / found.median:.2f} times the median), so "
-            "a limit near them clips everything or nothing. Take the guard."
+            f"Your norms hardly vary (one step in ten exceeds {found.p90 / found.median:.2f} times "
+            "the usual norm), so a limit near them clips everything or nothing. Take the guard."
         )
     if kind == "STEADY":
         return (
@@ -105,7 +108,9 @@ def better(run: LoggedRun, found: Level) -> tuple[str, ...]:
     if run.spacing is None or run.spacing > 1:
         wanted.append("a norm of every step, with its step")
     if found.p99 is None:
-        wanted.append("1000 norms or more after the beginning, which tell p99")
+        wanted.append(
+            "1000 norms or more after the beginning, which tell what one in a hundred exceeds"
+        )
     if np.isnan(run.losses).all():
         wanted.append("the loss beside each norm, which tells whether the run learned")
     if np.isnan(run.rates).all():
@@ -153,9 +158,21 @@ def text(advice: "Advice") -> str:
         assert advice.lr_factor is not None
         lines += ["", f"  {advice.line}", "", f"{advice.kind}: {advice.reason}"]
         share = percent(advice.clip_fraction)
+        assert advice.clip_fraction_settled is not None
+        factor, later = f"{advice.lr_factor:.3g}", percent(advice.clip_fraction_settled)
         lines += [
-            f"On this run it clips {share} of the steps. The mean step is x {advice.lr_factor:.3g}."
+            f"On this run it clips {share} of the steps. The mean step is multiplied by {factor}."
         ]
+        if advice.kind in _GUARDS:
+            lines += [
+                f"Expect {later} of later steps, as long as the norms stay as they were after the",
+                "beginning. They do not where clipping makes a run learn that did not.",
+            ]
+        else:
+            lines += [
+                "How many later steps it clips cannot be told: a slow change of the norms changes",
+                "that a lot.",
+            ]
     if advice.policies:
         lines += ["", *_table(advice.policies)]
     if advice.warnings:

@@ -28,6 +28,7 @@ class Replayed:
         by_third: The same in each third of the run.
         lr_factor: The mean of what steps are multiplied by.
         is_rough: Whether its history was given so few of the norms that this is only an estimate.
+        settled: The share of steps that it clips after the beginning of the run.
     """
 
     policy: "Policy"
@@ -35,6 +36,7 @@ class Replayed:
     by_third: tuple[float, float, float]
     lr_factor: float
     is_rough: bool = False
+    settled: float = 0.0
 
 
 def table(
@@ -61,27 +63,28 @@ def table(
     return [replayed(norms, policy, spacing) for policy in policies]
 
 
-def replayed(norms: Numbers, policy: "Policy", spacing: float) -> Replayed:
-    """Replay a policy.
+def replayed(norms: Numbers, policy: "Policy", spacing: float, cut: int = 0) -> Replayed:
+    """Replay a policy; ``cut`` is how many norms are the beginning of the run.
 
     Where norms were logged now and then, or there are very many, a history gets some of them, and
     forgets as much from one to the next as it would have in between.
     """
     limit = policy.fixed()
     if limit is not None:  # what `replay` says of each norm, for all at once
-        return _told(policy, np.minimum(1, limit.threshold / norms), is_rough=False)
+        return _told(policy, np.minimum(1, limit.threshold / norms), cut)
     from gradclip.diagnostics.replay import replay  # noqa: PLC0415 - it imports torch
 
     every = math.ceil(len(norms) / _MOST)
     gap = spacing * every
     run = replay(norms[::every], _slowed(policy, gap))
-    return _told(policy, run.coefficients.numpy(), is_rough=gap > _ROUGH)
+    return _told(policy, run.coefficients.numpy(), cut // every, is_rough=gap > _ROUGH)
 
 
-def _told(policy: "Policy", coefficients: Numbers, *, is_rough: bool) -> Replayed:
+def _told(policy: "Policy", coefficients: Numbers, cut: int, *, is_rough: bool = False) -> Replayed:
     is_clipped = (coefficients < 1 - 1e-6).astype(np.float64)
+    share, settled = float(is_clipped.mean()), float(is_clipped[cut:].mean())
     factor = float(coefficients.mean())
-    return Replayed(policy, float(is_clipped.mean()), thirds(is_clipped), factor, is_rough)
+    return Replayed(policy, share, thirds(is_clipped), factor, is_rough, settled)
 
 
 def _slowed(policy: "Policy", gap: float) -> "Policy":

@@ -85,6 +85,8 @@ class GradientClippingHook(HasPolicy, theirs.PipelineHooks):  # type: ignore[mis
                 "clip gradients", before=self._before_step, after=self._after_step
             ),
         )
+        end = theirs.HookContext.from_callable("clip gradients", after=self._after_loop)
+        self.register_hook("on_loop", end)
 
     policy = _of_clipping("policy")
     clip_mode, clip_value = _of_clipping("clip_mode"), _of_clipping("clip_value")
@@ -110,6 +112,8 @@ class GradientClippingHook(HasPolicy, theirs.PipelineHooks):  # type: ignore[mis
         self._arg = mixin.PipelineHookArgs(
             accelerator=arg.accelerator, model=arg.model, optimizer=arg.optimizer
         )
+        if arg.start_epoch or arg.start_step:  # it goes on from a checkpoint
+            self._clipping.go_on(_steps_before(arg))
         self._step = self._clipping.begin("on_step", self._arg)
         self._step.__enter__()
 
@@ -122,6 +126,9 @@ class GradientClippingHook(HasPolicy, theirs.PipelineHooks):  # type: ignore[mis
                 _hold(arg, "optimizer", "lr_scheduler")
                 self._leave_step(now[0])
                 return
+            self._arg.reduce_loss = arg.reduce_loss
+            with self._clipping.begin("on_batch", self._arg):
+                pass
             self._leave_step(None)
             arg.clip_result = self._arg.clip_result
             if arg.clip_result is not None:
@@ -132,6 +139,10 @@ class GradientClippingHook(HasPolicy, theirs.PipelineHooks):  # type: ignore[mis
         finally:
             # An error that was kept would keep its frames alive, and the tensors in them.
             self._arg = mixin.PipelineHookArgs()
+
+    def _after_loop(self, arg: Any) -> None:
+        with self._clipping.begin("on_loop", mixin.PipelineHookArgs(accelerator=arg.accelerator)):
+            pass
 
     def _leave_step(self, error: BaseException | None) -> None:
         step, self._step = self._step, None
@@ -159,6 +170,16 @@ class GradientClippingHookConfig(grad_clip.GradientClippingHookConfig):
     """What RoboOrchardLab's trainer takes as ``grad_clip``; the fields are those of gradclip's."""
 
     class_type: ClassType[GradientClippingHook] = GradientClippingHook
+
+
+def _steps_before(arg: Any) -> int:
+    """Return how many optimizer steps a run has asked for before this batch."""
+    window: int = arg.accelerator.gradient_accumulation_steps
+    batches: int = arg.global_step_id
+    if not hasattr(arg.dataloader, "__len__"):
+        return batches // window
+    epochs, inside = divmod(batches, len(arg.dataloader))
+    return epochs * -(-len(arg.dataloader) // window) + inside // window  # an epoch ends a window
 
 
 _Handled: TypeAlias = tuple[BaseException | None, object]

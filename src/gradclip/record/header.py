@@ -10,6 +10,9 @@ from gradclip.whole_file import read_whole
 
 __all__ = ["checked_schema", "read_about"]
 
+_LONGEST = 1 << 27
+"""Bytes of what is said of a run: a million parameters with long names take less."""
+
 
 def read_about(folder: Path, rank: int) -> dict[str, Any]:
     """Return what a rank says about the run in a folder.
@@ -19,12 +22,16 @@ def read_about(folder: Path, rank: int) -> dict[str, Any]:
     """
     path = folder / ranked("run.json", rank)
     try:
-        text = read_whole(path)
+        text = read_whole(path, _LONGEST + 1)
     except (OSError, ValueError) as error:
+        if not folder.exists():
+            raise ArgumentValueError(f"there is no {folder}: expected a record") from None
         found = "is no file" if isinstance(error, ValueError) else error.strerror
         raise ArgumentValueError(
             f"{folder} is no gradclip record: {path.name}, which says what the rest is of, {found}."
         ) from None
+    if len(text) > _LONGEST:
+        raise not_a_record(path, 1, f"more than {_LONGEST} bytes")
     about = checked_schema(path, parsed(path, 1, text), FOLDER_SCHEMA)
     entries = about.get("optimizers")
     if not isinstance(entries, list) or not all(map(_is_optimizer, entries)):

@@ -14,6 +14,7 @@ from pathlib import Path
 from shutil import copyfileobj
 
 from gradclip.errors import ArgumentValueError
+from gradclip.record.own_file import OwnFile
 from gradclip.record.schema import not_a_record, parsed
 from gradclip.whole_file import open_file, replacing
 
@@ -81,40 +82,28 @@ class Lines:
         self.path, self._by_segment = path, by_segment
         self.count = _mended(path)
         """How many lines the file has."""
-        self._file = os.open(path, _APPEND, 0o666)
+        self._file = OwnFile(path)
 
     def append(self, texts: Sequence[str]) -> None:
         """Write lines, each with its end, in one go."""
         if not texts:
             return
-        write_all(self._file, "".join(texts).encode())
+        self._file.append("".join(texts).encode())
         self.count += len(texts)
         if self._by_segment and self.count >= SEGMENT:
             self._finish()
 
     def close(self) -> None:
         """Close the file; harmless when it is closed."""
-        opened, self._file = self._file, -1
-        if opened >= 0:
-            os.close(opened)
+        self._file.close()
 
     def _finish(self) -> None:
         self.close()
         number = 1 + max((_number(path) for path in segments(self.path.parent)), default=-1)
         finished = self.path.with_name(f"steps-{number:05}.jsonl")
         self.path.rename(finished)
-        self._file, self.count = os.open(self.path, _APPEND, 0o666), 0
+        self._file, self.count = OwnFile(self.path), 0
         _pack(finished)
-
-
-_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
-
-
-def write_all(file: int, data: bytes) -> None:
-    """Write bytes to a descriptor, however many it takes at a time."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(file, view) :]
 
 
 def pack_segments(folder: Path) -> None:

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gradclip.record.lines import write_all
+from gradclip.record.own_file import OwnFile
 from gradclip.whole_file import open_file, replacing
 
 __all__ = ["MOST_EVENTS", "MOST_ROWS", "NormRows", "row_size"]
@@ -25,7 +25,6 @@ _MOST_BYTES = 96 << 20
 
 _STEP = struct.Struct("<q")
 _BLOCK = 1 << 20
-_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
 
 
 def row_size(parameters: int) -> int:
@@ -57,7 +56,7 @@ class NormRows:
         self._size, self._thins = row_size(parameters), thins
         self._most = min(MOST_ROWS if thins else MOST_EVENTS, max(_MOST_BYTES // self._size, 2))
         self._rows = cut_rows(path, self._size, before) if path.exists() else 0
-        self._file = os.open(path, _APPEND, 0o666)
+        self._file = OwnFile(path)
 
     def append(self, rows: Sequence[tuple[int, bytes]]) -> bool:
         """Write rows, each a step and its norms, as far as there is room.
@@ -72,15 +71,13 @@ class NormRows:
             kept, thinned = [row for row in kept if row[0] % self.every == 0], True
         del kept[self._most - self._rows :]
         if kept:
-            write_all(self._file, b"".join(_STEP.pack(step) + norms for step, norms in kept))
+            self._file.append(b"".join(_STEP.pack(step) + norms for step, norms in kept))
             self._rows += len(kept)
         return thinned
 
     def close(self) -> None:
         """Close the file; harmless when it is closed."""
-        opened, self._file = self._file, -1
-        if opened >= 0:
-            os.close(opened)
+        self._file.close()
 
     def _thin(self) -> None:
         self.every *= 2
@@ -92,7 +89,7 @@ class NormRows:
                     kept += 1
                     file.write(row)
         self._rows = kept
-        self._file = os.open(self.path, _APPEND, 0o666)
+        self._file = OwnFile(self.path)
 
 
 def _rows(path: Path, size: int) -> Iterator[tuple[int, bytes]]:

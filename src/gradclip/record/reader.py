@@ -5,6 +5,7 @@ not know are ignored.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import inf, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -73,9 +74,8 @@ def read_header(path: str | Path) -> dict[str, Any]:
         ArgumentValueError: GC010, this is not a record, or of a newer schema.
     """
     path = Path(path)
-    if not path.is_dir():
-        return _header_of(path, complete_lines(path))
-    return read_about(path, 0)
+    with _reading(path):
+        return read_about(path, 0) if path.is_dir() else _header_of(path, complete_lines(path))
 
 
 def read_events(path: str | Path) -> list[dict[str, Any]]:
@@ -88,12 +88,15 @@ def read_events(path: str | Path) -> list[dict[str, Any]]:
         ArgumentValueError: GC010, this is not a record.
     """
     events: list[dict[str, Any]] = []
-    for file in sorted(Path(path).glob("events*.jsonl")):
-        for number, line in complete_lines(file):
-            entry = parsed(file, number, line)
-            if type(entry.get("step")) is not int or not isinstance(entry.get("event"), str):
-                raise not_a_record(file, number, "an event has a step and a kind")
-            events.append(entry)
+    if not Path(path).is_dir():
+        read_header(path)
+    with _reading(path):
+        for file in sorted(Path(path).glob("events*.jsonl")):
+            for number, line in complete_lines(file):
+                entry = parsed(file, number, line)
+                if type(entry.get("step")) is not int or not isinstance(entry.get("event"), str):
+                    raise not_a_record(file, number, "an event has a step and a kind")
+                events.append(entry)
     return sorted(events, key=lambda event: event["step"])
 
 
@@ -111,49 +114,68 @@ def read_norms(path: str | Path, *, optimizer: int = 0) -> Norms:
         MissingDependencyError: GC401, numpy is not installed.
     """
     np, folder = _numpy(), Path(path)
-    ranks = []
-    for rank in _ranks(folder):
-        entries = read_about(folder, rank)["optimizers"]
-        parts = [part for e in entries if e["optimizer"] == optimizer for part in e["norms"]]
-        ranks += [_of_rank(folder, parts)] if parts else []
+    with _reading(folder):
+        ranks = []
+        for rank in _ranks(folder):
+            entries = read_about(folder, rank)["optimizers"]
+            parts = [part for e in entries if e["optimizer"] == optimizer for part in e["norms"]]
+            ranks += [_of_rank(folder, parts)] if parts else []
     if not ranks:
         raise ArgumentValueError(f"{folder} has no norms of an optimizer {optimizer}")
+    if len(ranks) == 1:  # what this rank answers for is all there is
+        return Norms(ranks[0].steps, list(ranks[0].places), ranks[0].norms)
     steps = ranks[0].steps
     for each in ranks[1:]:
         steps = np.intersect1d(steps, each.steps)
-    names = list(dict.fromkeys(name for each in ranks for name in each.columns))
+    rows = [np.isin(each.steps, steps) for each in ranks]
+    tables = [each.norms[having] for each, having in zip(ranks, rows, strict=True)]
+    names = list(dict.fromkeys(name for each in ranks for name in each.places))
     norms = np.empty((len(steps), len(names)))
     for at, name in enumerate(names):
-        having = [each for each in ranks if name in each.columns]
-        order = having[0].orders[name]
-        found = np.stack([each.columns[name][np.isin(each.steps, steps)] for each in having])
+        having = [number for number, each in enumerate(ranks) if name in each.places]
+        places = [ranks[number].places[name] for number in having]
+        found = np.stack([tables[n][:, place] for n, place in zip(having, places, strict=True)])
+        order = ranks[having[0]].orders[places[0]]
         if order == inf:
             norms[:, at] = found.max(0)
-        elif len(having) == 1:  # what this rank answers for is all there is
+        elif len(having) == 1:
             norms[:, at] = found[0]
         else:
-            weights = np.array([each.weights[name] for each in having])[:, None]
+            weights = [ranks[n].weights[place] for n, place in zip(having, places, strict=True)]
             largest = found.max(0)
             scale = np.where(np.isfinite(largest) & (largest > 0), largest, 1.0)
-            norms[:, at] = scale * (weights * (found / scale) ** order).sum(0) ** (1 / order)
+            parts = np.array(weights)[:, None] * (found / scale) ** order
+            norms[:, at] = scale * parts.sum(0) ** (1 / order)
     return Norms(steps, names, norms)
 
 
 class _OfRank(NamedTuple):
-    """The norms that one rank wrote: of each parameter a column, its p, and its weight."""
+    """The norms that one rank wrote.
+
+    Attributes:
+        steps: Which, (n,).
+        places: The column of each parameter.
+        norms: (n, parameters); NaN where a parameter was not clipped.
+        orders: p of each.
+        weights: How much of each this rank answers for.
+    """
 
     steps: "np.ndarray[Any, Any]"
-    columns: dict[str, "np.ndarray[Any, Any]"]
-    orders: dict[str, float]
-    weights: dict[str, float]
+    places: dict[str, int]
+    norms: "np.ndarray[Any, Any]"
+    orders: list[float]
+    weights: list[float]
 
 
 def _of_rank(folder: Path, parts: Iterable[Mapping[str, Any]]) -> _OfRank:
     np = _numpy()
-    steps, tables, orders, weights = [], [], dict[str, float](), dict[str, float]()
+    steps, tables, places = [], [], dict[str, int]()
+    orders, weights = dict[str, float](), dict[str, float]()
     for part in parts:
         names = part["names"]
         row = np.dtype([("step", "<i8"), ("norms", "<f2", (len(names),))])
+        for name in names:
+            places.setdefault(name, len(places))
         for path in (folder / part["file"], folder / part["events"]):
             rows = path.stat().st_size // row_size(len(names)) if path.exists() else 0
             table = np.fromfile(path, row, rows) if rows else np.empty(0, row)
@@ -162,16 +184,13 @@ def _of_rank(folder: Path, parts: Iterable[Mapping[str, Any]]) -> _OfRank:
         orders.update(zip(names, map(float, _of_each(part["orders"], names)), strict=True))
         weights.update(zip(names, map(float, _of_each(part["weights"], names)), strict=True))
     every, first = np.unique(np.concatenate(steps), return_index=True)
-    columns = {}
-    for name in orders:
-        pieces = [
-            10.0 ** table[:, names.index(name)].astype(np.float64)
-            if name in names
-            else np.full(len(table), nan)
-            for names, table in tables
-        ]
-        columns[name] = np.concatenate(pieces)[first]
-    return _OfRank(every, columns, orders, weights)
+    norms, begin = np.full((len(every), len(places)), nan), 0
+    for names, table in tables:
+        mine = (first >= begin) & (first < begin + len(table))
+        columns = [places[name] for name in names]
+        norms[np.ix_(mine, columns)] = 10.0 ** table[first[mine] - begin].astype(np.float64)
+        begin += len(table)
+    return _OfRank(every, places, norms, list(orders.values()), list(weights.values()))
 
 
 def _of_each(values: list[Any], names: list[str]) -> list[Any]:
@@ -194,16 +213,29 @@ def _header_of(path: Path, lines: Iterator[tuple[int, bytes]]) -> dict[str, Any]
 
 def _lines(path: Path) -> Iterator[tuple[tuple[Path, int], dict[str, Any]]]:
     """Yield the place and the object of every line that is a step."""
-    if path.is_dir():
-        read_about(path, 0)
-        for file in segments(path):
+    with _reading(path):
+        if path.is_dir():
+            read_about(path, 0)
+            files = segments(path)
+        else:
+            _header_of(path, complete_lines(path))
+            files = [path]
+        for file in files:
             for number, line in complete_lines(file):
-                yield (file, number), parsed(file, number, line)
-        return
-    lines = complete_lines(path)
-    _header_of(path, lines)
-    for number, line in lines:
-        yield (path, number), parsed(path, number, line)
+                if file is not path or number > 1:
+                    yield (file, number), parsed(file, number, line)
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Say that a file is none, or may not be read, as of all else that is no record."""
+    try:
+        yield
+    except OSError as error:
+        found = error.strerror or error
+        raise ArgumentValueError(
+            f"{error.filename or path} cannot be read as a gradclip record: {found}"
+        ) from None
 
 
 def _numpy() -> Any:

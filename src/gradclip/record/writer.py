@@ -5,6 +5,7 @@ writes its own norms and events, and says in ``run.rank1.json`` what they are of
 another one anything.
 """
 
+import errno
 import json
 import os
 from collections import Counter
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 from gradclip import __version__
-from gradclip.errors import ArgumentValueError, RecordError, warn
+from gradclip.errors import ArgumentValueError, GradClipError, RecordError, warn
 from gradclip.record.header import read_about
 from gradclip.record.lines import (
     Lines,
@@ -34,10 +35,12 @@ from gradclip.whole_file import write_whole
 __all__ = ["Batch", "Layout", "Place", "Writer"]
 
 _WAYS_OUT = (
-    "Three ways out: give this run another folder; go on with that run, and load the state of the "
-    "clipper before the first step (load_state_dict), which keeps the steps before it; or delete "
-    "the folder."
+    "Three ways out: give this run another folder, as each train() or fit() that begins anew "
+    "needs; go on with that run, and load the state of the clipper before the first step "
+    "(load_state_dict; of transformers train(resume_from_checkpoint=...), of Lightning "
+    "fit(ckpt_path=...)), which keeps the steps before it; or delete the folder."
 )
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Batch:
         events: What happened.
     """
 
-    steps: list[Mapping[str, object]] = field(default_factory=list)
+    steps: list[dict[str, object]] = field(default_factory=list)
     norms: list[tuple[int, bytes]] = field(default_factory=list)
     event_norms: list[tuple[int, bytes]] = field(default_factory=list)
     events: list[dict[str, object]] = field(default_factory=list)
@@ -170,8 +173,8 @@ class Writer:
                 self._open_lines()
                 self._known.setdefault(number, {"optimizer": number, "norms": []}).update(about)
                 self._write_known()
-            except OSError as error:
-                if isinstance(error, RecordError):
+            except (OSError, ValueError) as error:  # a pipe in the place of a file is the latter
+                if isinstance(error, GradClipError):
                     raise
                 raise RecordError(_cannot(self.folder, error)) from error
             self._is_open, self._is_broken = True, False
@@ -196,7 +199,8 @@ class Writer:
                 names = {"file": f"{stem}.f16", "events": f"{stem}-events.f16"}
                 names = {key: ranked(name, self._place.rank) for key, name in names.items()}
                 for name in names.values():  # of nothing that is known
-                    (self.folder / name).unlink(missing_ok=True)
+                    if (self.folder / name).exists():
+                        os.truncate(self.folder / name, 0)
                 parts.append({**names, "every": 1, "first_step": step, **said})
             part, count = parts[-1], len(layout.names)
             self._norms[number] = (
@@ -339,7 +343,7 @@ class Writer:
         """Warn where the disk fails, and write no more: a record stops no training."""
         try:
             yield
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._is_broken = True
             warn(
                 f"{_cannot(self.folder, error)} Lines are missing from step {step} on; training "
@@ -353,8 +357,7 @@ def _kinds(path: Path) -> Iterator[str]:
         yield str(parsed(path, number, line).get("event"))
 
 
-def _cannot(folder: Path, error: OSError) -> str:
-    return (
-        f"the record {folder} cannot be written: {error.strerror or error}. Make room there, or "
-        "give another folder."
-    )
+def _cannot(folder: Path, error: OSError | ValueError) -> str:
+    found, number = getattr(error, "strerror", None) or error, getattr(error, "errno", None)
+    way_out = "Make room there, or give" if number in _FULL else "Give"
+    return f"the record {folder} cannot be written: {found}. {way_out} another folder."

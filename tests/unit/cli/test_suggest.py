@@ -75,6 +75,7 @@ def test_the_advice_in_words(gradclip_suggest, log):
         "attach(optimizer, 3.8)",
         "GUARD: ",
         "On this run",
+        "of later steps",
         "EMAClip(",
         "warning COARSE",
         "Better advice needs",
@@ -105,6 +106,7 @@ def test_the_advice_as_json(gradclip_suggest, log, tmp_path):
         "line",
         "clip_fraction",
         "clip_fraction_by_third",
+        "clip_fraction_settled",
         "lr_factor",
     }
     assert {each["policy"]["clip_mode"] for each in told["policies"]} == {

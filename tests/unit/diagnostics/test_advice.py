@@ -89,6 +89,11 @@ def test_warm_up_is_cut_off_and_offered_a_schedule():
     schedule = eval(warning.text.partition("untouched: ")[2].rstrip("."))
     assert schedule.max_norm.points[1][1] == warmed.policy.max_norm
 
+    # What a fixed limit clips at the beginning is not to be expected later.
+    limit = warmed.policy.max_norm
+    assert warmed.clip_fraction > 0.06
+    assert warmed.clip_fraction_settled == pytest.approx(np.mean(norms[40:] > limit), abs=0.002)
+
     # A rate that rises says so, too: without it the first norms are like the others.
     rates = np.minimum(np.arange(600) / 100, 1.0)
     usual = scattered()
@@ -102,6 +107,7 @@ def test_warm_up_is_cut_off_and_offered_a_schedule():
         ("COARSE", {"norms": np.round(scattered(), 1)}),
         ("ZEROS", {"norms": np.where(np.arange(600) % 10, scattered(), 0)}),
         ("NONFINITE", {"norms": np.where(np.arange(600) % 99, scattered(), np.nan)}),
+        ("LOST", {"norms": np.where(np.arange(600) < 580, scattered(), np.nan)}),
         ("SCALE", {"norms": 1e5 * scattered(), "losses": np.linspace(2, 1, 600)}),
         ("LOSS", {"losses": np.full(600, 2.0)}),
         ("DRIFT", {"norms": scattered() * np.geomspace(2, 0.5, 600)}),

@@ -22,6 +22,17 @@ READ = {
     "a byte order mark": ("\ufeffstep,grad_norm\n1,2\n2,3\n", 2, 0),
     "a torn line": (GOOD + '{"step": 3, "gra', 3, 0),
     "bare words": (GOOD + '{"step": 3, "grad_norm": nan, "note": "nan"}\n', 4, 1),
+    "words with signs": (GOOD + '{"step": 3, "grad_norm": -nan(ind), "a": [True, +inf]}\n', 4, 1),
+    "steps too far apart": ("step,grad_norm\n-1e308,1\n1e308,2\n", 2, 0),
+    "a cell of CSV that is cut off": ('step,grad_norm\n1,2\n2,3\n3,"4', 2, 0),
+    "a header that is longer than what is looked at": (
+        ",".join(f"column {n} of very many" for n in range(4000))
+        + ",grad_norm\n"
+        + "," * 4000
+        + "5\n",
+        1,
+        0,
+    ),
     "norms that no gradients have": (GOOD + '{"step": 3, "grad_norm": 1.7e308}\n', 4, 1),
     "a line of words": ("step 1 grad_norm 2\n" + "a b " * 500_000 + "\n", 1, 0),
     "a line of letters": ("step 1 grad_norm 2\n" + "a" * 3_000_000 + "\n", 1, 0),
@@ -36,7 +47,25 @@ REFUSED = {
     "a state that is cut off": ('{\n"log_history": [\n{"step": 1},\n', "log:3 .*not JSON"),
     "prose": ("the quick brown fox\n" * 99, "the columns are:\n  none"),
     "a cell without an end": ('step,grad_norm\n1,2\n2,"3\n' + "4,5\n" * 99_999, "not CSV"),
+    "a short one": ('step,grad_norm\n1,2\n2,"3\n' + "4,5\n" * 99, "log:3 .*not CSV"),
+    "quotes in a string without an end": (
+        GOOD + '{"a": "' + 'a\\"' * 200_000 + "\n" + GOOD,
+        "log:4",
+    ),
+    "names that change": (
+        GOOD * 4 + '{"step": 9, "gnorm": 1.5}\n' * 12,
+        r"12 norms named 'grad_norm' and, in other rows, 12 named 'gnorm'.*--norm-key",
+    ),
+    "steps that count nothing": (
+        "step,grad_norm\n" + "".join(f"{n % 2},1.{n}\n" for n in range(99)),
+        "'step' goes back 49 times among 99 norms.*--step-key",
+    ),
+    "compressed": (b"\x1f\x8b\x08\0" * 9, "compressed by gzip; unpack it first"),
     "parentheses": ("a(b=" * 50_000 + "\n", "no column"),
+    "names that count": (
+        "".join(f"key_of_iteration{n}=1 " + "\n" * (n % 99 == 0) for n in range(21_000)),
+        "and 19960 more",
+    ),
     "braces": ("x{" * 100_000 + "'a': " * 100_000 + "\n", "no column"),
     "quotes": ("[\n" + '"' * 300_001, "no column|not JSON"),
     "binary": (b"\x7fELF\0\1\2" * 100, "neither text nor"),

@@ -41,7 +41,24 @@ LINES = {
     "transformers' output": "\r 10%|#    | 1/10 [00:01<00:09]\r{{'loss': {1}, 'grad_norm': {2}, "
     "'learning_rate': 0.001, 'epoch': 0.1, 'global_step': {0}}}\n",
     "stable-baselines": SB3,
+    "dictionaries of tensors": "{{'step': {0}, 'loss': tensor({1}, device='cuda:0'), 'lr': 0.001, "
+    "'grad_norm': tensor({2}, device='cuda:0')}}\n",
+    "OLMo's headings": "INFO\t[step={0}/900,epoch=0]\n    optim/total_grad_norm={2}\n"
+    "    train/CrossEntropyLoss={1}\n    optim/learning_rate=0.001\n",
+    "Composer's headings": "[batch_idx={0}/900]:\n\t Train l2_norm/grad/global: {2}\n"
+    "\t Train loss: {1}\n\t lr: 0.001\n",
 }
+
+LIKE_CSV = {
+    "transformers' output of strings": "{{'loss': '{1}', 'grad_norm': '{2}', 'learning_rate': "
+    "'0.001', 'epoch': '0.1', 'global_step': '{0}'}}\n",
+    "fairseq's lines": '2024-01-02 | INFO | train_inner | {{"epoch": 1, "loss": "{1}", "lr": '
+    '"0.001", "num_updates": "{0}", "gnorm": "{2}"}}\n',
+    "Swin's tabs": "INFO Train: [0/300]\tstep {0}\tlr 0.001\t wd 0.05\tloss {1} ({1})\tgrad_norm "
+    "{2} (9.0)\tloss_scale 65536.0 (65536.0)\n",
+    "tensors": "step {0} | loss:{1} lr:0.001 grad_norm:tensor({2}, device='cuda:0')\n",
+}
+"""Lines that look like a header and rows of CSV, where nothing else stands above them."""
 
 
 def rows_of(template):
@@ -90,12 +107,28 @@ FILES = {
     ),
     "CSV": as_csv(PLAIN),
     "W&B": as_csv(WANDB),
+    "two tables in one file": as_csv(PLAIN).partition("30,")[0]
+    + as_csv({name: PLAIN[name] for name in ("loss", "step", "lr", "grad_norm")}),
+    "decimal commas": as_csv(PLAIN).replace(",", ";").replace(".", ","),
+    "a table with bars": "| "
+    + as_csv(PLAIN).strip().replace(",", " | ").replace("\n", " |\n| ")
+    + " |\n",
+    "a table with blanks": "  " + as_csv(PLAIN).replace(",", "   ").replace("\n", "\n  "),
+    "LLaMA-Factory": "".join(
+        json.dumps({"current_steps": r["step"], "total_steps": 90, **r}).replace('"step"', '"_"')
+        + "\n"
+        for r in ROWS
+    ),
     "stable-baselines' CSV": as_csv(
         {f"train/{k}".replace("train/step", "step"): v for k, v in PLAIN.items()}
     ),
     "Lightning": LIGHTNING,
     "a configuration first": '{\n "lr": 0.001\n}\n' + rows_of(LINES["key=value"]),
     **{name: rows_of(template) for name, template in LINES.items()},
+    **{
+        name: "".join(template.format(*list(row.values())[:3]) for row in ROWS)
+        for name, template in LIKE_CSV.items()
+    },
 }
 
 
@@ -135,10 +168,10 @@ def test_tensorboard_events_are_read_by_their_own_reader(tmp_path):
     assert run.rates == pytest.approx([1e-3] * 3)
 
 
-def test_an_mlflow_metric_has_the_name_of_its_file(tmp_path):
+def test_an_mlflow_metric_has_the_name_of_its_file_and_may_be_torn(tmp_path):
     folder = tmp_path / "metrics" / "train"
     folder.mkdir(parents=True)
-    (folder / "grad_norm").write_text("1717171717171 3.5 10\n1717171717172 1.25 20\n")
+    (folder / "grad_norm").write_text("1717171717171 3.5 10\n1717171717172 1.25 20\n1717")
     (run,) = read_log(folder / "grad_norm")
 
     assert (run.norm_key, run.norms.tolist(), run.spacing) == ("train/grad_norm", [3.5, 1.25], 10)
@@ -162,6 +195,8 @@ def test_the_framework_and_the_limit_are_told_where_they_are_known(tmp_path):
         "trainer_state.json": "transformers",
         "trainer_state.json in one line": "transformers",
         "transformers' output": "transformers",
+        "transformers' output of strings": "transformers",
+        "fairseq's lines": "fairseq",
         "Lightning": "lightning",
         "megatron": "megatron",
         "fairseq": "fairseq",
@@ -180,6 +215,9 @@ def test_the_framework_and_the_limit_are_told_where_they_are_known(tmp_path):
         ("step,grad_norm/layer1,grad_norm/layer2,grad_2.0_norm_total", "grad_2.0_norm_total"),
         ("step,eval/grad_norm,critic/grad_norm", "critic/grad_norm"),
         ("step,activations_norm_mean,grad_clip_ratio,total_norm", "total_norm"),
+        ("step,grad_norm_clipped,grad_norm_unclipped", "grad_norm_unclipped"),
+        ("step,grad_norm/post_clip,grad_norm/pre_clip", "grad_norm/pre_clip"),
+        ("step,params/norm/total,grad/norm/total", "grad/norm/total"),
     ],
 )
 def test_look_alikes_are_not_taken(columns, chosen, tmp_path):

@@ -5,7 +5,10 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from gradclip.diagnostics import read_record
+from gradclip.errors import RecordError
 from gradclip.integrations.deepspeed import EngineWatch, observe
 
 LIMIT = 2.0
@@ -18,7 +21,8 @@ class Engine:
         self._config = SimpleNamespace(
             _param_dict={"zero_optimization": {"stage": 2}, "gradient_clipping": LIMIT}
         )
-        self.optimizer = SimpleNamespace(clip_grad=LIMIT, dynamic_loss_scale=False)
+        self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+        vars(self.optimizer).update(clip_grad=LIMIT, dynamic_loss_scale=False)
         self.global_steps, self.norm = 0, 0.0
 
     def gradient_clipping(self):
@@ -79,3 +83,24 @@ def test_an_overflow_of_its_loss_scale_is_not_said():
 
     assert said(run) == []
     assert watch.stats.skipped == 1
+
+
+def test_a_record_is_refused_before_a_step_and_goes_on_behind_a_checkpoint(tmp_path):
+    engine = Engine()
+    watch = EngineWatch(engine, LIMIT, record=tmp_path)
+    for _ in range(4):
+        watch.begin()
+        engine.step(1.0)
+        watch.observe()
+    watch.close()
+    with pytest.raises(RecordError, match="another run"):
+        EngineWatch(Engine(), LIMIT, record=tmp_path).begin()
+    engine = Engine()
+    watch = EngineWatch(engine, LIMIT, record=tmp_path)
+    engine.global_steps = 3  # a checkpoint is loaded when there is a watch
+    engine.step(1.0)
+    watch.observe()
+    engine.step(1.0)
+    watch.observe()
+    watch.close()
+    assert [each.step for each in read_record(tmp_path)] == [0, 1, 2, 3, 4]

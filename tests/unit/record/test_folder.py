@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import os
+import re
 import shutil
 import struct
 import time
 from hashlib import sha256
 from math import log10
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +22,7 @@ from gradclip.diagnostics import (
     read_steps,
 )
 from gradclip.errors import ArgumentValueError, RecordError
-from gradclip.record import lines, norms
+from gradclip.record import lines, norms, own_file
 from gradclip.record.schema import StepRecord
 from gradclip.record.writer import Batch, Layout, Place, Writer
 from patience import seconds
@@ -162,7 +165,9 @@ def test_a_run_that_goes_on_drops_what_it_does_again(tmp_path, small):
 def test_a_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path):
     run(tmp_path, range(3))
     before = contents(tmp_path)
-    with pytest.raises(RecordError, match=r"another folder; .*load_state_dict.*; or delete"):
+    with pytest.raises(
+        RecordError, match=r"another folder, .*load_state_dict.*fit.ckpt_path.*; or delete"
+    ):
         begin(tmp_path)
     assert contents(tmp_path) == before
 
@@ -239,13 +244,31 @@ def test_a_disk_that_fails_stops_no_training_and_is_told_once(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(lines, "write_all", full)
+        patch.setattr(own_file, "write_all", full)
         with pytest.warns(UserWarning, match="No space left.*Lines are missing from step 5 on"):
             write(writer, number, range(5, 9))
         write(writer, number, range(9, 12))
     write(writer, number, range(12, 15))
     writer.leave(number)
     assert [record.step for record in read_record(tmp_path)] == list(range(5))
+
+
+def test_one_process_writes_a_folder_and_a_second_one_stops(tmp_path):
+    early, late = begin(tmp_path), begin(tmp_path)  # both before a step was written
+    write(*early, range(5))
+    with pytest.warns(UserWarning, match="another process writes them. Give another folder"):
+        write(*late, range(5))
+    write(*early, range(5, 9))
+    assert [record.step for record in read_record(tmp_path)] == list(range(9))
+    assert list(read_norms(tmp_path).steps) == list(range(9))
+    run(tmp_path, range(7, 12), resumes=True)
+    with pytest.warns(UserWarning, match="Lines are missing from step 9 on"):
+        write(*early, range(9, 12))
+    assert [record.step for record in read_record(tmp_path)] == list(range(12))
+    again = begin(tmp_path, 12, resumes=True)
+    shutil.rmtree(tmp_path)
+    with pytest.warns(UserWarning, match="its files were deleted"):
+        write(*again, range(12, 13))
 
 
 def test_advice_is_taken_from_a_folder(tmp_path):
@@ -314,3 +337,54 @@ def test_a_damaged_folder_is_refused_with_its_file(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({**about, "schema": 3}) + "\n")
     with pytest.raises(ArgumentValueError, match="schema 3; this version reads 2"):
         read_header(tmp_path)
+
+
+def replaced(name, make):
+    def damage(folder):
+        (folder / name).unlink()
+        make(folder / name)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "words", "resumes"),
+    [
+        (shutil.rmtree, "there is no|cannot be read|has no norms", True),
+        (replaced("norms.f16", Path.mkdir), r"norms\.f16 cannot be read", False),
+        (replaced("norms.f16", os.mkfifo), None, False),
+        (replaced("steps.jsonl", Path.mkdir), r"steps\.jsonl cannot be read", False),
+        (lambda folder: os.truncate(folder / "run.json", 4 << 30), "run.json:1 .*more than", False),
+    ],
+)
+def test_what_is_no_file_or_has_no_end_is_told_in_less_than_a_second(
+    tmp_path, damage, words, resumes
+):
+    folder = tmp_path / "run"
+    run(folder, range(3))
+    damage(folder)
+    seen = []
+    for read in (read_steps, read_record, read_header, read_events, read_norms):
+        started = time.process_time()
+        try:
+            read(folder)
+        except ArgumentValueError as error:
+            seen.append(str(error))
+        assert time.process_time() - started < seconds(1)
+    assert all(re.search(words, error) for error in seen) if words else not seen
+    assert words is None or seen
+    if not resumes:
+        with pytest.raises(RecordError):
+            begin(folder, 3, resumes=True)
+
+
+def test_a_hundred_thousand_parameters_are_read_soon(tmp_path):
+    count = 100_000
+    names = [f"layer.{number}" for number in range(count)]
+    layout = Layout(names, [1] * count, [2.0], [1.0])
+    writer, number = begin(tmp_path, layout=layout)
+    writer.write(number, 0, Batch(norms=[(0, b"\0\0" * count)]))
+    writer.leave(number)
+    started = time.process_time()
+    assert read_norms(tmp_path).norms.sum() == count
+    assert time.process_time() - started < seconds(2)

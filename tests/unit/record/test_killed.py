@@ -1,46 +1,56 @@
 """A training that is killed at any moment: its record is readable, and lacks at most 64 steps.
 
-``python tests/unit/record/test_killed.py 50`` kills 50 trainings.
+``PYTHONPATH=tests python tests/unit/record/test_killed.py 50`` kills 50 trainings.
 """
 
 import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
+import warnings
+from itertools import count
 from pathlib import Path
 
-from gradclip.diagnostics import read_events, read_header, read_norms, read_record
-from gradclip.record.ring import BATCH
+import torch
 
-TRAINING = """
-import os, sys, torch, gradclip
+import gradclip
+from gradclip.diagnostics import read_events, read_header, read_norms, read_record
 from gradclip.record import lines, norms
-lines.SEGMENT, norms.MOST_ROWS = 300, 200  # so that files are packed and thinned all the time
-torch.set_num_threads(1)
-weights = [(f"w{n}", torch.nn.Parameter(torch.ones(n + 1))) for n in range(4)]
-handle = gradclip.attach(torch.optim.SGD(weights, lr=0.0), 1.0, record=sys.argv[1])
-for step in range(10**9):
-    for _, weight in weights:
-        weight.grad = torch.full_like(weight, float("nan") if step % 50 == 7 else 9.0)
-    handle.note(loss=1.0)
-    handle.optimizer.step()
-    os.write(1, b"x")
-"""
+from gradclip.record.ring import BATCH
+from processes import FORKED
+
+
+def train(folder, told):
+    """Train for ever, and tell each step."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    lines.SEGMENT, norms.MOST_ROWS = 300, 200  # so that files are packed and thinned all the time
+    weights = [(f"w{n}", torch.nn.Parameter(torch.ones(n + 1))) for n in range(4)]
+    handle = gradclip.attach(torch.optim.SGD(weights, lr=0.0), 1.0, record=folder)
+    for step in count():
+        for _, weight in weights:
+            weight.grad = torch.full_like(weight, float("nan") if step % 50 == 7 else 9.0)
+        handle.note(loss=1.0)
+        handle.optimizer.step()
+        os.write(told.fileno(), b"x")
 
 
 def killed(folder, after):
     """Kill a training after so many steps, and return how many it has made."""
-    command = [sys.executable, "-W", "ignore", "-c", TRAINING, str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as training:
-        made = 0
-        while made < after:
-            read = os.read(training.stdout.fileno(), 64)
-            assert read
-            made += len(read)
-        training.send_signal(signal.SIGKILL)
-        made += len(training.stdout.read())
+    ours, theirs = FORKED.Pipe(duplex=False)
+    training = FORKED.Process(target=train, args=(folder, theirs))
+    training.start()
+    theirs.close()
+    made = 0
+    while made < after:
+        read = os.read(ours.fileno(), 64)
+        assert read
+        made += len(read)
+    training.kill()
+    training.join()
+    while read := os.read(ours.fileno(), 2**16):
+        made += len(read)
+    ours.close()
     return made
 
 
@@ -50,9 +60,9 @@ def lost(folder, made):
     assert steps == list(range(len(steps)))
     read_header(folder)
     assert all(event["step"] <= made for event in read_events(folder))
-    norms = read_norms(folder)
-    assert (norms.steps <= made).all()
-    assert norms.norms.shape[1] == 4
+    found = read_norms(folder)
+    assert (found.steps <= made).all()
+    assert found.norms.shape[1] == 4
     return made - len(steps)
 
 

@@ -16,6 +16,7 @@ _WRAPPERS = frozenset(
 )
 
 _PAIR = 2
+_EXPECTED = "tensors, (name, tensor) pairs, an nn.Module or a torch Optimizer"
 _GRADIENT = attrgetter("grad")
 _PLAIN = {Tensor, nn.Parameter}
 
@@ -183,29 +184,30 @@ def clean_name(name: str) -> str:
     return ".".join(parts)
 
 
-def as_source(params: object) -> ParameterSource:
+def as_source(params: object, argument: str = "parameters") -> ParameterSource:
     """Turn what a caller gave as parameters into a source.
 
     Args:
         params: A tensor, an iterable of tensors or (name, tensor) pairs, a module, an optimizer
             (anything with ``param_groups``), or a source.
+        argument: What the caller's function calls it, for an error.
 
     Raises:
         ArgumentTypeError: GC011, for anything else.
         ArgumentValueError: GC010, for a generator that was already exhausted.
     """
     if type(params) is list:
-        return _listed(params)
+        return _listed(params, argument)
     if isinstance(params, ListedParameters | ModuleParameters | OptimizerParameters):
         return params
     if isinstance(params, nn.Module):
         return ModuleParameters(params)
     if hasattr(params, "param_groups"):
         return OptimizerParameters(params)  # type: ignore[arg-type]
-    return _listed(as_sequence(params))
+    return _listed(as_sequence(params, argument, _EXPECTED), argument)
 
 
-def _listed(items: Sequence[object]) -> ListedParameters:
+def _listed(items: Sequence[object], argument: str) -> ListedParameters:
     kinds = set(map(type, items))
     if kinds <= _PLAIN or all(issubclass(kind, Tensor) for kind in kinds):
         return ListedParameters(list(items))  # type: ignore[arg-type]
@@ -218,7 +220,7 @@ def _listed(items: Sequence[object]) -> ListedParameters:
             name, tensor = item
         if not isinstance(tensor, Tensor):
             raise ArgumentTypeError(
-                f"parameters[{number}] is a {type(item).__name__}: expected a tensor or a "
+                f"{argument}[{number}] is a {type(item).__name__}: expected a tensor or a "
                 f"(name, tensor) pair, seen {short(item)}"
             )
         tensors.append(tensor)
@@ -226,8 +228,13 @@ def _listed(items: Sequence[object]) -> ListedParameters:
     return ListedParameters(tensors, names)
 
 
-def as_sequence(tensors: object) -> Sequence[object]:
+def as_sequence(tensors: object, argument: str, expected: str = "tensors") -> Sequence[object]:
     """Read a tensor, or an iterable of whatever, once.
+
+    Args:
+        tensors: What a caller gave.
+        argument: What the caller's function calls it, for an error.
+        expected: What that function takes, for an error.
 
     Raises:
         ArgumentTypeError: GC011, if it is no iterable.
@@ -237,13 +244,12 @@ def as_sequence(tensors: object) -> Sequence[object]:
         return (tensors,)
     if inspect.isgenerator(tensors) and inspect.getgeneratorstate(tensors) == inspect.GEN_CLOSED:
         raise ArgumentValueError(
-            "parameters is a generator that was already exhausted, so nothing would be clipped. "
-            "Pass a fresh one (model.parameters()) or a list."
+            f"{argument} is a generator that was already exhausted, so there is nothing in it. "
+            "Pass a fresh one, such as model.parameters(), or a list."
         )
     if isinstance(tensors, str | bytes | Mapping) or not isinstance(tensors, Iterable):
         raise ArgumentTypeError(
-            f"parameters is a {type(tensors).__name__}: expected tensors, (name, tensor) pairs, an "
-            f"nn.Module or a torch Optimizer, seen {short(tensors)}"
+            f"{argument} is a {type(tensors).__name__}: expected {expected}, seen {short(tensors)}"
         )
     return tuple(tensors)
 

@@ -48,8 +48,8 @@ def check_change(name: str, old: Policy | None, new: Policy | None, scopes: Scop
 def refused(reason: str) -> ArgumentValueError:
     """Return the error for a policy that cannot be assigned."""
     return ArgumentValueError(
-        f"policy cannot be changed like that during a run: {reason}. Make a new clipper. Nothing "
-        "was changed."
+        f"policy cannot be changed like that during a run: {reason}. Give such a policy before the "
+        "first step of a run. Nothing was changed."
     )
 
 

@@ -95,7 +95,7 @@ def check_agreement(known: Mapping[int, Facts]) -> None:
     """
     for rank, each in known.items():
         if each.error is not None:
-            raise ArgumentValueError(f"rank {rank} could not make its clipper: {each.error}")
+            raise ArgumentValueError(f"clipping could not begin on rank {rank}: {each.error}")
     first, expected = next(iter(known.items()))
     for rank, other in known.items():
         if other.policies != expected.policies:
@@ -142,7 +142,7 @@ def _check_groups(outlines: Mapping[int, Outline]) -> None:
 def _disagreement(what: str, first: int, rank: int, wanted: str, seen: str) -> ArgumentValueError:
     return ArgumentValueError(
         f"ranks {first} and {rank} disagree about the {what} that are clipped together: {wanted} "
-        f"and {seen}. Every rank makes its clipper with the same arguments, of the same "
+        f"and {seen}. Give every rank the same arguments and the same "
         "model; parameters that differ by rank are declared: partitioned={pattern: process group}."
     )
 

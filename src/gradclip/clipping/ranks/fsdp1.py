@@ -43,8 +43,8 @@ def unknown_flat(name: str) -> ArgumentValueError:
     return ArgumentValueError(
         f"{name} is a shard that FSDP1 holds, and a bare parameter does not tell which ranks have "
         "the others, so its norm would be that of this rank alone. Give the module: "
-        "GradientClipper(fsdp_model, ...). (The function clip_grad_norm_ takes parameters only.) "
-        "No gradient was changed."
+        "GradientClipper(fsdp_model, ...), or AcceleratorClipper(..., model=fsdp_model). The "
+        "functions and gradclip.attach see parameters only. No gradient was changed."
     )
 
 

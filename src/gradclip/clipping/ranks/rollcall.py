@@ -34,18 +34,18 @@ _MET, _GIVEN_UP = "met", 1 << 40
 _SHOWN = 16
 _NOTES = "gradclip/notes"
 _ALONE = (
-    "made a clipper of parameters that it holds alone, so it takes part in nothing, and other "
+    "clips parameters that it holds alone, so it takes part in nothing, and other "
     "ranks hold parameters together with it. Give every rank all parameters, those without a "
     "gradient too: they are skipped where they are."
 )
 _ELSEWHERE = (
-    "made its clipper over the process groups {groups}, and the others of {ranks} wait for it. "
+    "clips over the process groups {groups}, and the others of {ranks} wait for it. "
     "Give every rank all parameters and the same process groups: all ranks that hold different "
     "parameters declare one group, partitioned={{pattern: process group}}."
 )
 _HEARD = (
-    "heard that another rank could not make its clipper, raised that, and did not try again. Where "
-    "one rank goes on after such an error, all ranks have to."
+    "heard that clipping could not begin on another rank, raised that, and did not try again. "
+    "Where one rank goes on after such an error, all ranks have to."
 )
 
 
@@ -200,7 +200,7 @@ class _Meeting:
         if later := [each for each in known if each[0] > self._tries]:
             _, rank, words = min(later)
             self._world.given_up[self.ranks] += 1
-            return f"rank {rank} could not make its clipper: {words}"
+            return f"clipping could not begin on rank {rank}: {words}"
         if waited < _PATIENCE:
             return None
         missing = list(filter(self._is_missing, self.ranks))

@@ -187,8 +187,8 @@ class HeldStep:
                 f"not clipped: somebody took optimizer.step before {label} replaced it, as "
                 "torch.compile(optimizer.step), accelerator.prepare(optimizer) with a loss scaler "
                 "and type(optimizer).step do, or called super().step() from a method of another "
-                "name. Attach before optimizer.step is taken, or to the "
-                "prepared optimizer. No step was made."
+                f"name. Let {label} begin before optimizer.step is taken, or give it "
+                "the prepared optimizer. No step was made."
             )
 
     def enter(self, gate: Gate, wrappers: Iterable[Any]) -> None:

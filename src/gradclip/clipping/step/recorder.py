@@ -23,7 +23,7 @@ from gradclip.clipping.measure.norm import shown_order
 from gradclip.clipping.measure.pattern import Pattern
 from gradclip.clipping.policies import Policy
 from gradclip.clipping.step.recorded import Noted, Numbers, RecordedStep, RecordRow, copy_recorded
-from gradclip.errors import ArgumentTypeError, GradClipError
+from gradclip.errors import ArgumentTypeError, GradClipError, warn
 from gradclip.record.ring import READING, StepRing
 from gradclip.record.writer import Batch, Layout, Place, Writer
 
@@ -37,6 +37,9 @@ SPIKE = 0.1
 
 _NAMED = 8
 """How many parameters at fault an event names."""
+
+_LATE = [False, True, True, True]
+"""Of the first steps, whether a loss was told before them, where it is told after each."""
 
 _EXPONENT = 0x7C00
 """The bits that are all set in a float16 that is infinite or a NaN."""
@@ -57,6 +60,9 @@ class NoRecord:
         """Open nothing."""
 
     def note(self, *, loss: float | Tensor | None = None, lr: float | Tensor | None = None) -> None:
+        """Note nothing."""
+
+    def note_last(self, loss: float) -> None:
         """Note nothing."""
 
     def watching(self, step: int) -> AbstractContextManager[None]:  # noqa: ARG002
@@ -124,6 +130,9 @@ class Recorder(NoRecord):
         self._batch = Batch()
         self._losses: list[float | Tensor] = []
         self._lr: float | Tensor | None = None
+        self._late: dict[int, float] = {}
+        self._told: list[bool] = []
+        self._last = -1
         self._place = Place()
         self._first: Callable[[], Pattern | None] = _nothing
         self._layout: Layout | None = None
@@ -133,6 +142,11 @@ class Recorder(NoRecord):
     def __reduce__(self) -> tuple[type[NoRecord], tuple[()]]:
         """Copy and pickle as none: a copy of a clipper records nothing."""
         return NoRecord, ()
+
+    @property
+    def _is_here(self) -> bool:
+        """Whether this is the process that writes, and not a fork of it."""
+        return os.getpid() == self._process
 
     def open(self, step: int, patterns: Sequence[Pattern], policies: Policies) -> None:
         """Open the folder, before the first step writes.
@@ -147,6 +161,9 @@ class Recorder(NoRecord):
             ArgumentValueError: GC010, it has something that is no record.
         """
         self._place = _place()
+        if not self._is_here:  # it was made before a fork
+            self._writer, self._process = Writer.of(self._writer.folder), os.getpid()
+            self._has_joined = False
         if not self._has_joined:
             self._number, self._has_joined = self._writer.join(), True
         optimizer = self._optimizer()
@@ -157,7 +174,7 @@ class Recorder(NoRecord):
             "torch": torch.__version__,
         }
         self._writer.begin(self._number, step, self._place, about, resumes=self._resumes)
-        self._first, self._layout = _nothing, None
+        self._first, self._layout, self._told = _nothing, None, []
         self._lay_out(patterns, step)
         self.is_open, self._since = True, perf_counter()
 
@@ -167,6 +184,12 @@ class Recorder(NoRecord):
             self._losses.append(_checked("loss", loss))
         if lr is not None:
             self._lr = _checked("lr", lr)
+
+    def note_last(self, loss: float) -> None:
+        """Note the loss of the last step: its line waits for the next one."""
+        with READING:
+            if self.is_open and not self._place.rank:
+                self._late[self._last] = loss
 
     def push(
         self,
@@ -187,16 +210,18 @@ class Recorder(NoRecord):
         """
         now, losses, lr = perf_counter(), self._losses, self._lr
         self._losses, self._lr = [], None
-        if is_capturing(result.device) or not self.is_open:
+        if is_capturing(result.device) or not self.is_open or not self._is_here:
             return
         if lr is None and (optimizer := self._optimizer()) is not None:
             lr = _rate(optimizer)
+        self._watch_order(bool(losses))
         elapsed = 1e3 * (now - self._since)
         with READING:
             self._lay_out(patterns, step)
             row = RecordRow.of(result, Noted(step, expected, elapsed, losses, lr, scale))
+            self._last = step
             self._ring.push(row, row.size)
-            self._write()
+            self._write(but_last=True)
         self._since = now
 
     def add(self, found: RecordedStep, /) -> None:
@@ -243,7 +268,7 @@ class Recorder(NoRecord):
         try:
             yield
         except BaseException as error:
-            if self.is_open:
+            if self.is_open and self._is_here:
                 self._fail(step, error)
             raise
 
@@ -258,14 +283,14 @@ class Recorder(NoRecord):
 
     def flush(self) -> None:
         """Write every step that was made; waits for the device."""
-        if os.getpid() == self._process:  # a fork has a copy of what waits
+        if self._is_here:  # a fork has a copy of what waits
             with READING:
                 self._ring.flush()
                 self._write()
 
     def close(self) -> None:
         """Write every step that was made, and close the folder; the next step opens it again."""
-        if self._has_joined and os.getpid() == self._process:
+        if self._has_joined and self._is_here:
             if self.is_open:
                 self.flush()
                 self.is_open, self._resumes = False, True
@@ -289,14 +314,31 @@ class Recorder(NoRecord):
             self._writer.lay_out(self._number, layout, step)
         self._first, self._layout = ref(patterns[0]) if patterns else _nothing, layout
 
-    def _write(self) -> None:
+    def _write(self, *, but_last: bool = False) -> None:
+        """Write what is on the host, but for the line of the last step, whose loss may be told."""
         batch = self._batch
+        last = batch.steps[-1:] if but_last else []
+        waits = [line for line in last if line["step"] == self._last]
+        batch.steps = batch.steps[: len(batch.steps) - len(waits)]
+        for line in batch.steps:
+            line["loss"] = self._late.pop(int(str(line["step"])), line["loss"])
+        self._batch = Batch(waits)
         if batch.steps or batch.norms or batch.events:
-            self._batch = Batch()
             at = [step for step, _ in batch.norms] or [
                 int(str(each["step"])) for each in (*batch.steps, *batch.events)
             ]
             self._writer.write(self._number, at[0], batch)
+
+    def _watch_order(self, told: bool) -> None:
+        """Warn, once, where losses seem to be told after their steps."""
+        if len(self._told) < len(_LATE):
+            self._told.append(told)
+            if self._told == _LATE:
+                warn(
+                    f"{self._called}: note(loss=...) was not called before the first recorded step "
+                    "and was before each of the next three. If it comes after the step, each loss "
+                    "is recorded one step late: call it before, right behind backward()."
+                )
 
     def _add_nonfinite(self, found: RecordedStep) -> None:
         names: list[str] = []
@@ -339,7 +381,7 @@ def _checked(name: str, value: float | Tensor) -> float | Tensor:
         return value.item() if value.is_cpu else value.detach().clone()
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ArgumentTypeError(
             f"{name} is of type {type(value).__qualname__}: expected a number, or a tensor of one"
         ) from None
@@ -366,6 +408,10 @@ def _layout(patterns: Sequence[Pattern]) -> Layout:
         sizes += [local_part(each.detach()).numel() for each in parameters]
         orders += [shown_order(pattern.order)] * len(parameters)
         weights += pattern.portions
+    seen: dict[str, int] = {}
+    for at, name in enumerate(names):  # two models in one clipper may have the same ones
+        seen[name] = seen.get(name, 0) + 1
+        names[at] = name if seen[name] == 1 else f"{name} ({seen[name]})"
     return Layout(names, sizes, orders, weights)
 
 

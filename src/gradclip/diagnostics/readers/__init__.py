@@ -37,6 +37,9 @@ _BY_THEIR_BEGINNING: tuple[Reader, ...] = (
 _OF_LINES: tuple[Reader, ...] = (dicts_in_lines, pairs_in_lines, tables_in_lines)
 """Formats that stand in a text among other lines; the one that finds most norms is taken."""
 _NEARLY_AS_MANY = 0.5
+_MOST_RUNS = 20
+_FEWEST_A_RUN = 5
+"""Norms of a run in the mean, where there are so many runs."""
 
 
 def read_log(
@@ -64,6 +67,12 @@ def read_log(
     runs = runs_of(table, columns)
     if not runs:
         raise source.error(f"the column {columns.norm!r} has no norm")
+    norms = sum(len(run.norms) for run in runs)
+    if len(runs) > _MOST_RUNS and norms < _FEWEST_A_RUN * len(runs):
+        raise source.error(
+            f"the column {columns.step!r} goes back {len(runs) - 1} times among {norms} norms, so "
+            "it does not count steps. Name one that does with step_key (--step-key)"
+        )
     return runs
 
 
@@ -71,13 +80,18 @@ def _read(
     source: Source, norm_key: str | None, step_key: str | None, loss_key: str | None
 ) -> tuple[Table, Columns]:
     named = (norm_key, step_key, loss_key)
+    refused: LogError | None = None
     for reader in _BY_THEIR_BEGINNING:
         if reader.claims(source):
-            table = reader.read(source)
-            return table, choose(table, source.path, *named)
+            try:
+                table = reader.read(source)
+                return table, choose(table, source.path, *named)
+            except LogError as error:
+                if reader is not csv_table:
+                    raise
+                refused = error  # a text with commas looks like CSV, too
     tables = sorted((reader.read(source) for reader in _OF_LINES), key=lambda each: -each.rows)
     found: list[tuple[Table, Columns]] = []
-    refused: LogError | None = None
     for table in tables:
         try:
             found.append((table, choose(table, source.path, *named)))

@@ -13,16 +13,23 @@ __all__ = ["Columns", "choose"]
 
 _LISTED = 40
 _ENOUGH = 0.5
+_NEARLY_ALL = 0.9
+_FEW = 10
 _RUN = " - "
 """What W&B puts between the name of a run and that of a column."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the columns of a table; None for what it does not have."""
+    """The names of the columns of a table; None for what it does not have.
+
+    ``step_is_above`` says that the step of a norm stands in a row above, as in a text that has a
+    heading for each step.
+    """
 
     norm: str
     step: str | None
+    step_is_above: bool
     epoch: str | None
     loss: str | None
     rate: str | None
@@ -45,9 +52,12 @@ def choose(
     given = {"norm_key": norm_key, "step_key": step_key, "loss_key": loss_key}
     named = {option: _named(table, path, option, key) for option, key in given.items() if key}
     norm = named.get("norm_key") or _norm(table, path)
+    step = named.get("step_key") or _step(table, norm, keys.STEPS)
+    step_is_above = step is None and (step := _step_above(table, norm)) is not None
     return Columns(
         norm,
-        named.get("step_key") or _step(table, norm, keys.STEPS),
+        step,
+        step_is_above,
         _step(table, norm, ["epoch"]),
         named.get("loss_key") or _best(table, keys.LOSSES),
         _best(table, keys.RATES),
@@ -70,6 +80,7 @@ def _norm(table: Table, path: Path) -> str:
                 f"{path} has the norms of {len(alike)} runs beside each other. Name the one to use "
                 f"with norm_key (--norm-key):{_listed(alike)}"
             )
+        _refuse_two_in_turn(table, path, best[-1], [name for *_, name in found])
         return best[-1]
     parts = [name for name in table.names if keys.is_part(name)]
     whole = [name for name in parts if keys.canonical(name).endswith("norm")]
@@ -84,6 +95,18 @@ def _norm(table: Table, path: Path) -> str:
         f"{path} has no column that is known as the norm of the gradients. Name it with norm_key "
         f"(--norm-key); the columns are:{_listed(table.names)}{_near('grad_norm', table.names)}"
     )
+
+
+def _refuse_two_in_turn(table: Table, path: Path, norm: str, names: list[str]) -> None:
+    """Refuse a log whose norms have one name at first, and another one later."""
+    rows = table.rows_of(norm)
+    for name in names:
+        others = table.rows_of(name)
+        if len(others) >= _FEW and (others[0] > rows[-1] or others[-1] < rows[0]):
+            raise LogError(
+                f"{path} has {len(rows)} norms named {norm!r} and, in other rows, {len(others)} "
+                f"named {name!r}. Name the ones to use with norm_key (--norm-key)."
+            )
 
 
 def _named(table: Table, path: Path, option: str, key: str) -> str:
@@ -112,6 +135,20 @@ def _step(table: Table, norm: str, known: Sequence[str]) -> str | None:
         place = keys.rank(name, known)
         if place is not None and np.isin(rows, table.rows_of(name)).mean() >= _ENOUGH:
             found.append((place, -table.count(name), name))
+    return min(found)[-1] if found else None
+
+
+def _step_above(table: Table, norm: str) -> str | None:
+    """Return the best column that has one number between nearly any two norms."""
+    rows = table.rows_of(norm)
+    found = []
+    for name in table.names:
+        place = keys.rank(name, keys.STEPS)
+        if place is None or keys.canonical(name) == "epoch":
+            continue
+        before = np.searchsorted(table.rows_of(name), rows)
+        if (np.diff(before, prepend=0) == 1).mean() >= _NEARLY_ALL:
+            found.append((place, name))
     return min(found)[-1] if found else None
 
 

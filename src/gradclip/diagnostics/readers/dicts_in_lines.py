@@ -10,7 +10,8 @@ __all__ = ["claims", "read"]
 _DICT = re.compile(r"\{[^{}]*+\}")
 _ITEM = re.compile(
     r"""(?P<quote>['"])(?P<key>[^'"]{1,200})(?P=quote)\s*:\s*"""
-    r"""(?:(?P<quoted>['"])(?P<text>[^'"]{0,200})(?P=quoted)|(?P<plain>[^,{}'"]{1,200}))"""
+    r"""(?:(?P<quoted>['"])(?P<text>[^'"]{0,200})(?P=quoted)"""
+    r"""|(?:[A-Za-z_][\w.]{0,40}+\()?(?P<plain>[^,{}'"()]{1,200}))"""
 )
 _LONGEST = 2**20
 

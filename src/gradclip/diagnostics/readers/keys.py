@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 
 __all__ = ["LIMITS", "LOSSES", "NORMS", "RATES", "STEPS", "canonical", "is_part", "nearest", "rank"]
 
@@ -11,8 +12,15 @@ _BLANKS = re.compile(r"[\s\-_]+")
 _TRUSTED = re.compile(r"(?:(?:train|trainer|training|optim|optimizer|metrics|time|gradclip)[/._])+")
 _UNTRUSTED = re.compile(r"(?:eval|val|valid|validation|test)(?:[/._]|$)")
 
+_GLOBAL = "global|total"
+_BEFORE = "(?:pre|before)_?clip(?:ping)?|unclipped|raw"
+_HINT = re.compile("norm|grad|grdn|step|it|num_|epoch|batch_idx|loss|lr|learning_rate|clip|thresh")
+"""Each known name has one of these: most names have none, and a log may have very many."""
+
 NORMS = (
     "norm_pre",
+    rf"(?:(?:{_GLOBAL})_)?grad(?:ient)?_norm[_/](?:{_BEFORE})",
+    rf"(?:{_BEFORE})_(?:(?:{_GLOBAL})_)?grad(?:ient)?_norm",
     "grad_norm",
     "gradient_norm",
     "global_grad_norm",
@@ -26,6 +34,8 @@ NORMS = (
     "gradnorm",
     "grdn",
     "grad/norm",
+    "grad/norm/total",
+    "(?:train_)?l2_norm/grad/global",
     "norm",
     "grad",
     "grad_norm_avg",
@@ -39,9 +49,15 @@ STEPS = (
     "step",
     "iteration",
     "iter",
+    "it",
+    "iter_num",
     "num_updates",
+    "(?:current|completed)_steps",
+    "(?:train|training|update|optimizer|opt)_step",
+    "training_iteration",
     "total_timesteps",
     "num_timesteps",
+    "batch_idx",
     "epoch",
 )
 """What counts steps, the best first. Some scripts restart ``step`` with each epoch."""
@@ -104,20 +120,36 @@ def rank(name: str, known: Sequence[str], *, last_part: bool = False) -> int | N
         last_part: Whether anything may stand before the last slash, as in ``critic/lr``; a column
             without that is better.
     """
-    plain = canonical(name)
-    if _UNTRUSTED.match(plain):
+    whole = _readings(name)
+    if not whole:
         return None
-    trusted = _TRUSTED.match(plain)
-    whole = [plain, plain[trusted.end() :]] if trusted else [plain]
-    places = [place for place, pattern in enumerate(known) if _any(pattern, whole)]
+    places = [_place(each, tuple(known)) for each in whole]
     if last_part:
-        last = [plain.rsplit("/", 1)[-1]]
-        places += [len(known) + place for place, each in enumerate(known) if _any(each, last)]
-    return min(places, default=None)
+        last = _place(whole[0].rsplit("/", 1)[-1], tuple(known))
+        places.append(None if last is None else len(known) + last)
+    return min((each for each in places if each is not None), default=None)
 
 
-def _any(pattern: str, names: Iterable[str]) -> bool:
-    return any(re.fullmatch(pattern, name) for name in names)
+@lru_cache(2**16)
+def _readings(name: str) -> tuple[str, ...]:
+    """Return what may be known of a name: all of it, and what is behind a prefix; or nothing."""
+    plain = canonical(name)
+    if _UNTRUSTED.match(plain) or not _HINT.search(plain):
+        return ()
+    trusted = _TRUSTED.match(plain)
+    return (plain, plain[trusted.end() :]) if trusted else (plain,)
+
+
+def _place(name: str, known: tuple[str, ...]) -> int | None:
+    """Return the first pattern that a whole name has."""
+    found = _as_one(known).fullmatch(name)
+    return None if found is None or found.lastindex is None else found.lastindex - 1
+
+
+@lru_cache
+def _as_one(known: tuple[str, ...]) -> "re.Pattern[str]":
+    """Return one pattern of them all, with a group for each: a log may have many columns."""
+    return re.compile("|".join(f"({each})" for each in known))
 
 
 def is_part(name: str) -> bool:

@@ -79,7 +79,7 @@ class LoggedRun:
 
 def spacing_of(steps: Numbers) -> float | None:
     """Return the usual distance of steps that differ, or None."""
-    known = steps[np.isfinite(steps)]
+    known = steps[np.abs(steps) < _BEYOND]
     apart = np.diff(known)
     apart = apart[apart > 0]
     return float(np.median(apart)) if len(apart) else None
@@ -94,6 +94,8 @@ def runs_of(table: Table, columns: Columns) -> list[LoggedRun]:
     norms, steps, losses, rates = (
         table.column(name) for name in (columns.norm, columns.step, columns.loss, columns.rate)
     )
+    if columns.step_is_above:
+        steps = _carried_on(steps)
     counts_steps = columns.step is not None and keys.canonical(columns.step) != "epoch"
     if counts_steps:
         losses, rates = (_of_same_step(each, steps, rows) for each in (losses, rates))
@@ -102,6 +104,7 @@ def runs_of(table: Table, columns: Columns) -> list[LoggedRun]:
     if counts_steps and columns.epoch is not None:
         steps = _of_all_epochs(steps, table.column(columns.epoch), rows)
     pieces = _pieces(rows, steps, (norms, losses, rates), drop_repeated=counts_steps)
+    framework, limit = framework_of(table.names), _constant(table.column(columns.limit))
     return [
         LoggedRun(
             norms=norms[piece],
@@ -109,15 +112,22 @@ def runs_of(table: Table, columns: Columns) -> list[LoggedRun]:
             losses=losses[piece],
             rates=rates[piece],
             format=table.format,
-            framework=framework_of(table.names),
+            framework=framework,
             norm_key=columns.norm,
             step_key=columns.step,
             loss_key=None if np.isnan(losses[piece]).all() else columns.loss,
             rate_key=None if np.isnan(rates[piece]).all() else columns.rate,
-            limit=_constant(table.column(columns.limit)),
+            limit=limit,
         )
         for piece in pieces
     ]
+
+
+def _carried_on(values: Numbers) -> Numbers:
+    """Fill each place that has no number with the last one above it."""
+    places = np.maximum.accumulate(np.where(np.isnan(values), 0, np.arange(len(values))))
+    filled: Numbers = values[places]
+    return filled
 
 
 def _of_same_step(values: Numbers, steps: Numbers, rows: Places) -> Numbers:

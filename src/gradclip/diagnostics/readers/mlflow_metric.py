@@ -14,7 +14,8 @@ _LOOKED_AT = 20
 def claims(source: Source) -> bool:
     """Return whether the first lines are three numbers, of which one is a time."""
     lines = source.first_lines(_LOOKED_AT)
-    return bool(lines) and all(_LINE.fullmatch(line) for line in lines)
+    complete = lines[:-1] or lines  # the last one may be cut off
+    return bool(lines) and all(_LINE.fullmatch(line) for line in complete)
 
 
 def read(source: Source) -> Table:
@@ -24,10 +25,13 @@ def read(source: Source) -> Table:
     begin = len(folders) - folders[::-1].index("metrics") if "metrics" in folders else -1
     name = "/".join(parts[begin:])
     table = Table("MLflow metric")
+    broken = None
     for number, line in source.lines():
-        cells = line.split()
-        if cells and len(cells) != 3:  # noqa: PLR2004
-            raise source.error("the line is not a time, a value and a step", number)
-        if cells:
-            table.add({name: cells[1], "step": cells[2]})
+        if broken is not None:
+            raise broken
+        if _LINE.fullmatch(line.strip()):
+            _, value, step = line.split()
+            table.add({name: value, "step": step})
+        elif line.strip():  # the last one may be cut off
+            broken = source.error("the line is not a time, a value and a step", number)
     return table

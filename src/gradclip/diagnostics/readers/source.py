@@ -11,10 +11,18 @@ from gradclip.errors import LogError
 __all__ = ["Source", "open_log"]
 
 _HEAD = 64 * 1024
-_LONGEST_LINE = 64 * 2**20
+_LONGEST_HEAD = 4 * _HEAD
+_LONGEST_LINE = 32 * 2**20
 _LARGEST_DOCUMENT = 256 * 2**20
 _LIKELY = ("*trainer_state.json", "*.csv", "*.jsonl", "*tfevents*", "*.log", "*.out", "*.json")
 _NAMED = 3
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
 _EVENTS = b"brain.Event:"
 
 
@@ -55,7 +63,7 @@ class Source:
         """Return the first lines that are not blank, as far as they are in the head."""
         text = self.head.decode(self.encoding, errors="replace")
         lines = text.split("\n")
-        if len(self.head) == _HEAD and len(lines) > 1:
+        if len(self.head) in (_HEAD, _LONGEST_HEAD) and len(lines) > 1:
             del lines[-1]  # cut off
         return list(islice((line.strip() for line in lines if line.strip()), count))
 
@@ -97,6 +105,8 @@ def open_log(path: str | Path) -> Source:
             raise Source(where, b"", "utf-8").error("it is no file")
         with where.open("rb") as file:
             head = file.read(_HEAD)
+            if head.count(b"\n") < 2:  # noqa: PLR2004 - lines of many columns
+                head += file.read(_LONGEST_HEAD - _HEAD)
     except (OSError, ValueError) as error:
         if isinstance(error, LogError):
             raise
@@ -106,6 +116,8 @@ def open_log(path: str | Path) -> Source:
     source = Source(where, head, encoding)
     if not head.strip():
         raise source.error("it is empty")
+    if name := next((_COMPRESSED[each] for each in _COMPRESSED if head.startswith(each)), None):
+        raise source.error(f"it is compressed by {name}; unpack it first")
     if encoding != "utf-16" and b"\0" in head and not source.holds_events:
         raise source.error("it is neither text nor a TensorBoard event file")
     return source

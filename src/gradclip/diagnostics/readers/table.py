@@ -12,6 +12,8 @@ __all__ = ["Table"]
 
 _DEEPEST = 4
 _LONGEST_NAME = 200
+_MOST_COLUMNS = 20_000
+"""Names beyond these are left out: something counts in them."""
 _NAMES_OF_ONE = ("key", "metric", "tag")
 
 
@@ -74,6 +76,8 @@ class Table:
                 continue
             column = self._columns.get(name)
             if column is None:
+                if len(self._columns) == _MOST_COLUMNS:
+                    continue
                 column = self._columns[name] = _Column()
             if column.rows and column.rows[-1] == self.rows:  # named twice in a row: the last
                 column.values[-1] = value

@@ -10,7 +10,13 @@ __all__ = ["as_number", "load_json"]
 
 _LONGEST = 10_000
 _MISSING = frozenset({"", "none", "null", "n/a", "na", "?", "-", "--", "<na>"})
-_NOT_FINITE = {"nan(ind)": math.nan, "1.#qnan": math.nan, "1.#ind": math.nan, "1.#inf": math.inf}
+_NOT_FINITE = {
+    "nan(ind)": math.nan,
+    "nan(snan)": math.nan,
+    "1.#qnan": math.nan,
+    "1.#ind": math.nan,
+    "1.#inf": math.inf,
+}
 _SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9}
 _SUFFIXED = re.compile(r"([-+]?[\d.]+)([KMB])")
 _FRACTION = re.compile(r"(\d+)\s*/\s*\d+")
@@ -19,9 +25,12 @@ _WRAPPED = re.compile(r"[A-Za-z_][\w.]*\(([^(),]+)(?:,[^()]*)?\)")
 _DECODER = json.JSONDecoder(parse_int=float)
 _BETWEEN = re.compile(r"[\s,;]*")
 _STRING_OR_WORD = re.compile(
-    r'"(?:[^"\\]|\\.)*+"'
-    r"|(?<![\w.])(?P<nan>nan|NAN|None|undefined)(?![\w.])"
-    r"|(?<![\w.])(?P<inf>[iI]nf|INF|infinity)(?![\w.])"
+    r'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)'  # one without an end goes on to the end, once
+    r"|(?<![\w.])(?P<missing>None|undefined)(?![\w.])"
+    r"|(?<![\w.])(?P<bool>True|False)(?![\w.])"
+    r"|(?<![\w.])(?P<nan>[-+]?(?:nan|NaN|NAN)(?:\((?:ind|snan)\))?)(?![\w.(])"
+    r"|(?<![\w.])(?P<inf>(?P<sign>[-+]?)(?:[iI]nf|INF|[iI]nfinity))(?![\w.])",
+    re.DOTALL,
 )
 
 
@@ -62,7 +71,7 @@ def _of_text(text: str) -> float | None:
 
 
 def load_json(text: str) -> list[Any]:
-    """Read JSON values one behind the other, and in them also ``nan``, ``inf`` and ``None``.
+    """Read JSON values one behind the other, and in them also ``nan``, ``-inf`` and ``None``.
 
     A whole number of any length is read as a float.
 
@@ -91,6 +100,10 @@ def _values(text: str) -> Iterator[Any]:
 
 
 def _json_word(found: re.Match[str]) -> str:
+    if found["missing"]:
+        return "null"
+    if found["bool"]:
+        return found["bool"].lower()
     if found["nan"]:
-        return "null" if found["nan"] in ("None", "undefined") else "NaN"
-    return "Infinity" if found["inf"] else found[0]
+        return "NaN"
+    return f"{found['sign'].rstrip('+')}Infinity" if found["inf"] else found[0]

@@ -207,8 +207,6 @@ class EngineWatch(HasPolicy):
         check_engine(engine, self._limit)
         source = OptimizerParameters(engine.optimizer) if checked.folder else ListedParameters([])
         self._recorder = recorder_of(self, checked.folder, "DeepSpeed", source)
-        if self._seen:
-            self._recorder.resume()  # the engine goes on with an earlier run
 
     @property
     def policy(self) -> Any:
@@ -230,6 +228,22 @@ class EngineWatch(HasPolicy):
             DoubleClippingError: GC101, it has another.
         """
         check_limits(self.engine, self._limit)
+
+    def begin(self) -> None:
+        """Check, and open the record: before a step, when a checkpoint has been loaded.
+
+        Raises:
+            DoubleClippingError: GC101, see ``check``.
+            RecordError: GC302, the folder cannot be recorded in.
+        """
+        self.check()
+        self._open(self.engine.global_steps)
+
+    def _open(self, step: int) -> None:
+        if not self._recorder.is_open:
+            if step:
+                self._recorder.resume()  # the engine goes on with an earlier run
+            self._recorder.open(step, (), as_policies(self._policy)[0])
 
     def observe(self) -> ClipResult | None:
         """Return the result of the engine's last step, or None if it made none since.
@@ -264,10 +278,8 @@ class EngineWatch(HasPolicy):
             )
         result = _result(norm if finite else inf, self._limit, applied=applied)
         self.step_log.push(result, self._seen - 1, expected=scaled)
-        if self._recorder.asks:
-            if not self._recorder.is_open:
-                self._recorder.open(self._seen - 1, (), as_policies(self._policy)[0])
-            self._recorder.push(result, self._seen - 1, (), scaled, None)
+        self._open(self._seen - 1)
+        self._recorder.push(result, self._seen - 1, (), scaled, None)
         describe = None if engine in _WARNED else self._describe
         if self._skips.record(not applied, describe=describe, expected=scaled):
             raise TooManySkipsError(
@@ -280,6 +292,10 @@ class EngineWatch(HasPolicy):
     def note(self, *, loss: Any = None, lr: Any = None) -> None:
         """Tell the record the loss and the rate of the next step; see ``GradientClipper.note``."""
         self._recorder.note(loss=loss, lr=lr)
+
+    def note_last(self, loss: float) -> None:
+        """Tell the record the loss of the last step; see ``GradientClipper.note_last``."""
+        self._recorder.note_last(loss)
 
     def close(self) -> None:
         """Write to the record whatever is waiting, and close it."""

@@ -265,11 +265,13 @@ class GradientClippingCallback(HasPolicy, Callback):
     def _load(self, state: Mapping[str, Any]) -> None:
         states = state.get("clippers")
         if not isinstance(states, list):
-            raise StateError(f"expected the histories of clippers, seen {state!r}. {_WAY_OUT}")
+            raise StateError(
+                f"expected the clipping history of each optimizer, seen {state!r}. {_WAY_OUT}"
+            )
         if len(states) != len(self._steps):
             raise StateError(
-                f"the checkpoint has the history of {len(states)} clippers, and there are "
-                f"{len(self._steps)} optimizers: it belongs to another training. {_WAY_OUT}"
+                f"the checkpoint has the history of {len(states)} optimizers, and there are "
+                f"{len(self._steps)}: it belongs to another training. {_WAY_OUT}"
             )
         before = [clipper.state_dict() for clipper in self.clippers]
         try:

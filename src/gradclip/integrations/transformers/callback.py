@@ -175,6 +175,7 @@ class GradientClippingCallback(HasPolicy, TrainerCallback):  # type: ignore[misc
         if self._accelerator is not None:
             engine = engine_of(self._accelerator, model)
             self._watch = EngineWatch(engine, self._policy, **self._options)
+            self._watch.begin()
             self._follow(self._watch.step_log)
             self._training = state
             return
@@ -233,7 +234,10 @@ class GradientClippingCallback(HasPolicy, TrainerCallback):  # type: ignore[misc
             state.stateful_callbacks[KEY] = exported(self.clipper)
 
     def on_log(self, _args: Any, state: Any, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        """Add the numbers to what is logged, unless that has happened."""
+        """Add the numbers to what is logged, unless that has happened, and record the loss."""
+        clips = self.clipper or self._watch
+        if clips is not None and isinstance(loss := logs.get("loss"), float):
+            clips.note_last(loss)
         if "loss" in logs and "gradclip/norm_pre" not in logs:
             numbers = self.report()
             logs.update(numbers)

@@ -70,6 +70,7 @@ clipped=True, skipped=False, nonfinite=0)
         self._step: OwnedStep | None = None
         self._watch: EngineWatch | None = None
         self._state: Mapping[str, Any] | None = None
+        self._first = 0
         self._result: ClipResult | None = None
         self._stepped = self._open = False
         self._losses: list[torch.Tensor] = []
@@ -179,6 +180,11 @@ clipped=True, skipped=False, nonfinite=0)
         if self.clipper is not None:
             self.clipper.load_state_dict(state)
 
+    def go_on(self, step: int) -> None:
+        """Count from a step on, in a run that goes on from a checkpoint that has no history."""
+        if self.clipper is None:
+            self._first = step
+
     def lower_into(self, accelerator: "Accelerator") -> None:
         """Write the limit into DeepSpeed's configuration, before ``accelerator.prepare``.
 
@@ -217,7 +223,7 @@ clipped=True, skipped=False, nonfinite=0)
         self._stepped = False
         engine = engine_of(arg.accelerator, arg.model)
         if engine is not None:  # it steps in the backward pass, so this is checked before
-            self._watching(engine).check()
+            self._watching(engine).begin()
 
     def _after_step(self, arg: PipelineHookArgs) -> None:
         if self._result is None:
@@ -283,6 +289,8 @@ clipped=True, skipped=False, nonfinite=0)
             claims=False,  # the hooks of two trainers may share it, one after the other
         )
         state = self._state if self.clipper is None else self.clipper.state_dict()
+        if state is None and self._first:
+            state = {**step.clipper.state_dict(), "step": self._first}
         if state is not None:
             step.clipper.load_state_dict(state)
         self._step = step

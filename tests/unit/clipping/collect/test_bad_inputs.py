@@ -298,13 +298,14 @@ def test_a_finished_generator(taker):
         assert len(list(generator)) == 3
         TAKERS[taker](generator)
 
-    refused(call, three(), VALUE, "generator")
+    written = "params" if taker == "GradientClipper" else "parameters"
+    refused(call, three(), VALUE, f"{written} is a generator")
 
 
 def test_a_finished_generator_of_gradients():
     generator = (g for g in [torch.ones(2)])
     list(generator)
-    refused(lambda _: get_total_norm(generator), [], VALUE, "generator")
+    refused(lambda _: get_total_norm(generator), [], VALUE, "tensors is a generator")
 
 
 UNSUPPORTED = [

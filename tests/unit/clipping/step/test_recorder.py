@@ -190,14 +190,26 @@ def test_a_loss_is_the_mean_of_its_window_and_a_number(tmp_path):
     total += 5.0
     clipper.clip()
     clipper.clip()
-    with pytest.raises(ArgumentTypeError, match="loss is of type str"):
-        clipper.note(loss="low")
+    for loss in ("low", 10**400):
+        with pytest.raises(ArgumentTypeError, match=f"loss is of type {type(loss).__name__}"):
+            clipper.note(loss=loss)
     with pytest.raises(ArgumentValueError, match="lr is a tensor of shape"):
         clipper.note(lr=torch.zeros(2))
     clipper.close()
     first, second = read_record(tmp_path)
     assert (first.loss, first.lr, second.loss, second.lr) == (2.0, 0.25, None, None)
     GradientClipper(pairs, 1.0).note(loss=1.0)  # nothing records it
+
+
+def test_a_loss_that_is_told_after_its_step_is_noticed(tmp_path):
+    pairs = parameters()
+    clipper = GradientClipper(pairs, 1.0, record=tmp_path)
+    for _ in range(3):
+        fill(pairs, 2.0, 0)
+        clipper.clip()
+        clipper.note(loss=1.0)
+    with pytest.warns(UserWarning, match="one step late: call it before"):
+        clipper.clip()
 
 
 def test_a_run_goes_on_behind_its_state_and_another_one_is_refused(tmp_path):
@@ -241,6 +253,17 @@ def test_two_clippers_share_a_folder(tmp_path):
     assert sorted(record.optimizer for record in read_record(tmp_path)) == [0, 0, 1]
 
 
+def test_parameters_of_one_name_are_kept_apart(tmp_path):
+    pairs = [("w", parameter) for _, parameter in parameters()]
+    clipper = GradientClipper(pairs, ObserveClip(), record=tmp_path)
+    fill(pairs, 4.0, 0)
+    clipper.clip()
+    clipper.close()
+    found = read_norms(tmp_path)
+    assert found.names == ["w", "w (2)", "w (3)"]
+    assert found.norms[0] == pytest.approx([float(p.grad.norm()) for _, p in pairs], rel=5e-3)
+
+
 def test_an_error_leaves_a_record_of_the_steps_before_it(tmp_path):
     pairs = parameters()
     clipper = GradientClipper(pairs, 1.0, record=tmp_path, nonfinite="raise")
@@ -266,8 +289,50 @@ def test_a_copy_records_nothing(way, tmp_path):
     assert len(read_record(tmp_path)) == 1
 
 
+def test_a_name_that_no_disk_takes_is_told_before_the_first_step(tmp_path):
+    pairs = parameters()
+    clipper = GradientClipper(pairs, 1.0, record=tmp_path / ("x" * 300))
+    with pytest.raises(RecordError, match=r"name too long\. Give another folder"):
+        clipper.clip()
+
+
+def test_a_fork_writes_what_it_opened_itself(tmp_path, monkeypatch):
+    pairs = parameters()
+    fill(pairs, 1.0, 0)
+    opened, closed = (GradientClipper(pairs, 1.0, record=tmp_path / name) for name in "ab")
+    opened.clip()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: -1)
+        for clipper in (opened, closed):
+            for _ in range(2 * FIRST):
+                fill(pairs, 2.0, 0)
+                clipper.clip()
+            clipper.close()
+    opened.close()
+    assert len(read_record(tmp_path / "a")) == 1
+    assert len(read_record(tmp_path / "b")) == 2 * FIRST
+
+
+def test_a_record_stays_where_it_was_when_the_working_folder_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pairs = parameters()
+    clipper = GradientClipper(pairs, 1.0, record="run")
+    fill(pairs, 1.0, 0)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    clipper.clip()
+    clipper.close()
+    assert len(read_record(tmp_path / "run")) == 1
+
+
 @pytest.mark.parametrize(
-    ("folder", "error"), [(3, ArgumentTypeError), ("x.jsonl", ArgumentValueError)]
+    ("folder", "error"),
+    [
+        (3, ArgumentTypeError),
+        ("x.jsonl", ArgumentValueError),
+        ("", ArgumentValueError),
+        ("a\0b", ArgumentValueError),
+    ],
 )
 def test_a_record_is_a_folder(folder, error):
     with pytest.raises(error, match=r"record=.*expected a (path|folder)"):
