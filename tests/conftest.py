@@ -15,6 +15,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    """Let the end of Python free it all: Triton's bindings print what they still hold there."""
+    gc.unfreeze()
+
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
