@@ -18,9 +18,15 @@ NOISE = [
 SCRIPTS_AND_FINDINGS = {
     "character_model.py": (["--save"], "60", "lm_head.weight", "60 of 60 steps", "1 is in force"),
     "loss_scaler.py": ([], "40", "2.weight", "37 of 40 steps", "0.5 is in force"),
-    "loss_scaler.py --fused": (["--fused"], "40", "2.weight", "no step was clipped", "none is in"),
-    "adversaries.py": ([], "50", "main.2.weight", "elements were clamped", "none is in force"),
-    "actor_critic.py": ([], "40", "action_head.weight", "no step was clipped", "none is in force"),
+    "loss_scaler.py --fused": (
+        ["--fused"],
+        "40",
+        "2.weight",
+        "no clipping was seen",
+        "none was seen",
+    ),
+    "adversaries.py": ([], "50", "main.2.weight", "elements were clamped", "none was seen"),
+    "actor_critic.py": ([], "40", "action_head.weight", "no clipping was seen", "none was seen"),
     "accelerated.py": ([], "30", "2.weight", "10 of 30 steps", "1 is in force"),
     "lightning_fit.py": ([], "24", "head.weight", "24 of 24 steps", "0.5 is in force"),
     "trainer.py": ([], "40", "down.weight", "40 of 40 steps", "1 is in force"),
