@@ -129,7 +129,7 @@ def _limit(tally: "Tally") -> str:
 
 def _advice(tally: "Tally", limit: float | None) -> str:
     if not tally.norms:
-        return "none can be suggested: the norm of all gradients is not known to one process"
+        return "none can be suggested: no norm of all gradients was seen"
     if tally.order != _EUCLIDEAN:
         return f"none is suggested: the script limits the norm of order {tally.order:g}, not of 2"
     try:
