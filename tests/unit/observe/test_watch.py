@@ -116,6 +116,29 @@ def test_what_is_said_at_the_end_is_of_the_norm_that_is_limited(tmp_path):
     assert "none is suggested: the script limits the norm of order inf" in said
 
 
+def thinned():
+    from gradclip.observe import watch  # noqa: PLC0415 - in the process that is watched
+
+    net, clones, clone = model(), [], torch.Tensor.clone
+    torch.Tensor.clone = lambda self, *a, **k: clones.append(1) or clone(self, *a, **k)
+    watch.Governor.is_due = lambda _, step: step % 8 == 0
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    losses = []
+    for step in range(24):
+        optimizer.zero_grad()
+        loss = loss_of(net, step)
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    return losses[::8], len(clones)
+
+
+def test_steps_that_are_not_measured_cost_no_copy_of_the_loss(tmp_path):
+    (losses, copies), _ = watched(thinned, tmp_path)
+    assert [each.loss for each in read_steps(tmp_path)] == pytest.approx(losses)
+    assert copies == 3
+
+
 def gradclip_itself():
     import gradclip  # noqa: PLC0415
     from gradclip.clipping import functional  # noqa: PLC0415 - the wrapped one
