@@ -6,20 +6,26 @@ a tenth of the pairs at each end; "counts" is what the watch counts by itself, w
 the steps.
 
     python benchmarks/observing.py [--pairs 40] [--batch 64] [--layers 100] [--clips] [--every N]
+    python benchmarks/observing.py --write    # three such runs, into results/observing_cpu.csv
 """
 
 import argparse
+import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter, thread_time
 
 import torch
+from timing import RESULTS, machine, write
 from torch import nn
 
 from gradclip.observe.session import Session, begin
 
 STEPS, WIDTH = 16, 64
+CASES = (["--batch", "16"], ["--batch", "64"], ["--batch", "64", "--clips"])
 
 
 def block(session: Session, step: "Step", *, watched: bool) -> tuple[float, float]:
@@ -56,7 +62,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=100)
     parser.add_argument("--clips", action="store_true")
     parser.add_argument("--every", type=int)
+    parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
+    if args.write:
+        write(RESULTS / "observing_cpu.csv", [case(each, args.pairs) for each in CASES])
+        return
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         session = begin(Path(folder), {}, args.every)
@@ -73,14 +83,35 @@ def main() -> None:
         counts = (session.watch.seconds - counted) / (args.pairs * (STEPS + 1))
         own, here = (median(off[n] for _, off in pairs) / STEPS for n in (0, 1))
         wall, cpu = (trimmed([on[n] - off[n] for on, off in pairs]) / STEPS for n in (0, 1))
-        print(
-            f"{'clips' if args.clips else 'does not clip'}, {2 * args.layers} tensors, batch "
-            f"{args.batch}: a step takes {1e3 * own:.2f} ms; watching adds {1e3 * wall:.3f} ms "
-            f"({100 * wall / own:.2f} %), of computing time {1e3 * cpu:.3f} ms "
-            f"({100 * cpu / here:.2f} %), and counts {1e3 * counts:.3f} ms "
-            f"({100 * counts / own:.2f} %); measured every {session.watch.governor.every}"
-        )
+        found = {
+            "clips": args.clips,
+            "tensors": 2 * args.layers,
+            "batch": args.batch,
+            "pairs": args.pairs,
+            "a step, ms": 1e3 * own,
+            "its computing time, ms": 1e3 * here,
+            "watching adds, ms": 1e3 * wall,
+            "watching adds, %": 100 * wall / own,
+            "computing time it adds, ms": 1e3 * cpu,
+            "computing time it adds, %": 100 * cpu / here,
+            "it counts, ms": 1e3 * counts,
+            "it counts, %": 100 * counts / own,
+            "measured every": session.watch.governor.every,
+        }
+        print(json.dumps(found))
         session.end()
+
+
+def case(options: list[str], pairs: int) -> dict[str, object]:
+    """Measure in a process of its own: a process is watched once."""
+    command = [sys.executable, __file__, "--pairs", str(pairs), *options]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    rounded = {
+        name: float(f"{value:.3g}") if isinstance(value, float) else value
+        for name, value in json.loads(said).items()
+    }
+    print(rounded)
+    return {**rounded, "machine": machine("cpu")}
 
 
 def trimmed(values: list[float]) -> float:

@@ -18,9 +18,15 @@ NOISE = [
 SCRIPTS_AND_FINDINGS = {
     "character_model.py": (["--save"], "60", "lm_head.weight", "60 of 60 steps", "1 is in force"),
     "loss_scaler.py": ([], "40", "2.weight", "37 of 40 steps", "0.5 is in force"),
-    "loss_scaler.py --fused": (["--fused"], "40", "2.weight", "no step was clipped", "none is in"),
-    "adversaries.py": ([], "50", "main.2.weight", "elements were clamped", "none is in force"),
-    "actor_critic.py": ([], "40", "action_head.weight", "no step was clipped", "none is in force"),
+    "loss_scaler.py --fused": (
+        ["--fused"],
+        "40",
+        "2.weight",
+        "no clipping was seen",
+        "none was seen",
+    ),
+    "adversaries.py": ([], "50", "main.2.weight", "elements were clamped", "none was seen"),
+    "actor_critic.py": ([], "40", "action_head.weight", "no clipping was seen", "none was seen"),
     "accelerated.py": ([], "30", "2.weight", "10 of 30 steps", "1 is in force"),
     "lightning_fit.py": ([], "24", "head.weight", "24 of 24 steps", "0.5 is in force"),
     "trainer.py": ([], "40", "down.weight", "40 of 40 steps", "1 is in force"),
@@ -100,6 +106,32 @@ def test_ranks_of_torchrun_share_a_record(tmp_path):
     assert len(steps) == 40
     first = torch.tensor(norms.norms[0]).square().sum().sqrt()
     assert first == pytest.approx(steps[0].norm_pre, rel=5e-3)
+
+
+def test_deepspeed_tells_limit_and_norm(tmp_path):
+    alone, watched = both([str(SCRIPTS / "sharded_states.py"), "state"], tmp_path)
+    assert alone.code == watched.code == 0, watched.err
+    states = [(tmp_path / each / "state").read_bytes() for each in ("alone", "watched")]
+    assert states[0] == states[1]
+    (found,) = FINDING.finditer(watched.err)
+    assert (found["steps"], found["optimizer"]) == ("30", "DeepSpeedEngine")
+    assert found["layer"] == "the norms of layers are not known"
+    assert found["share"].startswith("30 of 30 steps")
+    assert found["limit"].startswith("0.5 is in force; suggested is")
+
+
+def test_ranks_of_accelerate_share_a_record(tmp_path):
+    # Without a GPU it is still its way to start two processes of one machine: they use gloo.
+    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
+    options = "--mixed_precision no --dynamo_backend no --main_process_port 0"
+    command = ["-m", *launch.split(), *options.split(), "-m", "gradclip", "run"]
+    script = str(SCRIPTS / "accelerated.py")
+    watched = ended(started([*command, script, "state"], tmp_path))
+    assert watched.code == 0, watched.err
+    assert len(FINDING.findall(watched.err)) == 1, watched.err
+    runs = tmp_path / "gradclip-runs"
+    assert [path.name for path in runs.iterdir()] == ["1"]
+    assert {path.name for path in runs.glob("1/run*.json")} == {"run.json", "run.rank1.json"}
 
 
 def test_ranks_that_a_script_spawns_are_watched(tmp_path):

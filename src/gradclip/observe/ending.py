@@ -16,6 +16,9 @@ __all__ = ["lines"]
 _MOST = 4
 """Optimizers that are told of."""
 
+_EUCLIDEAN = 2.0
+"""Order of the norm that shares and suggestions are usually of."""
+
 _NOTHING = (
     "gradclip run: no step of a torch optimizer was seen. Steps inside torch.compile, in other "
     "programs, and of optimizers that are not torch's cannot be seen."
@@ -86,9 +89,10 @@ def _layer(track: "Track") -> str:
     name, share = tally.heaviest
     norm, step, at_largest, share_there = tally.largest
     then = "it has" if at_largest == name else f"{at_largest} has"
+    of_it = " of its square" if tally.order == _EUCLIDEAN else ""
     return (
-        f"{where}{name} has most of the norm, {percent(share)} of its square; at the largest, "
-        f"{compact(norm)} at step {step}, {then} {percent(share_there)}"
+        f"{where}{name} has most of the norm, {percent(share)}{of_it} on average; at the largest "
+        f"norm, {compact(norm)} at step {step}, {then} {percent(share_there)}"
     )
 
 
@@ -99,7 +103,11 @@ def _share(track: "Track") -> str:
             return "how many steps were clipped is not known: no norm of all gradients was seen"
         if tally.clipped:
             return f"elements were clamped at {_of(tally.clipped, tally.recorded)}"
-        return f"no step was clipped: nothing limits the norm ({tally.recorded} steps recorded)"
+        return f"no clipping was seen ({_steps(tally.recorded)} recorded)"
+    if tally.limited < tally.recorded:
+        share = percent(tally.clipped / tally.limited)
+        steps = f"{tally.clipped} of the {_steps(tally.limited)} that had a limit"
+        return f"{steps} ({share}) were clipped"
     return f"{_of(tally.clipped, tally.limited)} were clipped"
 
 
@@ -110,7 +118,7 @@ def _of(part: int, whole: int) -> str:
 def _limit(tally: "Tally") -> str:
     limit = None
     if not tally.limits:
-        said = "none is in force"
+        said = "none was seen"
     else:
         (limit, _), *_ = tally.limits.most_common(1)
         others = len(tally.limits) - 1
@@ -121,7 +129,9 @@ def _limit(tally: "Tally") -> str:
 
 def _advice(tally: "Tally", limit: float | None) -> str:
     if not tally.norms:
-        return "none can be suggested: the norm of all gradients is not known to one process"
+        return "none can be suggested: no norm of all gradients was seen"
+    if tally.order != _EUCLIDEAN:
+        return f"none is suggested: the script limits the norm of order {tally.order:g}, not of 2"
     try:
         from gradclip.diagnostics.advice import suggest  # noqa: PLC0415 - it needs numpy
     except ImportError as error:

@@ -2,7 +2,7 @@
 
 The processes of one launch share it, though none asks another one: they have their parent, or the
 place where they meet, in common. The first one makes the folder and links a note of its number to a
-name that all of them know; the others read it there.
+name that all of them know; the others read it there. The last one to read it deletes it.
 """
 
 import os
@@ -40,7 +40,7 @@ def make_folder(given: Path | None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if given is None:
-            return _numbered(folder, _launch(processes))
+            return _numbered(folder, _launch(processes), processes)
     except OSError as error:
         raise RecordError(
             f"the folder {folder} cannot be made: {error.strerror or error}. Give another one: "
@@ -72,7 +72,7 @@ def _launch(processes: int) -> str | None:
     return "-".join("".join(filter(str.isalnum, part)) for part in parts)
 
 
-def _numbered(runs: Path, launch: str | None) -> Path:
+def _numbered(runs: Path, launch: str | None, processes: int) -> Path:
     taken = [int(path.name) for path in runs.iterdir() if path.name.isdecimal()]
     number = max(taken, default=0) + 1
     while True:
@@ -85,12 +85,19 @@ def _numbered(runs: Path, launch: str | None) -> Path:
     if launch is None:
         return folder
     note, draft = runs / f".launch-{launch}", runs / f".{secrets.token_hex(8)}"
-    draft.write_text(str(number), encoding="utf-8")
+    draft.write_text(f"{number} ", encoding="utf-8")
     try:
         note.hardlink_to(draft)
     except FileExistsError:  # another process of this launch was first
         folder.rmdir()
-        return runs / note.read_text(encoding="utf-8")
+        folder = runs / note.read_text(encoding="utf-8").partition(" ")[0]
     finally:
         draft.unlink()
+    with note.open("a+", encoding="utf-8") as names:
+        names.write("x")  # one for each process that knows the number
+        names.flush()
+        names.seek(0)
+        is_last = names.read().count("x") == processes
+    if is_last:
+        note.unlink(missing_ok=True)
     return folder

@@ -8,7 +8,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
-from gradclip.observe.tracebacks import drop_our_frames
+from gradclip.observe.tracebacks import drop_first_frames
 
 __all__ = ["run_script"]
 
@@ -31,7 +31,7 @@ def run_script(arguments: list[str], *, is_module: bool) -> None:
     except SystemExit:
         raise
     except BaseException:
-        drop_our_frames(_as_main.__code__)
+        drop_first_frames(_as_main.__code__)
         raise
 
 

@@ -29,6 +29,7 @@ class Tally:
         first_nonfinite: The first of them, and the first parameters at fault.
         norms: The last steps, each with its norm, loss and learning rate.
         largest: The largest norm, its step, and the parameter with most of it.
+        order: p of the norms.
     """
 
     def __init__(self) -> None:
@@ -39,6 +40,7 @@ class Tally:
         self.first_nonfinite: tuple[int, list[str]] | None = None
         self.norms: deque[tuple[int, float, float, float]] = deque(maxlen=_MOST)
         self.largest: tuple[float, int, str, float] | None = None
+        self.order = 2.0
         self._names: Sequence[str] = ()
         self._shares: dict[str, float] = {}
         self._measured = 0
@@ -47,13 +49,14 @@ class Tally:
         """Take the names of the parameters, in the order of norms."""
         self._names = names
 
-    def add_norms(self, steps: Sequence[int], norms_BT: Tensor) -> None:
-        """Take the norms of parameters at some steps."""
-        norms_B = torch.linalg.vector_norm(norms_BT, dim=1)
+    def add_norms(self, steps: Sequence[int], norms_BT: Tensor, order: float) -> None:
+        """Take the norms of parameters at some steps, and p of them."""
+        self.order = order
+        norms_B = torch.linalg.vector_norm(norms_BT, order, dim=1)
         whole = norms_B.isfinite() & (norms_B > 0)
         if not bool(whole.any()):
             return
-        shares_BT = (norms_BT[whole] / norms_B[whole, None]).square()
+        shares_BT = (norms_BT[whole] / norms_B[whole, None]) ** order
         for name, share in zip(self._names, shares_BT.sum(0).tolist(), strict=True):
             self._shares[name] = self._shares.get(name, 0.0) + share
         self._measured += len(shares_BT)
@@ -91,7 +94,7 @@ class Tally:
 
     @property
     def heaviest(self) -> tuple[str, float] | None:
-        """The parameter with most of the squared norm, and its mean share of it."""
+        """The parameter with most of the norm to the power of p, and its mean share of that."""
         if not self._shares:
             return None
         name = max(self._shares, key=self._shares.__getitem__)

@@ -146,7 +146,7 @@ class Track:
         data = ctypes.string_at(logs_BT.data_ptr(), size * len(measured))
         for at, row in enumerate(measured):
             batch.norms.append((row.number, data[at * size : (at + 1) * size]))
-        self.tally.add_norms([row.number for row in measured], norms_BT)
+        self.tally.add_norms([row.number for row in measured], norms_BT, self._order)
         whole_B = torch.linalg.vector_norm(norms_BT, self._order, dim=1).tolist()
         found = {
             row.number: (whole, list[str]()) for row, whole in zip(measured, whole_B, strict=True)

@@ -95,6 +95,9 @@ class Watch:
         """Take what a backward pass begins at; what came since the last step is added up."""
         if root.numel() != 1 or type(root) is not Tensor:
             return
+        if not self._wants_loss():
+            self._loss = None
+            return
         if self._scaled is not None and self._scaled[0]() is root:
             root = self._scaled[1]
         loss = root.detach()
@@ -103,6 +106,12 @@ class Watch:
             self._loss, self._is_old = loss.clone(), False
         else:
             self._loss = before.to(loss.device) + loss
+
+    def _wants_loss(self) -> bool:
+        """Return whether there may be something to say of the next step."""
+        if not self.tracks or len(self._clips) or self._scaled is not None:
+            return True
+        return any(self.governor.is_due(track.count) for track in self.tracks)
 
     @_guarded
     def loss_scaled(self, loss: Any, scaled: Any) -> None:
@@ -259,8 +268,8 @@ class Watch:
         track = self._track(optimizer)
         if track is None:
             return
+        is_due = self.governor.is_due(track.count)  # as it was when the loss and clips were seen
         self._govern(track)
-        is_due = self.governor.is_due(track.count)
         step = ObservedStep(track, track.count, perf_counter(), self._loss, left_out)
         if is_due or left_out is not None or len(self._clips):
             self._look(step, optimizer, is_due=is_due)

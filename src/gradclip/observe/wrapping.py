@@ -7,13 +7,13 @@ that torch must have.
 
 import sys
 import threading
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Iterable
 from inspect import signature
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gradclip.observe.imports import when_imported
+from gradclip.observe.tracebacks import unseen
 
 if TYPE_CHECKING:
     from gradclip.observe.watch import Watch
@@ -54,6 +54,7 @@ def _hook_steps(module: ModuleType, ask: Ask) -> None:
             return None
         calls = 0
 
+        @unseen(closure)
         def observed(*given: Any, **named: Any) -> Any:
             nonlocal calls
             calls += 1
@@ -85,7 +86,7 @@ def _wrap_clipping(module: ModuleType, ask: Ask) -> None:
     )
     stacks = _Stacks(module.torch)
 
-    @wraps(total_of)
+    @unseen(total_of)
     def get_total_norm(tensors: Any, *args: Any, **kwargs: Any) -> Any:
         watch = ask()
         if watch is None:
@@ -102,21 +103,21 @@ def _wrap_clipping(module: ModuleType, ask: Ask) -> None:
         watch.total_found(total, tensors, stacks.take(), order)
         return total
 
-    @wraps(scale)
+    @unseen(scale)
     def clip_grads_with_norm(
         parameters: Any, max_norm: Any, total_norm: Any, *args: Any, **kwargs: Any
     ) -> Any:
         watch = ask()
-        if watch is None:
+        if watch is None or not isinstance(parameters, Iterable):
             return scale(parameters, max_norm, total_norm, *args, **kwargs)
         parameters = _listed(parameters, stacks.torch)
         with watch.clipping(parameters, max_norm, total_norm):
             return scale(parameters, max_norm, total_norm, *args, **kwargs)
 
-    @wraps(clamp)
+    @unseen(clamp)
     def clip_grad_value(parameters: Any, clip_value: Any, *args: Any, **kwargs: Any) -> Any:
         watch = ask()
-        if watch is None:
+        if watch is None or not isinstance(parameters, Iterable):
             return clamp(parameters, clip_value, *args, **kwargs)
         parameters = _listed(parameters, stacks.torch)
         with watch.clipping(parameters, clamps=True):
@@ -171,7 +172,7 @@ def _wrap_backward(module: ModuleType, ask: Ask) -> None:
     """See the loss: the number that ``backward`` begins at."""
     backward = module.Tensor.backward
 
-    @wraps(backward)
+    @unseen(backward)
     def observed(self: Any, *args: Any, **kwargs: Any) -> Any:
         watch = ask()
         if watch is not None:
@@ -186,14 +187,14 @@ def _wrap_scaler(module: ModuleType, ask: Ask) -> None:
     scaler = module.GradScaler
     scale, maybe_step = scaler.scale, scaler._maybe_opt_step  # noqa: SLF001 - the one place that decides
 
-    @wraps(scale)
+    @unseen(scale)
     def observed_scale(self: Any, outputs: Any) -> Any:
         scaled, watch = scale(self, outputs), ask()
         if watch is not None:
             watch.loss_scaled(outputs, scaled)
         return scaled
 
-    @wraps(maybe_step)
+    @unseen(maybe_step)
     def observed_step(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         watch = ask()
         if watch is None:
@@ -212,7 +213,7 @@ def _wrap_fsdp(module: ModuleType, ask: Ask) -> None:
     fsdp = module.FullyShardedDataParallel
     clip = fsdp.clip_grad_norm_
 
-    @wraps(clip)
+    @unseen(clip)
     def observed(self: Any, max_norm: Any, norm_type: Any = 2.0) -> Any:
         watch = ask()
         if watch is None:
@@ -229,7 +230,7 @@ def _wrap_deepspeed(module: ModuleType, ask: Ask) -> None:
     engine = module.DeepSpeedEngine
     step = engine.step
 
-    @wraps(step)
+    @unseen(step)
     def observed(self: Any, *args: Any, **kwargs: Any) -> Any:
         watch = ask()
         if watch is None:
@@ -247,7 +248,7 @@ def _wrap_our_functions(module: ModuleType, ask: Ask) -> None:
         clip = getattr(module, name)
         bind = signature(clip).bind
 
-        @wraps(clip)
+        @unseen(clip)
         def observed(*args: Any, **kwargs: Any) -> Any:
             watch = ask()
             try:
@@ -276,7 +277,7 @@ def _wrap_our_engine(module: ModuleType, ask: Ask) -> None:
     """See what gradclip itself does, whatever way in the script takes."""
     clip = module.Engine.clip
 
-    @wraps(clip)
+    @unseen(clip)
     def observed(self: Any, grad_scale: Any = None, **kwargs: Any) -> Any:
         watch = ask()
         if watch is None:
@@ -292,7 +293,7 @@ def _wrap_our_steps(module: ModuleType, ask: Ask) -> None:
     """See the steps that gradclip does not make."""
     run = module.HeldStep.run
 
-    @wraps(run)
+    @unseen(run)
     def observed(self: Any, optimizer: Any, args: Any, kwargs: Any) -> Any:
         watch = ask()
         if watch is None:

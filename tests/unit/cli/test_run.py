@@ -1,5 +1,7 @@
 """``gradclip run``: a script ends as it would without, and its steps are in a record."""
 
+from pathlib import Path
+
 import pytest
 
 from gradclip.cli.run import prepare
@@ -89,6 +91,7 @@ def test_processes_of_one_launch_get_one_folder(tmp_path, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     assert [make_folder(None).name for _ in range(2)] == ["3", "3"]
+    assert {path.name for path in Path("gradclip-runs").iterdir()} == {"1", "2", "3"}
     monkeypatch.setenv("MASTER_PORT", "29501")
     assert make_folder(None).name == "4"
 

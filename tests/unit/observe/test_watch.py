@@ -1,6 +1,7 @@
 """What a watch sees of steps that are made in unusual ways; each case in a process of its own."""
 
 import math
+import traceback
 import warnings
 from pathlib import Path
 
@@ -95,6 +96,47 @@ def test_a_closure_is_measured_at_its_first_end(tmp_path):
     steps = read_steps(tmp_path)
     assert [each.loss for each in steps] == pytest.approx([loss for loss, _ in firsts])
     assert [each.norm_pre for each in steps] == pytest.approx([n for _, n in firsts], rel=1e-5)
+
+
+def infinity_norms():
+    net, largest = model(), []
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(net, step).backward()
+        largest.append(max(p.grad.abs().max().item() for p in net.parameters()))
+        nn.utils.clip_grad_norm_(net.parameters(), 0.5, norm_type=math.inf)
+        optimizer.step()
+    return max(largest)
+
+
+def test_what_is_said_at_the_end_is_of_the_norm_that_is_limited(tmp_path):
+    largest, said = watched(infinity_norms, tmp_path)
+    assert f"at the largest norm, {largest:.3g} at step" in said
+    assert "none is suggested: the script limits the norm of order inf" in said
+
+
+def thinned():
+    from gradclip.observe import watch  # noqa: PLC0415 - in the process that is watched
+
+    net, clones, clone = model(), [], torch.Tensor.clone
+    torch.Tensor.clone = lambda self, *a, **k: clones.append(1) or clone(self, *a, **k)
+    watch.Governor.is_due = lambda _, step: step % 8 == 0
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    losses = []
+    for step in range(24):
+        optimizer.zero_grad()
+        loss = loss_of(net, step)
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    return losses[::8], len(clones)
+
+
+def test_steps_that_are_not_measured_cost_no_copy_of_the_loss(tmp_path):
+    (losses, copies), _ = watched(thinned, tmp_path)
+    assert [each.loss for each in read_steps(tmp_path)] == pytest.approx(losses)
+    assert copies == 3
 
 
 def gradclip_itself():
@@ -194,20 +236,33 @@ def test_a_step_inside_a_step_is_one(tmp_path):
     assert kinds == ["Adam", "Ahead"]
 
 
-def a_step_that_raises_and_goes_on():
-    net = model()
+def errors_and_more_steps():
+    net, shown = model(), []
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     hook = optimizer.register_step_pre_hook(lambda *_: 1 / 0)
     loss_of(net).backward()
-    with pytest.raises(ZeroDivisionError):
-        optimizer.step()
-    hook.remove()
+    net[0].bias.grad.fill_(math.nan)
+    for wrong, kind in (
+        (optimizer.step, ZeroDivisionError),
+        (lambda: optimizer.step(lambda: 1 / 0), ZeroDivisionError),
+        (lambda: net(torch.ones(2, 4)).backward(), RuntimeError),
+        (lambda: nn.utils.clip_grad_norm_(net.parameters(), 1, error_if_nonfinite=True), Exception),
+        (lambda: nn.utils.clip_grad.clip_grad_value_(3, 1.0), TypeError),
+    ):
+        with pytest.raises(kind) as caught:
+            wrong()
+        shown += [frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)]
+        hook.remove()
     optimizer.step()
+    return shown
 
 
-def test_a_step_that_raised_hides_no_other(tmp_path):
-    watched(a_step_that_raises_and_goes_on, tmp_path)
+def test_errors_are_shown_without_our_frames_and_hide_no_other_step(tmp_path):
+    shown, said = watched(errors_and_more_steps, tmp_path)
+    assert any(path.endswith("clip_grad.py") for path in shown)
+    assert not any("observe/w" in path for path in shown)
     assert len(read_steps(tmp_path)) == 2
+    assert "stopped early" not in said
 
 
 def something_breaks():
