@@ -1,0 +1,97 @@
+"""The table of events: steps that were skipped or not finite, the largest norms, new limits."""
+
+from dataclasses import dataclass
+
+from gradclip.diagnostics.arrays import np
+from gradclip.diagnostics.summary import compact
+from gradclip.report.faults import Faults
+from gradclip.report.known import Known
+from gradclip.report.layers import short_names
+
+__all__ = ["Happening", "happenings"]
+
+_NOT_MADE = 12
+_LARGEST = 8
+_OTHERS = 5
+_NAMED = 3
+_WHY = {
+    "nonfinite": "not finite, skipped",
+    "overflow": "loss scale too large, skipped",
+    "policy": "skipped by the policy",
+    "rank": "skipped: another process failed",
+}
+
+
+@dataclass(frozen=True)
+class Happening:
+    """A row of the table.
+
+    Attributes:
+        step: When.
+        what: Happened.
+        parameters: Where; empty where that is not known.
+        norm: Of the step, in words; empty where it has none.
+    """
+
+    step: int
+    what: str
+    parameters: str
+    norm: str
+
+
+def happenings(run: Known, faults: Faults) -> tuple[list[Happening], str]:
+    """Return the events in the order of steps, and which of how many they are."""
+    rows, said = [], []
+    not_made = np.flatnonzero(run.skipped | run.nonfinite)
+    for at in not_made[:_NOT_MADE].tolist():
+        what = _WHY.get(run.reasons.get(at, ""), "skipped") if run.skipped[at] else "not finite"
+        if run.skipped[at] and run.nonfinite[at] and at not in run.reasons:
+            what = _WHY["nonfinite"]
+        step = int(run.step[at])
+        rows.append(Happening(step, what, _listed(faults.names.get(step, [])), ""))
+    if len(not_made) > _NOT_MADE:
+        said.append(f"the first {_NOT_MADE} of {len(not_made):,} steps that were not finite or not made")
+    for at in _largest(run):
+        step = int(run.step[at])
+        what = "large norm, clipped" if run.clipped[at] else "large norm"
+        rows.append(Happening(step, what, _heaviest(run, step), compact(float(run.norm[at]))))
+    if any(row.norm for row in rows):
+        count = sum(bool(row.norm) for row in rows)
+        said.append(f"the {count} largest norms")
+    changes = [(int(run.step[at]), f"new limit: {text}") for at, text in run.policies.items()]
+    errors = [
+        (event["step"], f"{event.get('code', 'error')}: {event.get('error', '')}")
+        for event in run.events
+        if event["event"] == "error"
+    ]
+    for each in (sorted(changes), errors):
+        rows += [Happening(step, what, "", "") for step, what in each[:_OTHERS]]
+    return sorted(rows, key=lambda row: row.step), " and ".join(said)
+
+
+def _largest(run: Known) -> list[int]:
+    """Return the places of the largest norms, each the largest around it."""
+    finite = np.where(np.isfinite(run.norm), run.norm, -np.inf)
+    apart, found = max(1, len(run) // 200), list[int]()
+    for at in np.argsort(-finite, kind="stable")[: 50 * _LARGEST].tolist():
+        if np.isfinite(finite[at]) and all(abs(at - each) >= apart for each in found):
+            found.append(at)
+        if len(found) == min(_LARGEST, len(run) // 4):
+            break
+    return found
+
+
+def _heaviest(run: Known, step: int) -> str:
+    if run.parameters is None:
+        return ""
+    at = int(np.searchsorted(run.parameters.steps, step))
+    if at == len(run.parameters.steps) or run.parameters.steps[at] != step:
+        return ""
+    norms = run.parameters.norms[at]
+    return _listed([run.parameters.names[int(np.nanargmax(norms))]]) if np.isfinite(norms).any() else ""
+
+
+def _listed(names: list[str]) -> str:
+    short = short_names(names) if len(names) > 1 else names
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(short[:0] or names[:_NAMED]) + more
