@@ -37,14 +37,15 @@ def write_record(folder, steps=5000, seed=0):
     random, names = np.random.default_rng(seed), parameter_names()
     at = np.arange(steps)
     limit = np.where(at < steps // 2, 1.0, 0.8)
-    level = 0.15 * (0.75 + 4 * np.exp(-at / (0.03 * steps)) + 0.6 * np.cos(at / steps * 5))
+    level = 0.15 * (1.6 + 5.2 * np.exp(-at / (0.03 * steps)) + 1.1 * np.cos(at / steps * 5))
+    level *= np.exp(random.normal(0, 0.16, steps))
     usual = np.exp(random.normal(-1, 0.7, len(names)))
     usual /= np.linalg.norm(usual)
     loss = 2.0 + 8 * np.exp(-at / (0.1 * steps)) + random.exponential(0.03, steps)
     spikes = np.sort(random.choice(np.arange(20, steps), max(1, steps // 100), replace=False))
     skips = np.sort(random.choice(np.arange(5, steps), max(1, steps // 700), replace=False))
     height = np.zeros(steps)
-    height[spikes] = np.exp(random.normal(1.6, 0.6, len(spikes)))
+    height[spikes] = np.exp(random.normal(1.7, 0.8, len(spikes)))
     broken = [at for at, name in enumerate(names) if ".16.self_attn.k" in name or ".17." in name]
     exploding = np.array([f"layers.{EXPLODES}." in name for name in names])
     rising = 1 + 2.5 * np.clip(at / steps - 0.6, 0, 1)
@@ -60,8 +61,8 @@ def write_record(folder, steps=5000, seed=0):
         batch = Batch()
         for step in range(first, min(first + 64, steps)):
             norms = level[step] * usual * np.exp(random.normal(0, 0.25, len(names)))
-            norms[exploding] *= rising[step] * (1 + 1.6 * height[step])
-            norms *= 1 + 0.5 * height[step]
+            norms[exploding] *= rising[step] * (1 + 3 * height[step])
+            norms *= 1 + 0.4 * height[step]
             is_broken = step in skips
             if is_broken:
                 norms[broken] = np.nan

@@ -12,20 +12,21 @@ from gradclip.diagnostics.advice_words import call
 from gradclip.diagnostics.arrays import np
 from gradclip.diagnostics.runs import Run
 from gradclip.report import sections
-from gradclip.report.blame import Blame, blame, outstanding
+from gradclip.report.blame import Blame, Outstanding, blame, outstanding
 from gradclip.report.faults import Faults, faults_of
 from gradclip.report.happenings import happenings
 from gradclip.report.heat import heat_of, rows_of
 from gradclip.report.known import Known, known
 from gradclip.report.layers import layers_of, short_names
 from gradclip.report.series import columns_of, per_bucket, window
-from gradclip.report.words import counted, finding, finite, more, share
+from gradclip.report.words import counted, finding, more, number, share
 
 __all__ = ["Article", "article"]
 
 _GROUPS = 6
 """Groups that are drawn; a chart of more cannot be read."""
 _HOT = 8
+_NUMBERS = ("", "", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _POINTS = 400
 _ROW_HEIGHT, _LOWEST, _HIGHEST = 18, 90, 500
 
@@ -69,9 +70,10 @@ def article(run: Run, number: int, level: int) -> Article:
     data: dict[str, Any] = {}
     if all_known.parameters is not None:
         body.append(_heat(all_known, found, faults, level + 1, data))
-    body += _tables(all_known, found, faults, level + 1)
+    body += _tables(all_known, steps, found, faults, level + 1)
     shown = _shown_groups(all_known)
     data["columns"] = _packed(columns_of(all_known, shown))
+    data["noun"] = {"step": ["step", "steps"], "entry": ["entry", "entries"]}[all_known.noun]
     data["per"] = per_bucket(len(all_known))
     data["groups"] = {f"group{at}": all_known.groups[at].name for at in shown}
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
@@ -112,6 +114,8 @@ def _charts(run: Known, level: int) -> list[str]:
     norms, losses = run.usable, run.loss[np.isfinite(run.loss)]
     cross = '<span class="bad">\N{MULTIPLICATION SIGN}</span>'
     notes = ["Log scale."]
+    if run.noun != "step":
+        notes.append(f"The log does not count steps: here are {run.axis}.")
     if run.skipped.any():
         notes.append(f"{cross} marks a skipped step.")
     elif run.nonfinite.any():
@@ -124,7 +128,7 @@ def _charts(run: Known, level: int) -> list[str]:
     has_groups = len(run.groups) > 1
     told = f"Line chart of the {run.norms_are} by step"
     if len(norms):
-        told += f", median {finite(float(np.median(norms)))}, largest {finite(float(norms.max()))}"
+        told += f", median {number(float(np.median(norms)))}, largest {number(float(norms.max()))}"
     title = run.norms_are[:1].upper() + run.norms_are[1:]
     made = [
         sections.section(
@@ -138,14 +142,13 @@ def _charts(run: Known, level: int) -> list[str]:
                 height=250,
                 marks="steps",
                 peaks="yes",
-                axis=run.axis,
             ),
             " ".join(notes),
         )
     ]
     if len(losses):
         note = f"{cross} marks a loss that is not finite." if run.lost.any() else ""
-        told = f"Line chart of the loss by step, from {finite(float(losses[0]))} to {finite(float(losses[-1]))}"
+        told = f"Line chart of the loss by step, from {number(float(losses[0]))} to {number(float(losses[-1]))}"
         box = sections.chart("lines", told, series="loss", scale="linear", height=130, marks="loss")
         made.append(sections.section("Loss", level, box, note))
     if run.tells_clipping and len(run) > 1:
@@ -213,10 +216,11 @@ def _heat(
         told += f"; {found.layers.names[found.layer]} has the most; the table below has the numbers"
     each = f"the largest of each {heat.per_column:,.0f} steps" if heat.per_column >= 2 else "by step"  # noqa: PLR2004
     note = (
-        f"Each row is a {rows.are}, in the model's order; {each}. Compared with "
+        f"Each row is a {rows.are}, in the model's order; {each}. "
+        '<span class="versus">Compared with '
         '<select class="compared" aria-label="Compared with">'
-        '<option value="both">its own median and the others at that step</option>'
-        '<option value="own">its own median</option></select>'
+        '<option value="both">its own median, and the others at that step</option>'
+        '<option value="own">its own median</option></select></span>'
     )
     key = (
         '<p class="key"><span>0.1 \N{MULTIPLICATION SIGN}</span><canvas class="scale" width="180" '
@@ -246,21 +250,30 @@ def _hot(found: Blame | None, of_row: Any) -> list[int]:
     return sorted(set(hot))
 
 
-def _tables(run: Known, found: Blame | None, faults: Faults, level: int) -> list[str]:
+def _tables(
+    run: Known, steps: Outstanding, found: Blame | None, faults: Faults, level: int
+) -> list[str]:
     parts, pair = [], []
+    names = run.parameters.names if run.parameters is not None else []
+    short = short_names(names)
     if run.parameters is not None and found is not None:
-        where = "the steps that stand out" if found.steps else "all steps"
-        note = f"Share: of the squared norm, the mean over {where}"
-        note += "; else: over the others." if found.steps and found.others else "."
-        body = sections.hottest(run, found, short_names(run.parameters.names))
-        count = min(10, len(run.parameters.names))
-        words = {10: "ten", 1: "parameter"}
-        pair.append(sections.section(f"The hottest {words.get(count, count)}", level, body, note))
+        stand_out = "Clipped" if steps.are_clipped else "Spikes"
+        heads = [stand_out if found.steps else "Share", *["Others"] * bool(found.steps and found.others)]
+        note = "Shares of the squared norm: the mean over " + (
+            f"{'the clipped steps' if steps.are_clipped else 'the spikes'}"
+            f"{', and over the others' if len(heads) > 1 else ''}."
+            if found.steps
+            else "all steps."
+        )
+        body = sections.hottest(run, found, heads, short)
+        count = min(10, len(names))
+        title = f"The hottest {_NUMBERS[count]}" if count > 1 else "The parameter"
+        pair.append(sections.section(title, level, body, note))
     if len(run.usable) and (drawn := sections.distribution(run)):
         pair.append(sections.section("Distribution of the norm", level, drawn, "Log scale."))
     if pair:
         parts.append(f'<div class="two">{"".join(pair)}</div>')
-    rows, which = happenings(run, faults)
+    rows, which = happenings(run, faults, dict(zip(names, short, strict=True)))
     if rows:
         note = f"{which[:1].upper()}{which[1:]}. " if which else ""
         note += "A step leads to its place in the charts."

@@ -1,15 +1,17 @@
 """Which layer makes the steps that stand out: those that were clipped, or else the spikes."""
 
+import math
 from dataclasses import dataclass
 
 from gradclip.diagnostics.arrays import Flags, Numbers, np
+from gradclip.diagnostics.norm_statistics import level
 from gradclip.report.known import Known
 from gradclip.report.layers import Layers, layers_of, mean_shares
 
 __all__ = ["Blame", "blame", "outstanding"]
 
 _SPIKE = 3
-"""Norms this many times the 90th percentile are spikes, as ``gradclip suggest`` says."""
+"""Norms this many times the 90th percentile are spikes, as for ``gradclip suggest``."""
 _FEWEST = 30
 _LARGE = 0.2
 _LIFT = 1.5
@@ -24,11 +26,13 @@ class Outstanding:
         which: Which steps.
         are_clipped: Whether they are the clipped ones; else they are spikes.
         above: The norm that they exceed, of spikes.
+        settled: The usual norm after a beginning of higher ones, which are no spikes; else None.
     """
 
     which: Flags
     are_clipped: bool
     above: float
+    settled: float | None
 
     @property
     def count(self) -> int:
@@ -67,13 +71,16 @@ def outstanding(run: Known) -> Outstanding:
     """Return the steps to ask about: clipped ones, unless that is most of them; else spikes."""
     count = int(run.clipped.sum())
     if 0 < count <= len(run) / 2:
-        return Outstanding(run.clipped, are_clipped=True, above=0.0)
+        return Outstanding(run.clipped, are_clipped=True, above=0.0, settled=None)
+    which = np.zeros(len(run), np.bool_)
     if len(run.usable) < _FEWEST:
-        return Outstanding(np.zeros(len(run), np.bool_), are_clipped=False, above=0.0)
-    above = _SPIKE * float(np.quantile(run.usable, 0.9))
-    with np.errstate(invalid="ignore"):
-        which = np.isfinite(run.norm) & (run.norm > above)
-    return Outstanding(which, are_clipped=False, above=above)
+        return Outstanding(which, are_clipped=False, above=math.inf, settled=None)
+    found = level(run.usable, np.full(len(run.usable), np.nan))
+    above, largest = _SPIKE * found.p90, run.usable > _SPIKE * found.p90
+    places = np.flatnonzero(np.isfinite(run.norm) & (run.norm > 0))
+    which[places[found.cut :][largest[found.cut :]]] = True
+    settled = found.median if largest[: found.cut].any() else None
+    return Outstanding(which, are_clipped=False, above=above, settled=settled)
 
 
 def blame(run: Known, steps: Outstanding) -> Blame | None:

@@ -1,12 +1,12 @@
 """The table of events: steps that were skipped or not finite, the largest norms, new limits."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gradclip.diagnostics.arrays import np
-from gradclip.diagnostics.summary import compact
 from gradclip.report.faults import Faults
 from gradclip.report.known import Known
-from gradclip.report.layers import short_names
+from gradclip.report.words import number
 
 __all__ = ["Happening", "happenings"]
 
@@ -39,22 +39,33 @@ class Happening:
     norm: str
 
 
-def happenings(run: Known, faults: Faults) -> tuple[list[Happening], str]:
-    """Return the events in the order of steps, and which of how many they are."""
+def happenings(run: Known, faults: Faults, short: Mapping[str, str]) -> tuple[list[Happening], str]:
+    """Return the events in the order of steps, and which of how many they are.
+
+    Args:
+        run: The run.
+        faults: Where gradients were not finite.
+        short: The parameters' names as they are shown.
+    """
     rows, said = [], []
+
+    def listed(names: Sequence[str]) -> str:
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        return ", ".join(short.get(name, name) for name in names[:_NAMED]) + more
+
     not_made = np.flatnonzero(run.skipped | run.nonfinite)
     for at in not_made[:_NOT_MADE].tolist():
         what = _WHY.get(run.reasons.get(at, ""), "skipped") if run.skipped[at] else "not finite"
         if run.skipped[at] and run.nonfinite[at] and at not in run.reasons:
             what = _WHY["nonfinite"]
         step = int(run.step[at])
-        rows.append(Happening(step, what, _listed(faults.names.get(step, [])), ""))
+        rows.append(Happening(step, what, listed(faults.names.get(step, [])), ""))
     if len(not_made) > _NOT_MADE:
         said.append(f"the first {_NOT_MADE} of {len(not_made):,} steps that were not finite or not made")
     for at in _largest(run):
         step = int(run.step[at])
         what = "large norm, clipped" if run.clipped[at] else "large norm"
-        rows.append(Happening(step, what, _heaviest(run, step), compact(float(run.norm[at]))))
+        rows.append(Happening(step, what, listed(_heaviest(run, step)), number(float(run.norm[at]))))
     if any(row.norm for row in rows):
         count = sum(bool(row.norm) for row in rows)
         said.append(f"the {count} largest norms")
@@ -81,17 +92,13 @@ def _largest(run: Known) -> list[int]:
     return found
 
 
-def _heaviest(run: Known, step: int) -> str:
+def _heaviest(run: Known, step: int) -> list[str]:
+    """Return the parameter with the largest norm at a step, where that is known."""
     if run.parameters is None:
-        return ""
+        return []
     at = int(np.searchsorted(run.parameters.steps, step))
     if at == len(run.parameters.steps) or run.parameters.steps[at] != step:
-        return ""
+        return []
     norms = run.parameters.norms[at]
-    return _listed([run.parameters.names[int(np.nanargmax(norms))]]) if np.isfinite(norms).any() else ""
-
-
-def _listed(names: list[str]) -> str:
-    short = short_names(names) if len(names) > 1 else names
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(short[:0] or names[:_NAMED]) + more
+    known = np.where(np.isfinite(norms), norms, -1)
+    return [run.parameters.names[int(known.argmax())]] if known.max() > 0 else []

@@ -3,7 +3,7 @@
 import math
 
 from gradclip.diagnostics.arrays import Numbers, np
-from gradclip.diagnostics.summary import compact
+from gradclip.report.words import number
 
 __all__ = ["histogram"]
 
@@ -52,7 +52,7 @@ def histogram(norms: Numbers, limit: float, told: str) -> str:
     drawn.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>')
     drawn += [
         f'<text x="{x(math.log10(tick)):.1f}" y="{_HEIGHT - 6}" text-anchor="middle">'
-        f"{compact(tick)}</text>"
+        f"{number(tick)}</text>"
         for tick in _ticks(first, last)
     ]
     if has_limit:
@@ -61,7 +61,7 @@ def histogram(norms: Numbers, limit: float, told: str) -> str:
         drawn.append(
             f'<line class="line c-limit dashed" x1="{at:.1f}" x2="{at:.1f}" y1="6" y2="{base}"/>'
             f'<text class="label c-limit" x="{text:.1f}" y="16" text-anchor="{anchor}">'
-            f"limit {compact(limit)}</text>"
+            f"limit {number(limit)}</text>"
         )
     return (
         f'<svg class="histogram" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '

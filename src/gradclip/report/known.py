@@ -90,9 +90,14 @@ class Known:
 
     @property
     def usable(self) -> Numbers:
-        """The norms that are finite."""
-        found: Numbers = self.norm[np.isfinite(self.norm)]
+        """The norms that say something: finite, and above 0."""
+        found: Numbers = self.norm[np.isfinite(self.norm) & (self.norm > 0)]
         return found
+
+    @property
+    def noun(self) -> str:
+        """What one of the steps is called."""
+        return "step" if self.axis == "optimizer step" else "entry"
 
     @property
     def spacing(self) -> float | None:

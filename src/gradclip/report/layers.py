@@ -56,14 +56,27 @@ def layers_of(names: Sequence[str]) -> Layers:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Leave out how all names begin, and ``.weight`` where that leaves them distinct.
+    """Leave out what all names have, and what comes before a layer's number where that is clear.
 
-    >>> short_names(["model.0.weight", "model.1.weight", "model.1.bias"])
-    ['0', '1', '1.bias']
+    >>> short_names(["model.embed.weight", "model.h.0.a.weight", "model.h.1.a.weight"])
+    ['embed', '0.a', '1.a']
+    >>> short_names(["0.weight", "0.bias"])
+    ['0.weight', '0.bias']
     """
-    short = _without_common_start(names)
-    without = [name.removesuffix(".weight") for name in short]
-    return without if len(set(without)) == len(set(short)) else short
+    begun = _without_common_start(names)
+    split = [name.split(".") for name in begun]
+    stems = {stem for stem, number in map(_place, split) if number is not None}
+    shorter = begun
+    if len(stems) == 1:
+        stem = [*stems.pop()]
+        shorter = [
+            ".".join(parts[len(stem) :] if parts[: len(stem)] == stem else parts) for parts in split
+        ]
+    shortest = [name.removesuffix(".weight") for name in shorter]
+    for found in (shortest, shorter, begun):
+        if len(set(found)) == len(set(names)) and not any(map(str.isdecimal, found)):
+            return found
+    return list(names)
 
 
 def mean_shares(norms: Numbers, which: Flags) -> tuple[Numbers, int]:

@@ -6,12 +6,11 @@ from html import escape
 from gradclip.diagnostics.advice import Advice
 from gradclip.diagnostics.advice_words import call
 from gradclip.diagnostics.arrays import np
-from gradclip.diagnostics.summary import compact
 from gradclip.report.blame import Blame
 from gradclip.report.happenings import Happening
 from gradclip.report.histogram import histogram
 from gradclip.report.known import Known
-from gradclip.report.words import counted, finite, share
+from gradclip.report.words import counted, number, share
 
 __all__ = ["advice", "chart", "distribution", "events", "hottest", "numbers", "section", "table", "tiles"]
 
@@ -53,7 +52,7 @@ def table(
         for row in rows
     )
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table>'
+        f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(label)}"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -87,8 +86,8 @@ def tiles(run: Known) -> str:
         (*made, ""),
         (*cut, ""),
         (*fourth, ' class="bad"' if bad else ""),
-        ("Median norm", finite(p50), f"p90 {finite(p90)}", ""),
-        ("Largest norm", finite(most), at if count < 1000 else f"p99 {finite(p99)}", ""),  # noqa: PLR2004
+        ("Median norm", number(p50), f"p90 {number(p90)}", ""),
+        ("Largest norm", number(most), at if count < 1000 else f"p99 {number(p99)}", ""),  # noqa: PLR2004
     ]
     items = "".join(
         f"<div><dt>{name}</dt><dd{style}>{value}<small>{under}</small></dd></div>"
@@ -101,24 +100,31 @@ def _range(run: Known) -> str:
     return f"{run.step[0]:,} to {run.step[-1]:,}" if run.axis == "optimizer step" else "in the log"
 
 
-def hottest(run: Known, found: Blame, short: Sequence[str]) -> str:
-    """Return the table of those parameters that have the most of the norm."""
+def hottest(run: Known, found: Blame, heads: Sequence[str], short: Sequence[str]) -> str:
+    """Return the table of those parameters that have the most of the norm.
+
+    Args:
+        run: The run.
+        found: What each has.
+        heads: What the shares are of: one or two names.
+        short: The parameters' names as they are shown.
+    """
     assert run.parameters is not None
     norms = np.where(np.isfinite(run.parameters.norms), run.parameters.norms, np.nan)
     rows = []
     for at in np.argsort(-found.of_parameters, kind="stable")[:_HOTTEST].tolist():
         of = norms[:, at][np.isfinite(norms[:, at])]
+        shares = [found.of_parameters[at], found.usual_of_parameters[at]][: len(heads)]
         rows.append(
             (
-                f"<code title=\"{escape(run.parameters.names[at])}\">{escape(short[at])}</code>",
-                share(float(found.of_parameters[at])),
-                share(float(found.usual_of_parameters[at])) if found.others else "\N{EN DASH}",
-                finite(float(np.median(of))) if len(of) else "\N{EN DASH}",
-                finite(float(of.max())) if len(of) else "\N{EN DASH}",
+                f'<code title="{escape(run.parameters.names[at])}">{escape(short[at])}</code>',
+                *(share(float(each)) for each in shares),
+                number(float(np.median(of))) if len(of) else "\N{EN DASH}",
+                number(float(of.max())) if len(of) else "\N{EN DASH}",
             )
         )
-    heads = ("Parameter", "Share", "Else", "Median", "Largest")
-    return table("The hottest parameters", heads, rows, (1, 2, 3, 4))
+    names = ("Parameter", *heads, "Median", "Largest")
+    return table("The hottest parameters", names, rows, range(1, len(names)))
 
 
 def distribution(run: Known) -> str:
@@ -126,22 +132,25 @@ def distribution(run: Known) -> str:
     limits = run.limit[np.isfinite(run.limit)]
     limit = float(limits[-1]) if len(limits) and len(run.groups) < 2 else np.nan  # noqa: PLR2004
     norms = run.usable
-    told = f"Histogram of the norms on a log scale, from {finite(float(norms.min()))} to {finite(float(norms.max()))}"
+    told = f"Histogram of the norms on a log scale, from {number(float(norms.min()))} to {number(float(norms.max()))}"
     return histogram(norms, limit, told)
 
 
 def events(rows: Sequence[Happening]) -> str:
     """Return the table of events; each step is a button that leads there."""
+    names_parameters = any(each.parameters for each in rows)
     cells = [
         (
-            f'<button data-go="{each.step}" aria-label="Show step {each.step:,}">{each.step:,}</button>',
+            f'<button data-go="{each.step}" aria-label="Show step {each.step:,}">'
+            f"{each.step:,}</button>",
             escape(each.what),
-            f"<code>{escape(each.parameters)}</code>" if each.parameters else "",
+            *([f"<code>{escape(each.parameters)}</code>"] if names_parameters else []),
             each.norm,
         )
         for each in rows
     ]
-    return table("Events", ("Step", "What", "Parameters", "Norm"), cells, (3,))
+    heads = ("Step", "What", *(["Parameters"] if names_parameters else []), "Norm")
+    return table("Events", heads, cells, (len(heads) - 1,))
 
 
 def advice(found: Advice) -> str:
@@ -174,7 +183,7 @@ def numbers(run: Known) -> str:
             heads.append(name)
             columns.append(values)
     rows = [
-        (f"{columns[0][at]:,}", *(compact(float(column[at])) for column in columns[1:]))
+        (f"{columns[0][at]:,}", *(number(float(column[at])) for column in columns[1:]))
         for at in places.tolist()
     ]
     which = f"{len(rows):,} of {len(run):,}" if len(rows) < len(run) else f"all {len(run):,}"

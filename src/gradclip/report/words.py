@@ -11,18 +11,34 @@ from gradclip.report.blame import Blame, Outstanding
 from gradclip.report.faults import Faults
 from gradclip.report.known import Known
 
-__all__ = ["counted", "finding", "joined", "more", "share"]
+__all__ = ["counted", "finding", "joined", "more", "number", "share"]
 
 _OFTEN = 0.1
 """Where more steps than this were clipped, one does not call them spikes."""
+_BROAD = 2.5
+"""Where the 90th percentile is more medians than this, norms vary much."""
 _ENOUGH = 30
 """Steps from which on thirds of a run are told."""
+_SEVERAL = ("limits", "the limits")
 _REASONS = {
     "nonfinite": "a gradient was not finite",
     "overflow": "the loss scale was too large",
     "policy": "the policy said so",
     "rank": "another process could not make them",
 }
+
+
+def number(value: float) -> str:
+    """Write a number in three digits, and a dash for none.
+
+    >>> number(0.2034), number(1190.4), number(2.5e7), number(math.nan)
+    ('0.203', '1,190', '2.5e7', '\N{EN DASH}')
+    """
+    if not math.isfinite(value):
+        return "\N{EN DASH}"
+    if 1000 <= abs(value) < 1e5:  # noqa: PLR2004
+        return f"{float(f'{value:.3g}'):,.0f}"
+    return compact(value)
 
 
 def share(part: float) -> str:
@@ -65,13 +81,21 @@ def finding(run: Known, whole: Run, steps: Outstanding, found: Blame | None) -> 
     if diverged is not None and not skipped:
         return f"The loss is not finite from step {diverged:,} on."
     clipped = int(run.clipped.sum())
-    if clipped > count / 2:
-        return f"The limit sets the step size: it clipped {share(clipped / count)} of the {one}s."
+    if count == 1:
+        return f"One {one}, with a norm of {number(run.usable[0])}{', clipped' * clipped}."
+    if clipped > count / 2 and count >= _ENOUGH:
+        part = f"{share(clipped / count)} of the {one}s" if clipped < count else f"every {one}"
+        limit = _limit(run) or "clipping"
+        sets, it = ("set", "they") if limit.startswith(_SEVERAL) else ("sets", "it")
+        return f"{_begun(limit)} {sets} the step size: {it} clipped {part}."
     if found is not None and found.steps:
         return _of_layer(found, steps, one)
-    if steps.are_clipped:
+    if clipped:
         limit = _limit(run)
-        return f"{limit[:1].upper()}{limit[1:]} clipped {clipped:,} of {counted(count, one)}."
+        if limit is None:
+            were = "was" if clipped == 1 else "were"
+            return f"{clipped:,} of {counted(count, one)} {were} clipped."
+        return f"{_begun(limit)} clipped {clipped:,} of {counted(count, one)}."
     return _unclipped(run, steps, one)
 
 
@@ -83,11 +107,23 @@ def more(run: Known, whole: Run, steps: Outstanding, found: Blame | None, faults
         said.append(f"The loss is not finite from step {diverged:,} on.")
     if run.spacing is not None and run.spacing > 1:
         said.append(
-            f"There is one norm of every {run.spacing:g} steps, so the largest may be missing."
+            f"There is a norm of every {_ordinal(run.spacing)} step only, so spikes may be missing."
         )
+    if (zeros := int((run.norm == 0).sum())) and len(run.usable):
+        are = "is" if zeros == 1 else "are"
+        said.append(f"{counted(zeros, 'norm')} {are} exactly 0, and left out of these numbers.")
     if run.log is not None and not run.tells_clipping:
         said.append("The log names no limit, so nothing is known of clipping.")
     return " ".join(each for each in said if each)
+
+
+def _begun(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _titled(layer: str) -> str:
+    """Begin a sentence with a layer; names of modules stay as they are."""
+    return _begun(layer) if layer.startswith("layer ") else layer
 
 
 def _without_norms(run: Known, one: str) -> str:
@@ -95,23 +131,25 @@ def _without_norms(run: Known, one: str) -> str:
         return f"All {counted(len(run), one)} were skipped." if len(run) > 1 else "The one step was skipped."
     if run.nonfinite.any():
         return f"No gradient norm is finite, in {counted(len(run), one)}."
+    if (run.norm == 0).any():
+        return f"Every gradient norm is 0, in {counted(len(run), one)}."
     return f"No gradient norm is known, of {counted(len(run), one)}."
 
 
-def _limit(run: Known) -> str:
-    """Name the limit: ``the limit of 1.0``, ``limits that changed``."""
+def _limit(run: Known) -> str | None:
+    """Name the limit, ``the limit of 1`` or ``limits of 0.8 to 1``; None where none is known."""
     known = run.limit[np.isfinite(run.limit)]
     if len(run.groups) > 1:
         return "the limits by group"
     if not len(known):
-        return "clipping"
+        return None
     low, high = float(known.min()), float(known.max())
-    return f"the limit of {compact(low)}" if low == high else f"limits of {compact(low)} to {compact(high)}"
+    return f"the limit of {number(low)}" if low == high else f"limits of {number(low)} to {number(high)}"
 
 
 def _of_layer(found: Blame, steps: Outstanding, one: str) -> str:
     name = found.layers.names[found.layer]
-    title = name[:1].upper() + name[1:] if name.startswith("layer ") else name
+    title = _titled(name)
     part, usual = share(found.share[found.layer]), share(found.usual[found.layer])
     where = _where(found, steps, one)
     if found.verdict == "makes":
@@ -122,7 +160,7 @@ def _of_layer(found: Blame, steps: Outstanding, one: str) -> str:
         others = f", {usual} in the others" if found.others else ""
         return f"{title} has most of the norm: {part} of its square {where}{others}."
     if len(found.layers.names) == 1:
-        did = "were clipped" if steps.are_clipped else f"exceed {compact(steps.above)}"
+        did = "were clipped" if steps.are_clipped else f"exceed {number(steps.above)}"
         return f"{steps.count:,} of {counted(len(steps.which), one)} {did}."
     return f"No layer stands out {where}: the most is {part}, of {name}."
 
@@ -130,7 +168,7 @@ def _of_layer(found: Blame, steps: Outstanding, one: str) -> str:
 def _where(found: Blame, steps: Outstanding, one: str) -> str:
     """Say in which steps, and how many of them are known."""
     kind = f"clipped {one}" if steps.are_clipped else one
-    tail = "" if steps.are_clipped else f" above {compact(steps.above)}"
+    tail = "" if steps.are_clipped else f" above {number(steps.above)}"
     if steps.count == 1:
         return f"in the one {kind}{tail}"
     if found.steps < steps.count:
@@ -139,30 +177,36 @@ def _where(found: Blame, steps: Outstanding, one: str) -> str:
 
 
 def _unclipped(run: Known, steps: Outstanding, one: str) -> str:
-    low, middle, high = (compact(float(np.quantile(run.usable, q))) for q in (0, 0.5, 1))
+    low, middle, high = (number(float(np.quantile(run.usable, q))) for q in (0, 0.5, 1))
     limits = run.limit[np.isfinite(run.limit)]
     if len(limits):
-        return f"{_limit(run).capitalize()} never acted: the largest norm is {high}."
+        return f"{_begun(_limit(run) or 'clipping')} never acted: the largest norm is {high}."
     if steps.count:
-        verb = "exceeds" if steps.count == 1 else "exceed"
         return (
-            f"{steps.count:,} of {counted(len(run), one)} {verb} {compact(steps.above)}, "
-            "three times what one step in ten reaches."
+            f"{counted(steps.count, 'spike')} in {counted(len(run), one)}: "
+            f"{'norms' if steps.count > 1 else 'a norm'} above {number(steps.above)}, three times "
+            "the usual 90th percentile."
         )
     if len(run.usable) == 1:
         return f"One norm is known: {high}."
     if len(run.usable) < _ENOUGH:
-        return f"The norms of {counted(len(run.usable), one)} are {low} to {high}."
+        return f"{counted(len(run.usable), one)} with norms from {low} to {high}."
+    if steps.settled is not None:
+        settled = number(steps.settled)
+        return f"The norms start as high as {high} and settle at {settled}; no spikes follow."
+    tenth = float(np.quantile(run.usable, 0.9))
+    if tenth > _BROAD * float(np.median(run.usable)):
+        return f"The norms vary much: the median is {middle}, the 90th percentile {number(tenth)}."
     return f"No spikes: the median norm is {middle}, the largest {high}."
 
 
 def _shares(run: Known) -> str:
     clipped, count = int(run.clipped.sum()), len(run)
-    if not clipped or count < _ENOUGH:
+    if not 0 < clipped < count or count < _ENOUGH:
         return ""
     parts = [share(each).removesuffix(" %") for each in thirds(run.clipped.astype(np.float64))]
     return (
-        f"{_limit(run)[:1].upper()}{_limit(run)[1:]} acted in {share(clipped / count)} of the "
+        f"{_begun(_limit(run) or 'clipping')} acted in {share(clipped / count)} of the "
         f"{run.counted} ({joined(parts)} % of the first, second and last third)."
     )
 
@@ -172,7 +216,14 @@ def _layer_beside(run: Known, steps: Outstanding, found: Blame | None) -> str:
     if found is None or found.steps or len(found.layers.names) == 1:
         return ""
     name, part = found.layers.names[found.layer], share(found.share[found.layer])
-    return f"{name[:1].upper()}{name[1:]} has the most of the squared norm, {part} on average."
+    return f"{_titled(name)} has the most of the squared norm, {part} on average."
+
+
+def _ordinal(value: float) -> str:
+    """Write 2 as ``2nd``, 100 as ``100th``."""
+    whole = round(value)
+    tail = "th" if whole % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(whole % 10, "th")
+    return f"{whole:,}{tail}"
 
 
 def _skipped(run: Known, faults: Faults) -> str:
@@ -195,8 +246,3 @@ def _skipped(run: Known, faults: Faults) -> str:
             f"the {'step' if unmade == 1 else 'steps'} {were} made all the same."
         )
     return " ".join(said)
-
-
-def finite(value: float) -> str:
-    """Write a number, or a dash where there is none."""
-    return compact(value) if math.isfinite(value) else "\N{EN DASH}"

@@ -39,7 +39,7 @@ class Controls {
 
   tellRange() {
     const [low, high] = this.view.range.map(format.whole);
-    this.range.textContent = this.view.isWhole ? "all steps" : `steps ${low} to ${high}`;
+    this.range.textContent = this.view.isWhole ? `all ${this.run.noun[1]}` : `${this.run.noun[1]} ${low} to ${high}`;
   }
 
   // Ask about the step at a place.

@@ -24,5 +24,5 @@ async function readRun(article) {
     }
     heat = { ...told.heat, logs };
   }
-  return { columns, heat, groups: told.groups, per: told.per, count: columns.step.length };
+  return { columns, heat, groups: told.groups, noun: told.noun, per: told.per, count: columns.step.length };
 }

@@ -8,7 +8,7 @@ const format = {
     if (value === 0) return "0";
     const size = Math.abs(value);
     if (size < 1e-3 || size >= 1e5) return String(value.toExponential(2)).replace(/\.?0*e\+?/, "e");
-    return String(+value.toPrecision(3));
+    return size >= 1000 ? (+value.toPrecision(3)).toLocaleString("en") : String(+value.toPrecision(3));
   },
 
   whole: (value) => Math.round(value).toLocaleString("en"),

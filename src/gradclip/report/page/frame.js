@@ -1,6 +1,6 @@
 // What all charts share: where the plot lies in its box, SVG elements, the axis of steps, the cursor.
 
-const LEFT = 56, BOTTOM = 22, WIDE = 520, ROOM = 104, LETTER = 6.9;
+const LEFT = 56, BOTTOM = 22, WIDE = 520, ROOM = 120, LETTER = 6.9;
 
 function svgElement(name, attributes, parent, text) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -39,7 +39,7 @@ class Frame {
   }
 
   drawSteps() {
-    for (const step of ticks.steps(...this.view.range, Math.max(2, this.inner / 130)))
+    for (const step of ticks.steps(...this.view.range, Math.max(3, this.inner / 130)))
       svgElement("text", { x: this.x(step), y: this.height - 5, "text-anchor": "middle" }, this.svg, format.whole(step));
   }
 
@@ -67,10 +67,29 @@ class Frame {
   }
 }
 
-// A text cut in its middle to a width.
+// A name cut in its middle to a width: "17\u2026k_proj".
 function fitted(text, width) {
   const most = Math.max(3, Math.floor(width / LETTER));
   if (text.length <= most) return text;
-  const tail = Math.ceil((most - 1) * 0.6);
-  return text.slice(0, most - 1 - tail) + "\u2026" + text.slice(-tail);
+  const parts = text.split("."), short = `${parts[0]}\u2026${parts.at(-1)}`;
+  if (parts.length > 2 && short.length <= most) return short;
+  const head = Math.min(parts[0].length, Math.floor(most / 3));
+  return text.slice(0, head) + "\u2026" + text.slice(head + 1 - most);
+}
+
+// Places as close to the wanted ones as they can be without covering each other.
+function spread(wanted, apart, low, high) {
+  const clusters = [];
+  for (const place of wanted) {
+    let cluster = { sum: place, count: 1 };
+    const start = (of) => Math.min(Math.max(of.sum / of.count - (apart * (of.count - 1)) / 2, low), high - apart * (of.count - 1));
+    cluster.start = start(cluster);
+    for (let before = clusters.at(-1); before && before.start + apart * before.count > cluster.start; before = clusters.at(-1)) {
+      clusters.pop();
+      cluster = { sum: before.sum + cluster.sum, count: before.count + cluster.count };
+      cluster.start = start(cluster);
+    }
+    clusters.push(cluster);
+  }
+  return clusters.flatMap(({ start, count }) => Array.from({ length: count }, (_, at) => start + apart * at));
 }

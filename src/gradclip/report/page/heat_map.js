@@ -59,10 +59,21 @@ class HeatMap extends Frame {
     this.drawSteps();
     this.drawTicks();
     this.drawNames();
-    const [low, high] = this.view.range;
-    for (const [step, row] of heat.bad)
-      if (step >= low && step <= high) svgElement("circle", { class: "dot c-bad", cx: this.x(step), cy: this.y(row), r: 3 }, this.svg);
+    this.drawFaults();
     this.end();
+  }
+
+  // What was not finite: dots, which are joined where rows are close to each other.
+  drawFaults() {
+    const [low, high] = this.view.range;
+    let path = "", before = {};
+    for (const [step, row] of this.run.heat.bad) {
+      if (step < low || step > high) continue;
+      const y = this.y(row), isJoined = before.step === step && y - before.y < 7;
+      path += isJoined ? `V${y.toFixed(1)}` : `M${this.x(step).toFixed(1)},${y.toFixed(1)}v0.01`;
+      before = { step, y };
+    }
+    if (path) svgElement("path", { class: "fault", d: path }, this.svg);
   }
 
   paint(bottom) {
@@ -114,9 +125,7 @@ class HeatMap extends Frame {
       if (rowHeight >= 14) for (const row of shown) svgElement("text", { class: "halo name", x: LEFT + 4, y: this.y(row) + 4 }, this.svg, fitted(names[row], this.inner - 10));
       return;
     }
-    const bottom = this.height - BOTTOM, places = [];
-    shown.forEach((row, at) => places.push(Math.max(this.y(row), at ? places[at - 1] + 13 : this.top + 6)));
-    for (let at = places.length - 1, most = bottom - 2; at >= 0; at--, most -= 13) places[at] = Math.min(places[at], most);
+    const places = spread(shown.map(this.y), 13, this.top + 6, this.height - BOTTOM - 4);
     shown.forEach((row, at) => {
       const x = LEFT + this.inner;
       svgElement("path", { class: "leader", d: `M${x + 1},${this.y(row)}L${x + 8},${places[at]}` }, this.svg);

@@ -24,14 +24,14 @@ class LineChart extends Frame {
     this.y = (value) => this.top + ((f(high) - f(scale === "log" ? Math.max(value, low / 10) : value)) / (f(high) - f(low))) * (bottom - this.top);
     const clip = svgElement("clipPath", { id: this.clip }, svgElement("defs", {}, this.svg));
     svgElement("rect", { x: LEFT, y: this.top - 3, width: this.inner, height: bottom - this.top + 4 }, clip);
-    this.drawValues(scale === "log" ? ticks.log(low, high) : ticks.linear(low, high, Math.max(2, this.height / 55)));
+    this.drawValues(scale === "log" ? ticks.log(low, high) : ticks.linear(low, high, 4));
     this.drawSteps();
     const inside = svgElement("g", { "clip-path": `url(#${this.clip})` }, this.svg);
     for (const name of this.series) this.drawSeries(name, inside);
     this.labelEnds();
     if (hasMarks) this.drawCrosses(hasMarks);
     if (this.box.dataset.peaks && this.series.includes("norm")) labelPeaks(this, this.highest("norm"), this.y);
-    if (cut) svgElement("text", { class: "halo name", x: this.x(cut.step) + (this.x(cut.step) > LEFT + this.inner / 2 ? -6 : 6), y: this.top + 6, "text-anchor": this.x(cut.step) > LEFT + this.inner / 2 ? "end" : "start" }, this.svg, `up to ${format.short(cut.value)} at step ${format.whole(cut.step)}`);
+    if (cut) svgElement("text", { class: "halo name", x: this.x(cut.step) + (this.x(cut.step) > LEFT + this.inner / 2 ? -6 : 6), y: this.top + 6, "text-anchor": this.x(cut.step) > LEFT + this.inner / 2 ? "end" : "start" }, this.svg, `up to ${format.short(cut.value)} at ${this.run.noun[0]} ${format.whole(cut.step)}`);
     this.dots = this.series.map((name) => svgElement("circle", { class: `dot ${colourOf(name)}`, r: 3.5, display: "none" }, this.svg));
     this.end();
   }
@@ -171,12 +171,11 @@ class LineChart extends Frame {
       return;
     }
     labels.sort((a, b) => a.y - b.y);
-    for (let at = 1; at < labels.length; at++) labels[at].y = Math.max(labels[at].y, labels[at - 1].y + 15);
-    const below = labels.length ? labels[labels.length - 1].y - (this.height - BOTTOM) : 0;
-    for (const { name, y, text } of labels) {
-      const label = svgElement("text", { class: `label ${colourOf(name)}`, x: LEFT + this.inner + 7, y: y - Math.max(0, below) + 4 }, this.svg, fitted(text, ROOM - 10));
+    const places = spread(labels.map(({ y }) => y), 15, this.top, this.height - BOTTOM);
+    labels.forEach(({ name, text }, at) => {
+      const label = svgElement("text", { class: `label ${colourOf(name)}`, x: LEFT + this.inner + 7, y: places[at] + 4 }, this.svg, fitted(text, ROOM - 10));
       svgElement("title", {}, label, text);
-    }
+    });
   }
 
   // Over the plot, one a few pixels: of steps that were not made, or of losses that are not finite.

@@ -1,35 +1,37 @@
-// The highest points of a line that are worth a label: the highest, and two more far above the usual.
+// Labels of the highest points of a line: of the highest, and of two more that are far above the usual.
 
-function highestPeaks(heights, low, high, apart) {
+const MOST_PEAKS = 3, FAR_ABOVE = 2;
+
+function* highestFirst(heights, low, high) {
   const order = [];
   for (let at = low; at <= high; at++) if (Number.isFinite(heights[at]) && heights[at] > 0) order.push(at);
-  if (order.length < 3) return [];
+  if (order.length < 3) return;
   order.sort((a, b) => heights[b] - heights[a]);
   const usual = heights[order[order.length >> 1]];
-  const found = [];
   for (const at of order) {
-    if (found.length === 3 || heights[at] < 2 * usual) break;
-    if (found.every((other) => Math.abs(other - at) >= apart)) found.push(at);
+    if (heights[at] < FAR_ABOVE * usual) return;
+    yield at;
   }
-  return found;
 }
 
-// Labels beside the peaks, each where it covers none of the others and stays in the plot.
+// Each label stands beside its peak where it covers none of the others and stays in the plot.
 function labelPeaks(chart, heights, y) {
-  const { run, view } = chart, [low, high] = view.places, taken = [];
-  for (const at of highestPeaks(heights, low, high, (high - low) / 25)) {
-    const step = run.columns.step[at], x = chart.x(step);
-    if (x < LEFT || x > LEFT + chart.inner) continue;
-    const where = run.per > 1 ? "near step" : "at step";
-    const text = `${format.short(heights[at])} ${where} ${format.whole(step)}`;
-    const width = text.length * LETTER + 8;
-    const place = [x + 7, x - 7 - width].find((left) =>
-      left >= LEFT && left + width <= LEFT + chart.inner + (chart.isWide ? 0 : 8) &&
-      taken.every((other) => left + width < other.left || left > other.right || Math.abs(y(heights[at]) - other.y) > 15));
-    if (place === undefined) continue;
-    taken.push({ left: Math.min(place, x - 6), right: Math.max(place + width, x + 6), y: y(heights[at]) });
-    const isRight = place > x;
-    svgElement("text", { class: "halo name", x: isRight ? x + 7 : x - 7, y: Math.max(chart.top + 8, y(heights[at])) + 4, "text-anchor": isRight ? "start" : "end" }, chart.svg, text);
+  const { run, view } = chart, taken = [];
+  const fits = (left, width, height) =>
+    left >= LEFT && left + width <= LEFT + chart.inner + 8 &&
+    taken.every((other) => left + width < other.left || left > other.right || Math.abs(height - other.height) > 16);
+  let tried = 0;
+  for (const at of highestFirst(heights, ...view.places)) {
+    if (taken.length === MOST_PEAKS || tried++ === 200) break;
+    const step = run.columns.step[at], x = chart.x(step), height = Math.max(chart.top + 6, y(heights[at]));
+    if (x < LEFT || x > LEFT + chart.inner || taken.some((other) => Math.abs(other.x - x) < chart.inner / 25)) continue;
+    const text = `${format.short(heights[at])} ${run.per > 1 ? "near" : "at"} ${run.noun[0]} ${format.whole(step)}`;
+    const width = text.length * LETTER;
+    const left = [x + 7, x - 7 - width].find((place) => fits(place, width, height));
+    if (left === undefined) continue;
+    taken.push({ x, height, left: Math.min(left, x - 6), right: Math.max(left + width, x + 6) });
+    const isRight = left > x;
+    svgElement("text", { class: "halo name", x: isRight ? x + 7 : x - 7, y: height + 4, "text-anchor": isRight ? "start" : "end" }, chart.svg, text);
     svgElement("circle", { class: "dot c-norm", cx: x, cy: y(heights[at]), r: 3 }, chart.svg);
   }
 }

@@ -6,9 +6,9 @@ function bounds(columns, name, at) {
   return `${format.short(value)} (${format.short(low[at])} to ${format.short(high[at])})`;
 }
 
-function stepName({ columns, per }, at) {
-  if (per > 1) return `steps ${format.whole(columns.step_lo[at])} to ${format.whole(columns.step_hi[at])}`;
-  return `step ${format.whole(columns.step[at])}`;
+function stepName({ columns, per, noun }, at) {
+  if (per > 1) return `${noun[1]} ${format.whole(columns.step_lo[at])} to ${format.whole(columns.step_hi[at])}`;
+  return `${noun[0]} ${format.whole(columns.step[at])}`;
 }
 
 // Pairs of what and how much, of those that are known.
