@@ -1,6 +1,7 @@
 """A real Chromium, driven through two pipes by its own protocol: no package is needed for it."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -11,7 +12,9 @@ from pathlib import Path
 
 from patience import seconds
 
-PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PROGRAM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 _FLAGS = (
     "--headless=new",
     "--no-sandbox",  # of tests that run as root, on a page that they wrote
@@ -32,21 +35,29 @@ class Chromium:
     """
 
     def __init__(self, profile):
-        read_commands, self._commands = os.pipe()
-        self._answers, write_answers = os.pipe()
-        places = f"3<&{read_commands} 4>&{write_answers}"
+        commands, self._commands = os.pipe()
+        self._answers, answers = os.pipe()
+        # Chromium reads from 3 and writes to 4. Copies above 9 are not overwritten by each other.
+        ends = [fcntl.fcntl(each, fcntl.F_DUPFD, 10) for each in (commands, answers)]
         flags = [*_FLAGS, f"--user-data-dir={profile}", "about:blank"]
         self._process = subprocess.Popen(
-            ["/bin/sh", "-c", f'exec "$@" {places}', "sh", PROGRAM, *flags],
-            pass_fds=(read_commands, write_answers),
+            ["bash", "-c", f'exec "$@" 3<&{ends[0]} 4>&{ends[1]}', "bash", PROGRAM, *flags],
+            pass_fds=ends,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(read_commands)
-        os.close(write_answers)
+        for each in (commands, answers, *ends):
+            os.close(each)
         os.set_blocking(self._answers, False)
         self._unread, self._number, self._session = b"", 0, None
         self.events = []
+        try:
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self):
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
         found = self.ask("Target.attachToTarget", targetId=target, flatten=True)
         self._session = found["sessionId"]
@@ -62,6 +73,8 @@ class Chromium:
         os.write(self._commands, json.dumps(message).encode() + b"\0")
         deadline = time.monotonic() + seconds(60)
         while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"{PROGRAM} ended with {self._process.returncode}")
             answer = self._next()
             if answer is None:
                 time.sleep(0.002)
@@ -107,6 +120,11 @@ class Chromium:
             time.sleep(0.02)
         raise TimeoutError(expression)
 
+    def next_frame(self):
+        """Wait until the page has followed what was changed."""
+        frame = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        self.evaluate(f"{frame}.then(() => 0)")
+
     def look(self, *, width=1280, height=900, dark=False):
         """Set the size of the window, and whether its user likes it dark."""
         self.ask(
@@ -146,13 +164,11 @@ class Chromium:
 
     def close(self):
         """End the browser."""
-        with suppress(OSError, RuntimeError, TimeoutError):
-            self._session = None
-            self.ask("Browser.close")
+        os.close(self._commands)  # it ends with its pipe
+        self._commands = -1
         try:
             self._process.wait(seconds(10))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        os.close(self._commands)
         os.close(self._answers)

@@ -1,6 +1,6 @@
 """A record of a run that never was: 28 layers, of which one explodes now and then.
 
-    PYTHONPATH=tests python tests/made_up_record.py runs/made-up [--steps 5000]
+PYTHONPATH=tests python tests/made_up_record.py runs/made-up [--steps 5000]
 """
 
 import argparse
@@ -52,7 +52,11 @@ def write_record(folder, steps=5000, seed=0):
     totals, clipped = np.empty(steps), np.zeros(steps, bool)
     writer = Writer(Path(folder))
     number = writer.join()
-    about = {"called": "GradientClipper", "kind": "AdamW", "policy": {"max_norm": 1.0}}
+    about = {
+        "called": "GradientClipper",
+        "kind": "AdamW",
+        "policies": {"*": "NormClip(max_norm=1.0)"},
+    }
     writer.begin(number, 0, Place(), about, resumes=False)
     sizes = [4096] * len(names)
     writer.lay_out(number, Layout(names, sizes, [2.0] * len(names), [1.0] * len(names)), 0)
@@ -84,7 +88,12 @@ def write_record(folder, steps=5000, seed=0):
                 named = [names[each] for each in broken[:8]]
                 entry |= {"skipped": True, "reason": "nonfinite", "nonfinite": len(broken)}
                 batch.events.append(
-                    {"event": "nonfinite", "step": step, "tensors": len(broken), "parameters": named}
+                    {
+                        "event": "nonfinite",
+                        "step": step,
+                        "tensors": len(broken),
+                        "parameters": named,
+                    }
                 )
             if step == steps // 2:
                 entry["new_policy"] = "NormClip(max_norm=0.8)"

@@ -36,9 +36,7 @@ def faults_of(run: Known) -> Faults:
     points = []
     if run.parameters is not None:
         at, columns = np.nonzero(~np.isfinite(run.parameters.norms))
-        points = list(
-            zip(run.parameters.steps[at].tolist(), columns.tolist(), strict=True)
-        )
+        points = list(zip(run.parameters.steps[at].tolist(), columns.tolist(), strict=True))
         found: dict[int, list[str]] = {}
         for step, column in points:
             found.setdefault(step, []).append(run.parameters.names[column])

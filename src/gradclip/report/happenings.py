@@ -61,11 +61,15 @@ def happenings(run: Known, faults: Faults, short: Mapping[str, str]) -> tuple[li
         step = int(run.step[at])
         rows.append(Happening(step, what, listed(faults.names.get(step, [])), ""))
     if len(not_made) > _NOT_MADE:
-        said.append(f"the first {_NOT_MADE} of {len(not_made):,} steps that were not finite or not made")
+        said.append(
+            f"the first {_NOT_MADE} of {len(not_made):,} steps that were not finite or not made"
+        )
     for at in _largest(run):
         step = int(run.step[at])
         what = "large norm, clipped" if run.clipped[at] else "large norm"
-        rows.append(Happening(step, what, listed(_heaviest(run, step)), number(float(run.norm[at]))))
+        rows.append(
+            Happening(step, what, listed(_heaviest(run, step)), number(float(run.norm[at])))
+        )
     if any(row.norm for row in rows):
         count = sum(bool(row.norm) for row in rows)
         said.append(f"the {count} largest norms")

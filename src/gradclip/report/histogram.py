@@ -14,13 +14,12 @@ _LABEL = 70
 """Room for the label of a tick."""
 
 
-def histogram(norms: Numbers, limit: float, told: str) -> str:
+def histogram(norms: Numbers, limit: float) -> str:
     """Draw norms that are above 0, on a log scale; nothing where they do not differ.
 
     Args:
         norms: Finite ones.
         limit: The last limit, or NaN.
-        told: What is seen, for those who do not see it.
     """
     logs = np.log10(norms[norms > 0])
     if len(logs) < 2 or logs.min() == logs.max():  # noqa: PLR2004
@@ -49,7 +48,9 @@ def histogram(norms: Numbers, limit: float, told: str) -> str:
                 f'width="{max(1.0, x(high) - x(low) - 1):.1f}" height="{height:.1f}"/>'
             )
     base = _TOP + inner
-    drawn.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>')
+    drawn.append(
+        f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>'
+    )
     drawn += [
         f'<text x="{x(math.log10(tick)):.1f}" y="{_HEIGHT - 6}" text-anchor="middle">'
         f"{number(tick)}</text>"
@@ -63,6 +64,8 @@ def histogram(norms: Numbers, limit: float, told: str) -> str:
             f'<text class="label c-limit" x="{text:.1f}" y="16" text-anchor="{anchor}">'
             f"limit {number(limit)}</text>"
         )
+    low, high = number(float(norms.min())), number(float(norms.max()))
+    told = f"Histogram of the norms on a log scale, from {low} to {high}"
     return (
         f'<svg class="histogram" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f'aria-label="{told}">{"".join(drawn)}</svg>'
@@ -80,5 +83,4 @@ def _ticks(first: float, last: float) -> list[float]:
         ticks = [v for v in values if first + inside <= math.log10(v) <= last - inside]
         if len(ticks) >= 3:  # noqa: PLR2004
             break
-    thinned = ticks[:: max(1, -(-len(ticks) // room))]
-    return thinned
+    return ticks[:: max(1, -(-len(ticks) // room))]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gradclip.diagnostics.arrays import Flags, Numbers, Places, np
@@ -180,13 +179,15 @@ def _of_folder(
     run: Run,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]], Norms | None]:
     """Return what the folder of a record has beside its steps, of this optimizer."""
-    folder: Path | None = run.record
+    folder = run.record
     if folder is None:
         return {}, [], [], None
     header = read_header(folder)
     if not folder.is_dir():
         return header, [], [], None
-    about = next((e for e in header["optimizers"] if e["optimizer"] == run.optimizer), {})
+    about: dict[str, Any] = next(
+        (e for e in header["optimizers"] if e["optimizer"] == run.optimizer), {}
+    )
     parts = about.get("norms", [])
     events = [each for each in read_events(folder) if each.get("optimizer", 0) == run.optimizer]
     norms = read_norms(folder, optimizer=run.optimizer) if parts else None

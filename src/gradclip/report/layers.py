@@ -27,7 +27,9 @@ class Layers:
 
     def added(self, of_parameters: Numbers) -> Numbers:
         """Add up the numbers of each layer's parameters."""
-        return np.bincount(self.of, of_parameters, len(self.names))
+        of_layers: Numbers = np.zeros(len(self.names))
+        np.add.at(of_layers, self.of, of_parameters)
+        return of_layers
 
 
 def layers_of(names: Sequence[str]) -> Layers:

@@ -79,4 +79,4 @@ def _contents(articles: Sequence[Article]) -> str:
         f'<li><a href="#run{at}">{escape(each.name)}</a> {escape(each.finding)}</li>'
         for at, each in enumerate(articles, 1)
     )
-    return f"<h1>{len(articles)} runs</h1><nav aria-label=\"Runs\"><ol>{items}</ol></nav>"
+    return f'<h1>{len(articles)} runs</h1><nav aria-label="Runs"><ol>{items}</ol></nav>'

@@ -7,7 +7,7 @@ stands out is lost. Statistics come from all steps, never from buckets.
 from collections.abc import Callable
 from typing import Any
 
-from gradclip.diagnostics.arrays import Flags, Numbers, np
+from gradclip.diagnostics.arrays import Flags, Numbers, Places, np
 from gradclip.report.known import Known
 
 __all__ = ["Columns", "columns_of", "moving_share", "per_bucket"]
@@ -54,8 +54,10 @@ def columns_of(run: Known, shown_groups: list[int]) -> Columns:
         found |= {name: _whole(run.step[place]) for name, place in places.items()}
         for name, values in of.items():
             found |= _bucketed(name, values, size)
+        if "norm" in of:
+            found["norm_at"] = _whole(run.step[_largest_of_each(run.norm, size)])
         found |= {
-            name: np.add.reduceat(flag.astype(np.int32), starts) for name, flag in flags.items()
+            name: np.add.reduceat(flag, starts, dtype=np.int32) for name, flag in flags.items()
         }
     if run.tells_clipping:
         share = moving_share(run.clipped, window(len(run)))
@@ -98,6 +100,14 @@ def _bucketed(name: str, values: Numbers, size: int) -> Columns:
         f"{name}_lo": _small(at(lambda each: each * 0)),
         f"{name}_hi": _small(at(lambda each: each - 1)),
     }
+
+
+def _largest_of_each(values: Numbers, size: int) -> Places:
+    """Return the place of the largest number in each bucket."""
+    heights = np.where(np.isfinite(values), values, -np.inf)
+    padded = np.pad(heights, (0, -len(values) % size), constant_values=-np.inf).reshape(-1, size)
+    found: Places = np.arange(len(padded)) * size + padded.argmax(1)
+    return found
 
 
 def _whole(steps: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -23,9 +23,9 @@ function labelPeaks(chart, heights, y) {
   let tried = 0;
   for (const at of highestFirst(heights, ...view.places)) {
     if (taken.length === MOST_PEAKS || tried++ === 200) break;
-    const step = run.columns.step[at], x = chart.x(step), height = Math.max(chart.top + 6, y(heights[at]));
+    const step = (run.columns.norm_at || run.columns.step)[at], x = chart.x(step), height = Math.max(chart.top + 6, y(heights[at]));
     if (x < LEFT || x > LEFT + chart.inner || taken.some((other) => Math.abs(other.x - x) < chart.inner / 25)) continue;
-    const text = `${format.short(heights[at])} ${run.per > 1 ? "near" : "at"} ${run.noun[0]} ${format.whole(step)}`;
+    const text = `${format.short(heights[at])} at ${run.noun[0]} ${format.whole(step)}`;
     const width = text.length * LETTER;
     const left = [x + 7, x - 7 - width].find((place) => fits(place, width, height));
     if (left === undefined) continue;
