@@ -277,7 +277,7 @@ def test_text_can_be_read_and_everything_has_a_name(page):
                     }
                 };
                 const texts = [...document.querySelectorAll("main *")].filter((element) =>
-                    [...element.childNodes].some((each) => each.nodeType === 3 && each.data.trim()) &&
+                    [...element.childNodes].some((one) => one.nodeType === 3 && one.data.trim()) &&
                     !["SCRIPT", "OPTION", "title"].includes(element.tagName));
                 return texts.filter((element) => {
                     const style = getComputedStyle(element);

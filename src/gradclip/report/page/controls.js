@@ -47,7 +47,7 @@ class Controls {
     this.view.cursor = place;
     for (const each of this.charts) each.point();
     const cell = chart instanceof HeatMap ? chart.reading() : null;
-    const said = cell ? `${sentenceOf(this.run, place)}. ${sentenceOfCell(cell)}` : sentenceOf(this.run, place);
+    const said = cell ? sentenceOfCell(this.run, place, cell) : sentenceOf(this.run, place);
     this.reading.textContent = said;
     this.slider.value = place;
     this.slider.setAttribute("aria-valuetext", said);
@@ -98,13 +98,9 @@ class Controls {
 
   hint(chart, place, event) {
     const cell = chart instanceof HeatMap ? chart.reading() : null;
-    const name = stepName(this.run, place), title = `${name[0].toUpperCase()}${name.slice(1)}`;
-    if (!cell) return hint.show(factsOf(this.run, place), title, event);
-    const isNumber = Number.isFinite(cell.norm), about = (value) => `about ${format.short(+value.toPrecision(2))}`;
-    const lines = [["norm", isNumber ? about(cell.norm) : Number.isNaN(cell.norm) ? "not recorded" : "not finite"]];
-    if (isNumber) lines.push(["usual", about(cell.usual)], ["ratio", about(cell.ratio)]);
-    const pooled = cell.steps > 1 ? `${name}, largest of ${cell.steps}` : name;
-    hint.show([...lines, ["at", pooled]], cell.name, event);
+    if (!cell) return hint.show(factsOf(this.run, place), titleOf(this.run, place), event);
+    const pooled = cell.steps > 1 ? `, largest of ${cell.steps}` : "";
+    hint.show([...cellFacts(cell), ["at", stepName(this.run, place) + pooled]], cell.name, event);
   }
 
   press(event, chart) {

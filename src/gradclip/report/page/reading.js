@@ -29,17 +29,28 @@ function factsOf(run, at) {
   return facts;
 }
 
-function sentenceOf(run, at) {
-  const said = factsOf(run, at).map(([what, much]) => `${what} ${much}`).join(", ");
+function titleOf(run, at) {
   const name = stepName(run, at);
-  return `${name[0].toUpperCase()}${name.slice(1)}: ${said || "nothing is known"}`;
+  return name[0].toUpperCase() + name.slice(1);
 }
 
-function sentenceOfCell({ name, norm, usual, ratio, steps }) {
-  if (Number.isNaN(norm)) return `${name}: not recorded`;
-  if (norm === Infinity) return `${name}: not finite`;
-  const pooled = steps > 1 ? ` (largest of ${steps} steps)` : "";
-  return `${name}: norm about ${format.short(+norm.toPrecision(2))}${pooled}, usual ${format.short(+usual.toPrecision(2))}, ratio ${format.short(+ratio.toPrecision(2))}`;
+function sentenceOf(run, at) {
+  const said = factsOf(run, at).map(([what, much]) => `${what} ${much}`).join(", ");
+  return `${titleOf(run, at)}: ${said || "nothing is known"}`;
+}
+
+// Of a parameter at a step: its norm was kept with two digits, or the largest of a few steps was.
+function cellFacts({ norm, usual, ratio }) {
+  if (Number.isNaN(norm)) return [["norm", "not recorded"]];
+  if (norm === Infinity) return [["norm", "not finite"]];
+  const about = (value) => `about ${format.short(+value.toPrecision(2))}`;
+  return [["norm", about(norm)], ["usual", about(usual)], ["ratio", about(ratio)]];
+}
+
+function sentenceOfCell(run, at, cell) {
+  const said = cellFacts(cell).map(([what, much]) => `${what} ${much}`).join(", ");
+  const pooled = cell.steps > 1 ? ` (largest of ${cell.steps})` : "";
+  return `${titleOf(run, at)}${pooled}, ${cell.name}: ${said}`;
 }
 
 // The lines beside the pointer.
