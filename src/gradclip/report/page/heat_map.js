@@ -46,7 +46,7 @@ class HeatMap extends Frame {
 
   // Which column of the data a step is in; each step is as wide as the next, half to each side.
   columnOf(step) {
-    const [first, last] = [this.run.columns.step_lo?.[0] ?? this.run.columns.step[0], this.run.columns.step_hi?.at(-1) ?? this.run.columns.step.at(-1)];
+    const { first, last } = this.view;
     return ((step - first + 0.5) / (last - first + 1)) * this.run.heat.columns;
   }
 

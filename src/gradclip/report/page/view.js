@@ -3,7 +3,9 @@
 class View {
   constructor(run) {
     this.steps = run.columns.step;
-    const first = this.steps[0], last = this.steps[run.count - 1];
+    const first = (run.columns.step_lo || this.steps)[0], last = (run.columns.step_hi || this.steps)[run.count - 1];
+    this.first = first;
+    this.last = last;
     this.whole = first === last ? [first - 0.5, last + 0.5] : [first, last];
     this.least = Math.min(8 * (last - first) / Math.max(1, run.count - 1) || 1, this.whole[1] - this.whole[0]);
     this.range = this.whole;
