@@ -1,5 +1,7 @@
 """The sentences below the finding: shares by thirds, skipped steps, and doubts."""
 
+from collections import Counter
+
 from gradclip.diagnostics.arrays import np
 from gradclip.diagnostics.norm_statistics import thirds
 from gradclip.report.faults import Faults
@@ -58,12 +60,15 @@ def _skipped(case: Case, faults: Faults) -> str:
     run = case.run
     if not case.skipped:
         return ""
-    reasons = {_REASONS.get(each, each) for each in run.reasons.values()}
+    reasons = Counter(_REASONS.get(each, each) for each in run.reasons.values())
     if not reasons and run.nonfinite[run.skipped].all():
-        reasons = {_REASONS["nonfinite"]}
-    why = f" because {reasons.pop()}" if len(reasons) == 1 else ""
+        reasons[_REASONS["nonfinite"]] = case.skipped
     were = "was" if case.skipped == 1 else "were"
-    return f"{counted(case.skipped)} {were} skipped{why}{faults.where}."
+    said = f"{counted(case.skipped)} {were} skipped"
+    if len(reasons) == 1:
+        return f"{said} because {next(iter(reasons))}{faults.where}."
+    each = joined([f"{count:,} because {why}" for why, count in reasons.most_common()])
+    return f"{said}, {each}." if reasons else f"{said}{faults.where}."
 
 
 def _nonfinite(case: Case, faults: Faults) -> str:

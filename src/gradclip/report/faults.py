@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from gradclip.diagnostics.arrays import np
 from gradclip.report.known import Known
 from gradclip.report.layers import layers_of
+from gradclip.report.words import joined
 
 __all__ = ["Faults", "faults_of"]
 
 _FEW = 3
+_MOST = 1000
+"""Steps whose parameters are looked at."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,9 @@ class Faults:
 
     Attributes:
         names: By step, in the model's order; of a record without norms, the first eight.
-        points: Step and row of each such norm.
-        where: The layers in words, as the end of a sentence; empty where nothing is known.
+        points: Step and parameter of each such norm, of the first steps.
+        where: The layers in words, as the end of a sentence; empty where nothing is known, or
+            where there are too many steps to say.
     """
 
     names: dict[int, list[str]]
@@ -33,15 +37,16 @@ def faults_of(run: Known) -> Faults:
     for event in run.events:
         if event["event"] == "nonfinite" and isinstance(event.get("parameters"), list):
             names.setdefault(event["step"], []).extend(map(str, event["parameters"]))
-    points = []
-    if run.parameters is not None:
-        at, columns = np.nonzero(~np.isfinite(run.parameters.norms))
-        points = list(zip(run.parameters.steps[at].tolist(), columns.tolist(), strict=True))
-        found: dict[int, list[str]] = {}
-        for step, column in points:
-            found.setdefault(step, []).append(run.parameters.names[column])
-        names |= found
-    return Faults(names, points, _where(names, run))
+    if run.parameters is None:
+        return Faults(names, [], "")
+    steps, norms = run.parameters.steps, run.parameters.norms
+    rows = np.flatnonzero(~np.isfinite(norms).all(1))
+    points: list[tuple[int, int]] = []
+    for row in rows[:_MOST].tolist():
+        columns = np.flatnonzero(~np.isfinite(norms[row])).tolist()
+        names[int(steps[row])] = [run.parameters.names[column] for column in columns]
+        points += [(int(steps[row]), column) for column in columns]
+    return Faults(names, points, _where(names, run) if len(rows) <= _MOST else "")
 
 
 def _where(names: dict[int, list[str]], run: Known) -> str:
@@ -67,5 +72,5 @@ def _named(names: list[str]) -> str:
     """Write ``layers 16 and 17``, or the names one after the other."""
     if len(names) > 1 and all(name.startswith("layer ") for name in names):
         names = [name.removeprefix("layer ") for name in names]
-        return f"layers {', '.join(names[:-1])} and {names[-1]}"
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+        return f"layers {joined(names)}"
+    return joined(names)

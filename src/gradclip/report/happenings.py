@@ -72,7 +72,7 @@ def happenings(run: Known, faults: Faults, short: Mapping[str, str]) -> tuple[li
         )
     if any(row.norm for row in rows):
         count = sum(bool(row.norm) for row in rows)
-        said.append(f"the {count} largest norms")
+        said.append(f"the {count} largest norms" if count > 1 else "the largest norm")
     changes = [(int(run.step[at]), f"new limit: {text}") for at, text in run.policies.items()]
     errors = [
         (event["step"], f"{event.get('code', 'error')}: {event.get('error', '')}")

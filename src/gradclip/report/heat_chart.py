@@ -16,6 +16,8 @@ __all__ = ["deflated", "heat_chart"]
 
 _HOT = 8
 """Rows that are named."""
+_FLOOR = 0.01
+"""The least share that makes a parameter hot."""
 _FAULTS = 4000
 """Norms that are not finite, and are drawn as dots."""
 _ROW, _LOWEST, _HIGHEST = 18, 90, 500
@@ -99,7 +101,7 @@ def _hot(found: Blame | None, row_of: Places) -> list[int]:
     if found is None:
         return []
     part, usual = found.of_parameters, found.usual_of_parameters
-    floor = 3 * float(np.median(part))
+    floor = max(_FLOOR, 3 * float(np.median(part)))
     first = np.argsort(-part, kind="stable")[:_HOT]
     hot = first[(part[first] > floor) & ((part[first] > usual[first]) | (not found.steps))]
     return sorted(set(row_of[hot].tolist()))

@@ -71,7 +71,7 @@ def hottest(run: Known, found: Blame, are_clipped: bool, short: Sequence[str], l
         level: Of the heading.
     """
     assert run.parameters is not None
-    norms = np.where(np.isfinite(run.parameters.norms), run.parameters.norms, np.nan)
+    norms = run.parameters.norms
     heads, over = ["Share"], "all steps"
     shares = [found.of_parameters]
     if found.steps:

@@ -149,6 +149,17 @@ def test_skipped_steps_are_told_with_their_reason_and_layers():
     )
 
 
+def test_several_reasons_are_counted():
+    records = [
+        replace(each, reason="overflow") if each.step == 5 else each
+        for each in usual(60, limit=2.0, skipped=(5, 9, 11))
+    ]
+    assert said(records)[1] == (
+        "3 steps were skipped, 2 because a gradient was not finite and 1 because the loss scale "
+        "was too large."
+    )
+
+
 def test_what_a_log_cannot_tell_is_said(tmp_path):
     path = tmp_path / "log.csv"
     rows = [

@@ -77,29 +77,32 @@ class LineChart extends Frame {
   drawSeries(name, inside) {
     const [first, last] = this.view.places, style = `line ${colourOf(name)}${isLimit(name) ? " dashed" : ""}`;
     const hasBuckets = `${name}_lo` in this.run.columns, isCrowded = last - first > CROWDED * this.inner;
-    let path;
+    let path, alone = "";
     if ((hasBuckets || isCrowded) && !isLimit(name) && name !== "share") {
       const { outline, median } = this.band(name, first, last);
       if (outline) svgElement("path", { class: `band ${colourOf(name)}`, d: outline }, inside);
       path = median;
-    } else path = last - first < 2 * this.inner ? this.each(name, first, last) : this.perPixel(name, first, last);
+    } else if (last - first < 2 * this.inner) ({ path, alone } = this.each(name, first, last));
+    else path = this.perPixel(name, first, last);
     svgElement("path", { class: style, d: path }, inside);
+    if (alone) svgElement("path", { class: `alone ${colourOf(name)}`, d: alone }, inside);
   }
 
-  // A point of each step; a step alone between two that are missing is a dot.
+  // A point of each step; one between two that are missing is no line, and drawn as a dot.
   each(name, first, last) {
     const values = this.run.columns[name], steps = this.run.columns.step;
-    let path = "", length = 0;
+    let path = "", alone = "", length = 0, point = "";
     for (let at = first; at <= last + 1; at++) {
       if (at > last || !this.canDraw(values[at])) {
-        if (length === 1) path += "h0.1";
+        if (length === 1) alone += `M${point}h0.01`;
         length = 0;
       } else {
-        path += `${length ? "L" : "M"}${this.x(steps[at]).toFixed(1)},${this.y(values[at]).toFixed(1)}`;
+        point = `${this.x(steps[at]).toFixed(1)},${this.y(values[at]).toFixed(1)}`;
+        path += (length ? "L" : "M") + point;
         length++;
       }
     }
-    return path;
+    return { path, alone };
   }
 
   perPixel(name, first, last) {
