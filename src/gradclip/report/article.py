@@ -71,7 +71,7 @@ def article(of: Run, place: int, level: int) -> Article:
         body.append(part)
     body += _tables(case, faults, level + 1)
     shown = shown_groups(run)
-    data["groups"] = {f"group{at}": run.groups[at].name for at in shown}
+    data["groups"] = {key: group.name for key, group in shown.items()}
     data["columns"] = {
         name: {"type": values.dtype.str[1:], "text": deflated(_little_endian(values))}
         for name, values in columns_of(run, shown).items()

@@ -2,7 +2,7 @@
 
 from gradclip.diagnostics.arrays import np
 from gradclip.report.html import chart, section
-from gradclip.report.known import Known
+from gradclip.report.known import Group, Known
 from gradclip.report.series import per_bucket, window
 from gradclip.report.words import begun, counted, number, share
 
@@ -35,7 +35,7 @@ def line_charts(run: Known, level: int) -> list[str]:
         note = f"Moving share over {counted(window(len(run)))}."
         parts.append(section("Share of steps clipped", level, box, note))
     if shown := shown_groups(run):
-        keys = ",".join(f"group{at},group{at}_limit" for at in shown)
+        keys = ",".join(f"{key},{key}_limit" for key in shown)
         told = "Line chart of the norm of each group by step, with its limit"
         box = chart("lines", told, series=keys, scale="log", height=250)
         some = f"The {len(shown)} of {len(run.groups)} groups with the largest norms. "
@@ -44,12 +44,13 @@ def line_charts(run: Known, level: int) -> list[str]:
     return parts
 
 
-def shown_groups(run: Known) -> list[int]:
-    """Return which groups are drawn: those with the largest norms; none of a single one."""
+def shown_groups(run: Known) -> dict[str, Group]:
+    """Return the groups that are drawn, those with the largest norms; none of a single one."""
     if len(run.groups) == 1:
-        return []
+        return {}
     largest = [float(np.where(np.isfinite(g.norm), g.norm, 0).max()) for g in run.groups]
-    return sorted(sorted(range(len(largest)), key=lambda at: -largest[at])[:_GROUPS])
+    shown = sorted(sorted(range(len(largest)), key=lambda at: -largest[at])[:_GROUPS])
+    return {f"group{place}": run.groups[at] for place, at in enumerate(shown)}
 
 
 def _norms(run: Known) -> str:

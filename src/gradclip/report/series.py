@@ -4,11 +4,11 @@ A bucket keeps the smallest, the middle and the largest number of each series, s
 stands out is lost. Statistics come from all steps, never from buckets.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gradclip.diagnostics.arrays import Flags, Numbers, Places, np
-from gradclip.report.known import Known
+from gradclip.report.known import Group, Known
 
 __all__ = ["Columns", "columns_of", "moving_share", "per_bucket"]
 
@@ -25,18 +25,17 @@ def per_bucket(steps: int) -> int:
     return 1 if steps <= 2 * _BUCKETS else -(-steps // _BUCKETS)
 
 
-def columns_of(run: Known, shown_groups: list[int]) -> Columns:
+def columns_of(run: Known, shown_groups: Mapping[str, Group]) -> Columns:
     """Return what the charts draw and tell, by name.
 
     Args:
         run: The run.
-        shown_groups: Which of its groups are drawn.
+        shown_groups: Those of its groups that are drawn.
     """
     of = {"norm": run.norm, "limit": run.limit, "loss": run.loss, "rate": run.rate}
     of["kept"] = run.kept
-    for place in shown_groups:
-        group = run.groups[place]
-        of |= {f"group{place}": group.norm, f"group{place}_limit": group.limit}
+    for key, group in shown_groups.items():
+        of |= {key: group.norm, f"{key}_limit": group.limit}
     of = {name: values for name, values in of.items() if np.isfinite(values).any()}
     flags = {"clipped": run.clipped, "skipped": run.skipped, "nonfinite": run.nonfinite}
     if run.lost.any():

@@ -8,7 +8,7 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
-from gradclip.diagnostics import RunRecorder, StepRecord
+from gradclip.diagnostics import GroupRecord, RunRecorder, StepRecord
 from gradclip.diagnostics.runs import Run, read_runs
 from gradclip.errors import ArgumentValueError
 from gradclip.record.columns import Steps
@@ -16,6 +16,7 @@ from gradclip.record.reader import Norms
 from gradclip.report import write_report
 from gradclip.report.heat import heat_of, rows_of
 from gradclip.report.known import known
+from gradclip.report.line_charts import shown_groups
 from gradclip.report.series import columns_of
 
 
@@ -29,7 +30,7 @@ def of(norms, start=0):
 def test_a_bucket_keeps_the_least_the_middle_and_the_most_and_where_that_was():
     norms = [float(1 + at % 3) for at in range(20_001)]
     norms[7777], norms[9000:9003] = 99.0, [float("nan")] * 3
-    found = columns_of(of(norms, start=2**40), [])
+    found = columns_of(of(norms, start=2**40), {})
     steps = found["step"].astype(np.int64)
     assert (found["step_hi"] - found["step_lo"]).max() == 2
     assert set(np.diff(steps)) <= {2, 3}  # exact beyond 2 ** 31
@@ -41,9 +42,23 @@ def test_a_bucket_keeps_the_least_the_middle_and_the_most_and_where_that_was():
 
 
 def test_numbers_beyond_float32_are_kept():
-    found = columns_of(of([1e200, 1e-200, 1.0]), [])
+    found = columns_of(of([1e200, 1e-200, 1.0]), {})
     assert found["norm"].tolist() == [1e200, 1e-200, 1.0]
-    assert columns_of(of([1.0, 2.0]), [])["norm"].dtype == np.float32
+    assert columns_of(of([1.0, 2.0]), {})["norm"].dtype == np.float32
+
+
+def test_of_many_groups_those_with_the_largest_norms_have_the_six_colours():
+    groups = {
+        name: GroupRecord(norm_pre=float(place), threshold=2.0)
+        for place, name in enumerate("abcdefgh")
+    }
+    records = [StepRecord(step=at, norm_pre=1.0, groups=groups) for at in range(3)]
+    run = known(Run("run", Steps.of(records)))
+    shown = shown_groups(run)
+    assert {key: group.name for key, group in shown.items()} == {
+        f"group{place}": name for place, name in enumerate("cdefgh")
+    }
+    assert columns_of(run, shown)["group5_limit"].tolist() == [2, 2, 2]
 
 
 def test_the_heat_map_has_the_largest_norm_of_each_column_and_marks_what_is_none():

@@ -165,14 +165,30 @@ class LineChart extends Frame {
       if (!this.canDraw(value) || (isLimit(name) && name !== "limit")) continue;
       labels.push({ name, y: Math.min(Math.max(this.y(value), this.top), this.height - BOTTOM), text: labelOf(name, this.run, value) });
     }
-    if (!this.isWide) {
-      let x = LEFT + 6;
-      for (const { name, text } of labels) {
-        svgElement("text", { class: `label halo ${colourOf(name)}`, x, y: this.height - BOTTOM - 8 }, this.svg, text);
-        x += text.length * LETTER * 1.1 + 14;
+    if (this.isWide) this.labelBeside(labels);
+    else this.labelInside(labels);
+  }
+
+  // On a phone, in lines from the lower left corner of the plot.
+  labelInside(labels) {
+    const lines = [[]];
+    let x = LEFT + 6;
+    for (const { name, text } of labels) {
+      const width = text.length * LETTER * 1.15 + 12;
+      if (x + width > LEFT + this.inner && lines.at(-1).length) {
+        lines.push([]);
+        x = LEFT + 6;
       }
-      return;
+      lines.at(-1).push({ name, text, x });
+      x += width;
     }
+    lines.reverse().forEach((line, at) => {
+      for (const { name, text, x } of line)
+        svgElement("text", { class: `label halo ${colourOf(name)}`, x, y: this.height - BOTTOM - 8 - 15 * at }, this.svg, text);
+    });
+  }
+
+  labelBeside(labels) {
     labels.sort((a, b) => a.y - b.y);
     const places = spread(labels.map(({ y }) => y), 15, this.top, this.height - BOTTOM);
     labels.forEach(({ name, text }, at) => {
