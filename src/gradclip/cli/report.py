@@ -41,7 +41,7 @@ def report(
     """Show which layer explodes, what was clipped, and which limit would do, as one HTML file.
 
     It takes records of gradclip, and logs of others as `gradclip suggest` does. The file opens from
-    the disk in any browser, and asks the network for nothing. The exit code is 0 where there is a
+    the disk in a browser, and asks the network for nothing. The exit code is 0 where there is a
     report, and 2 where a file cannot be read, or the report not written.
     """
     from gradclip.diagnostics.runs import read_runs  # noqa: PLC0415 - numpy
