@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from gradclip import __version__
-from gradclip.cli import demo, explain, plot, run, suggest
+from gradclip.cli import demo, explain, plot, report, run, suggest
 
 __all__ = ["app"]
 
@@ -16,6 +16,8 @@ gradclip demo
 gradclip run train.py --lr 3e-4
 
 gradclip suggest runs/checkpoint-500/trainer_state.json
+
+gradclip report runs/1
 
 gradclip plot runs/1 -o run.png
 
@@ -33,6 +35,7 @@ app = typer.Typer(
 app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command("run")(run.listed_run)
 app.command(epilog=suggest.EXAMPLES)(suggest.suggest)
+app.command(epilog=report.EXAMPLES)(report.report)
 app.command(epilog=plot.EXAMPLES)(plot.plot)
 app.command("explain")(explain.listed_explain)
 

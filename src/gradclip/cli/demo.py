@@ -42,25 +42,26 @@ def demo(
     max_norm: Annotated[float, typer.Option(help="The gradient norm that clipping allows.")] = 1.0,
     lr: Annotated[float, typer.Option(min=0, help="Learning rate of AdamW.")] = 3e-3,
     output_dir: Annotated[
-        Path, typer.Option(file_okay=False, writable=True, help="Where the three files go.")
+        Path, typer.Option(file_okay=False, writable=True, help="Where the four files go.")
     ] = Path(),
 ) -> None:
     """Train a small recurrent network without and with clipping, and show what clipping did.
 
-    Writes a record of each run (JSONL) and a figure (SVG). The losses that are reported are means
-    of the last 50 steps. It takes well under a minute on two cores.
+    Writes a record of each run (JSONL), a figure (SVG) and a report of both (HTML). The losses that
+    are reported are means of the last 50 steps. It takes well under a minute on two cores.
     """
     as_ceiling(max_norm, "max_norm")
     for name in ("accelerate", "matplotlib"):
         _require(name)
     from gradclip.cli.demo_model import train  # noqa: PLC0415 - here torch is imported
+    from gradclip.diagnostics.runs import read_runs  # noqa: PLC0415 - numpy
+    from gradclip.report import write_report  # noqa: PLC0415
 
     record = output_dir / "gradclip-demo.jsonl"
+    of_unclipped = output_dir / "gradclip-demo-unclipped.jsonl"
     figure = output_dir / "gradclip-demo.svg"
-    runs = (
-        ("unclipped", None, output_dir / "gradclip-demo-unclipped.jsonl"),
-        ("clipped", max_norm, record),
-    )
+    page = output_dir / "gradclip-demo.html"
+    runs = (("unclipped", None, of_unclipped), ("clipped", max_norm, record))
     console = Console(stderr=True)
     with Progress(
         "{task.description}",
@@ -85,14 +86,24 @@ def demo(
     picture = clipping_figure(clipped, unclipped)
     picture.supxlabel(_BOTH_START_HIGH, fontsize=8, color="#59636e", x=0.04, ha="left")
     save_figure(picture, figure)
+    write_report([run for each in (record, of_unclipped) for run in read_runs(each)], page)
 
     without = summarise(unclipped)
     norms = f"p99 norm {compact(without.norm_p99)}, largest {compact(without.norm_max)}"
     typer.echo(f"{finding(clipped, unclipped)} ({norms})")
-    typer.echo(f"record  {record}    figure  {figure}")
-    drawn = output_dir / "gradclip-demo-plot.png"
-    typer.echo(f"next    {shlex.join(['gradclip', 'suggest', str(record)])}")
-    typer.echo(f"        {shlex.join(['gradclip', 'plot', str(record), '-o', str(drawn)])}")
+    typer.echo(f"record  {record}    figure  {figure}    report  {page}")
+    for each in _next_commands(record, output_dir):
+        typer.echo(each)
+
+
+def _next_commands(record: Path, folder: Path) -> list[str]:
+    """Return what to try next on the record, as lines to paste."""
+    outputs = {"suggest": None, "report": "gradclip-demo-report.html", "plot": "gradclip-demo.png"}
+    lines = []
+    for name, output in outputs.items():
+        named = ["-o", str(folder / output)] if output is not None else []
+        lines.append(shlex.join(["gradclip", name, str(record), *named]))
+    return [f"{'' if at else 'next':8}{line}" for at, line in enumerate(lines)]
 
 
 def _advance(progress: Progress, task: TaskID, args: "PipelineHookArgs") -> None:

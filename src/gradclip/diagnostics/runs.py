@@ -1,4 +1,4 @@
-"""The runs in a file, as the figure draws them: of our records, and of the logs of others."""
+"""The runs in a file, as figure and report draw them: of our records, and of others' logs."""
 
 import math
 from dataclasses import dataclass
@@ -27,6 +27,9 @@ class Run:
         counted: What they are.
         axis: What their numbers are.
         norms: What their norms are.
+        record: The record that it is of, where it is of one.
+        optimizer: Which of the record's optimizers.
+        log: What was read, where it is a log of others.
     """
 
     name: str
@@ -34,6 +37,9 @@ class Run:
     counted: str = "steps"
     axis: str = "optimizer step"
     norms: str = "gradient norm before clipping"
+    record: Path | None = None
+    optimizer: int = 0
+    log: LoggedRun | None = None
 
     @property
     def has_norms(self) -> bool:
@@ -74,9 +80,16 @@ def read_runs(
             raise source.error("it is a record without a step")
         numbers = sorted(set(steps.optimizer))
         if len(numbers) == 1:
-            return [Run(name, steps)]
-        each = [Steps.of(s for s in steps if s.optimizer == number) for number in numbers]
-        return [Run(f"{name}, optimizer {n}", s) for n, s in zip(numbers, each, strict=True)]
+            return [Run(name, steps, record=source.path, optimizer=numbers[0])]
+        return [
+            Run(
+                f"{name}, optimizer {number}",
+                Steps.of(step for step in steps if step.optimizer == number),
+                record=source.path,
+                optimizer=number,
+            )
+            for number in numbers
+        ]
     runs = read_log(path, norm_key=norm_key, step_key=step_key, loss_key=loss_key)
     if len(runs) == 1:
         return [_logged(name, runs[0])]
@@ -102,4 +115,4 @@ def _logged(name: str, run: LoggedRun) -> Run:
         for step, norm, loss in zip(numbers, run.norms.tolist(), run.losses.tolist(), strict=True)
     )
     axis = "optimizer step" if whole else "norms in the log, counted from 0"
-    return Run(name, steps, "logged steps", axis, "gradient norm, as it was logged")
+    return Run(name, steps, "logged steps", axis, "gradient norm, as it was logged", log=run)

@@ -141,6 +141,15 @@ class Steps(Sequence[StepRecord]):
         rows, columns = self._groups[pattern]
         return [self.step[row] for row in rows], columns.floats[name]
 
+    @property
+    def patterns(self) -> list[str]:
+        """The name patterns that have numbers of their own, in the order of their first ones."""
+        return list(self._groups)
+
+    def text(self, name: str) -> dict[int, str]:
+        """Return a text by the positions of those steps that have one."""
+        return dict(self._texts[name])
+
     def measured(self, name: str) -> list[int]:
         """Return the positions of those steps at which a float was measured."""
         absent = self._columns.absent[name]

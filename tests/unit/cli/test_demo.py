@@ -91,7 +91,7 @@ def test_windows_are_the_text_in_order():
     assert windows_NW.flatten().tolist() == [*range(5)] * 26
 
 
-def test_the_command_writes_two_records_and_a_figure_and_says_what_it_found(tmp_path):
+def test_the_command_writes_two_records_a_figure_and_a_report_and_says_what_it_found(tmp_path):
     folder = tmp_path / "a new one"
     options = ["--steps", "12", "--seed", "1", "--max-norm", "0.5", "--output-dir", str(folder)]
     result = CliRunner().invoke(app, ["demo", *options], catch_exceptions=False)
@@ -100,6 +100,7 @@ def test_the_command_writes_two_records_and_a_figure_and_says_what_it_found(tmp_
     assert result.stderr.splitlines()[-1].startswith("clipped 12/12  loss ")  # no terminal
     assert sorted(path.name for path in folder.iterdir()) == [
         "gradclip-demo-unclipped.jsonl",
+        "gradclip-demo.html",
         "gradclip-demo.jsonl",
         "gradclip-demo.svg",
     ]
@@ -112,12 +113,14 @@ def test_the_command_writes_two_records_and_a_figure_and_says_what_it_found(tmp_
     assert " of 12 steps (100 %) at max_norm 0.5: " in line
     assert files == (
         f"record  {folder / 'gradclip-demo.jsonl'}    figure  {folder / 'gradclip-demo.svg'}"
+        f"    report  {folder / 'gradclip-demo.html'}"
     )
     assert (folder / "gradclip-demo.svg").read_text().startswith("<?xml")
     commands = [shlex.split(each.removeprefix("next"))[1:] for each in following]
     assert [(name, record) for name, record, *_ in commands] == [
-        (name, str(folder / "gradclip-demo.jsonl")) for name in ("suggest", "plot")
+        (name, str(folder / "gradclip-demo.jsonl")) for name in ("suggest", "report", "plot")
     ]
     codes = [CliRunner().invoke(app, each, catch_exceptions=False).exit_code for each in commands]
-    assert codes == [1, 0]  # twelve norms carry no advice
-    assert (folder / "gradclip-demo-plot.png").is_file()
+    assert codes == [1, 0, 0]  # twelve norms carry no advice
+    assert (folder / "gradclip-demo.png").is_file()
+    assert "<!doctype html>" in (folder / "gradclip-demo-report.html").read_text()

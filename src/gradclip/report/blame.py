@@ -1,0 +1,115 @@
+"""Which layer makes the steps that stand out: those that were clipped, or else the spikes."""
+
+import math
+from dataclasses import dataclass
+
+from gradclip.diagnostics.arrays import Flags, Numbers, np
+from gradclip.diagnostics.norm_statistics import level
+from gradclip.report.known import Known
+from gradclip.report.layers import Layers, layers_of, mean_shares
+
+__all__ = ["Blame", "blame", "outstanding"]
+
+_SPIKE = 3
+"""Norms this many times the 90th percentile are spikes, as for ``gradclip suggest``."""
+_FEWEST = 30
+_LARGE = 0.2
+_LIFT = 1.5
+_MOST = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Outstanding:
+    """The steps of which one asks which layer made them.
+
+    Attributes:
+        which: Which steps.
+        are_clipped: Whether they are the clipped ones; else they are spikes.
+        above: The norm that they exceed, of spikes.
+        settled: The usual norm after a beginning of higher ones, which are no spikes; else None.
+    """
+
+    which: Flags
+    are_clipped: bool
+    above: float
+    settled: float | None
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return int(self.which.sum())
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Blame:
+    """What layers and parameters have of the squared norm.
+
+    Attributes:
+        layers: The layers.
+        share: The mean share of each layer in the steps that stand out; in all, where none does.
+        usual: The mean share of each layer in the other steps.
+        of_parameters: As ``share``, of each parameter.
+        usual_of_parameters: As ``usual``, of each parameter.
+        steps: How many steps that stand out have norms of parameters.
+        others: How many of the others have.
+        layer: The layer that is named, or None.
+        verdict: "makes" the steps that stand out, has "most" of the norm there, or "none" does.
+    """
+
+    layers: Layers
+    share: Numbers
+    usual: Numbers
+    of_parameters: Numbers
+    usual_of_parameters: Numbers
+    steps: int
+    others: int
+    layer: int
+    verdict: str
+
+
+def outstanding(run: Known) -> Outstanding:
+    """Return the steps to ask about: clipped ones, unless that is most of them; else spikes."""
+    count = int(run.clipped.sum())
+    if 0 < count <= len(run) / 2:
+        return Outstanding(run.clipped, are_clipped=True, above=0.0, settled=None)
+    which = np.zeros(len(run), np.bool_)
+    if len(run.usable) < _FEWEST:
+        return Outstanding(which, are_clipped=False, above=math.inf, settled=None)
+    found = level(run.usable, np.full(len(run.usable), np.nan))
+    above, largest = _SPIKE * found.p90, run.usable > _SPIKE * found.p90
+    places = np.flatnonzero(np.isfinite(run.norm) & (run.norm > 0))
+    which[places[found.cut :][largest[found.cut :]]] = True
+    settled = found.median if largest[: found.cut].any() else None
+    return Outstanding(which, are_clipped=False, above=above, settled=settled)
+
+
+def blame(run: Known, steps: Outstanding) -> Blame | None:
+    """Say which layer it is; None where the norms of parameters do not tell."""
+    if run.parameters is None or not run.is_euclidean:
+        return None
+    layers, norms = layers_of(run.parameters.names), run.parameters.norms
+    stands_out = np.isin(run.parameters.steps, run.step[steps.which])
+    of_parameters, count = mean_shares(norms, stands_out)
+    usual, others = mean_shares(norms, ~stands_out)
+    if not count:
+        of_parameters = usual
+    if not (count or others):
+        return None
+    of_layers, usual_of_layers = layers.added(of_parameters), layers.added(usual)
+    layer = int(np.argmax(of_layers - usual_of_layers)) if count and others else 0
+    if count and others and of_layers[layer] >= max(_LARGE, _LIFT * usual_of_layers[layer]):
+        verdict = "makes"
+    else:
+        layer = int(np.argmax(of_layers))
+        verdict = "most" if of_layers[layer] >= _MOST else "none"
+    return Blame(
+        layers=layers,
+        share=of_layers,
+        usual=usual_of_layers,
+        of_parameters=of_parameters,
+        usual_of_parameters=usual,
+        steps=count,
+        others=others,
+        layer=layer,
+        verdict=verdict if len(layers.names) > 1 else "none",
+    )

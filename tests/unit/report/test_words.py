@@ -1,0 +1,176 @@
+"""The sentences of the report are true of the data, whatever these are."""
+
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gradclip.diagnostics.record import GroupRecord, StepRecord
+from gradclip.diagnostics.runs import Run, read_runs
+from gradclip.diagnostics.summary import summarise
+from gradclip.record.columns import Steps
+from gradclip.record.reader import Norms
+from gradclip.report.blame import blame, outstanding
+from gradclip.report.details import details
+from gradclip.report.faults import faults_of
+from gradclip.report.finding import Case, finding
+from gradclip.report.known import known
+
+NAN = math.nan
+NAMES = ["embed.weight", "h.0.a.weight", "h.0.b.weight", "h.1.a.weight"]
+
+
+def said(records, parameters=None, **changes):
+    """Return the finding and the details of a run."""
+    run = Run("run", records if isinstance(records, Steps) else Steps.of(records))
+    return said_of(run, parameters, **changes)
+
+
+def said_of(run, parameters=None, **changes):
+    of = replace(known(run), **changes)
+    if parameters is not None:
+        steps, norms = parameters
+        of = replace(of, parameters=Norms(np.array(steps), NAMES, np.array(norms, float)))
+    steps = outstanding(of)
+    case = Case(of, steps, blame(of, steps), summarise(run.steps).diverged_at)
+    return finding(case), details(case, faults_of(of))
+
+
+def usual(count, *, limit=None, clipped=(), skipped=(), **more):
+    """Return steps with norms around 1, and 5 where they are clipped."""
+    of = random.Random(0)
+    return [
+        StepRecord(
+            step=at,
+            norm_pre=NAN if at in skipped else 5.0 if at in clipped else of.uniform(0.8, 1.2),
+            threshold=limit,
+            clipped=at in clipped,
+            skipped=at in skipped,
+            nonfinite=int(at in skipped),
+            reason="nonfinite" if at in skipped else None,
+            **more,
+        )
+        for at in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("records", "expected"),
+    [
+        (usual(60, limit=10.0), "The limit of 10 never acted: the largest norm is 1.19."),
+        (usual(60, limit=2.0, clipped=(3, 7)), "The limit of 2 clipped 2 of 60 steps."),
+        (usual(60, limit=2.0, clipped=range(60)), "The limit of 2 sets the step size: it clipped "),
+        (usual(60, limit=2.0, skipped=range(60)), "All 60 steps were skipped."),
+        (usual(60, limit=2.0, skipped=range(40)), "40 of 60 steps were not made."),
+        (usual(60, clipped=(3,)), "1 of 60 steps was clipped."),
+        (usual(60), "No spikes: the median norm is "),
+        (usual(12), "12 steps with norms from "),
+        (usual(1), "One step, with a norm of 1.14."),
+        ([StepRecord(step=0, norm_pre=0.0)] * 3, "Every gradient norm is 0, in 3 steps."),
+        ([StepRecord(step=0)] * 3, "No gradient norm is known, of 3 steps."),
+        (usual(60, loss=NAN), "The loss is not finite from step 0 on."),
+        (
+            [StepRecord(step=at, norm_pre=50.0 if at == 33 else 1 + at % 2) for at in range(40)],
+            "1 spike in 40 steps: a norm above 6, three times the usual 90th percentile.",
+        ),
+        (
+            [StepRecord(step=at, norm_pre=50.0 if at < 3 else 1 + at % 2) for at in range(40)],
+            "The norms start as high as 50 and settle at ",
+        ),
+        (
+            [
+                StepRecord(
+                    step=at,
+                    norm_pre=1.0,
+                    clipped=at < 9,
+                    threshold=2.0,
+                    groups={name: GroupRecord(norm_pre=1.0, threshold=2.0) for name in "ab"},
+                )
+                for at in range(40)
+            ],
+            "The limits by group clipped 9 of 40 steps.",
+        ),
+    ],
+)
+def test_the_finding_without_norms_of_parameters(records, expected):
+    assert said(records)[0].startswith(expected)
+
+
+def test_a_layer_is_blamed_where_it_has_more_of_the_clipped_steps_than_of_the_others():
+    records = usual(60, limit=2.0, clipped=(3, 7, 50))
+    norms = [[1, 1, 1, 1]] * 60
+    exploding = [[1, 1, 1, 3] if at in (3, 7, 50) else row for at, row in enumerate(norms)]
+    assert said(records, (range(60), exploding))[0] == (
+        "Layer 1 makes the spikes: 75 % of the squared norm in the 3 clipped steps."
+    )
+    assert said(records, (range(60), norms))[0] == (
+        "Layer 0 has most of the norm: 50 % of its square in the 3 clipped steps, 50 % in the "
+        "others."
+    )
+    level = [[4, 2, 3, 4]] * 60
+    assert said(records, (range(60), level))[0] == (
+        "No layer stands out in the 3 clipped steps: the most is 36 %, of embed."
+    )
+    some = [row for at, row in enumerate(exploding) if at != 7]
+    assert (
+        "75 % of the squared norm in 2 of the 3 clipped steps."
+        in said(records, ([at for at in range(60) if at != 7], some))[0]
+    )
+    often = usual(60, limit=2.0, clipped=range(0, 60, 3))
+    rows = [[1, 1, 1, 3] if at % 3 == 0 else [1, 1, 1, 1] for at in range(60)]
+    assert said(often, (range(60), rows))[0].startswith("Layer 1 drives the clipping: ")
+    always = usual(60, limit=2.0, clipped=range(60))
+    first, then = said(always, (range(60), exploding))
+    assert first == "The limit of 2 sets the step size: it clipped every step."
+    assert "on average" in then
+
+
+def test_norms_other_than_euclidean_have_no_shares_of_a_square():
+    records = usual(60, limit=2.0, clipped=(3,))
+    norms = range(60), [[1, 1, 1, 3]] * 60
+    assert said(records, norms, is_euclidean=False)[0] == "The limit of 2 clipped 1 of 60 steps."
+
+
+def test_skipped_steps_are_told_with_their_reason_and_layers():
+    records = usual(60, limit=2.0, skipped=(5, 9))
+    norms = [[1, 1, NAN, NAN] if at in (5, 9) else [1, 1, 1, 1] for at in range(60)]
+    assert (
+        "2 steps were skipped because a gradient was not finite, each time in layers 0 and 1."
+        in (said(records, (range(60), norms))[1])
+    )
+    every = [[NAN] * 4 if at in (5, 9) else [1, 1, 1, 1] for at in range(60)]
+    assert "not finite, in every layer." in said(records, (range(60), every))[1]
+    made = [replace(each, skipped=False, reason=None) for each in records]
+    assert (
+        "In 2 steps a gradient was not finite, and the steps were made all the same."
+        in (said(made)[1])
+    )
+
+
+def test_several_reasons_are_counted():
+    records = [
+        replace(each, reason="overflow") if each.step == 5 else each
+        for each in usual(60, limit=2.0, skipped=(5, 9, 11))
+    ]
+    assert said(records)[1] == (
+        "3 steps were skipped, 2 because a gradient was not finite and 1 because the loss scale "
+        "was too large."
+    )
+
+
+def test_what_a_log_cannot_tell_is_said(tmp_path):
+    path = tmp_path / "log.csv"
+    rows = [
+        f"{at},{0 if at == 20 else 'nan' if at == 40 else 1 + at % 3}" for at in range(0, 900, 10)
+    ]
+    path.write_text("\n".join(["step,grad_norm", *rows, ""]))
+    (run,) = read_runs(path)
+    first, then = said_of(run)
+    assert first == "No spikes: the median norm is 2, the largest 3."
+    assert then == (
+        "1 norm of the log is not finite. There is one norm of every 10 steps, so spikes may be "
+        "missing. 1 norm is exactly 0, and left out of these numbers. The log names no limit, so "
+        "nothing is known of clipping."
+    )
