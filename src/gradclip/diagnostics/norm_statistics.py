@@ -85,7 +85,8 @@ def has_plateau(norms: Numbers) -> bool:
 
 def has_collapsed(norms: Numbers) -> bool:
     """Return whether the last fifth lies below 1 % of what the norms once were."""
-    smooth = _smoothed(norms, 11)
+    # Whole windows alone: of the six norms in the first one, three spikes would make the median.
+    smooth = _smoothed(norms, 11)[5:-5]
     return float(np.median(norms[-max(6, len(norms) // 5) :])) < 0.01 * float(smooth.max())
 
 

@@ -62,6 +62,12 @@ def test_each_kind_of_run(kind):
         assert 0 < advice.lr_factor <= 1
 
 
+def test_a_few_huge_norms_at_the_start_are_no_collapse():
+    norms = scattered()
+    norms[:3] = [1e3, 1e5, 1e3]
+    assert gradclip.suggest(norms, losses=norms).kind == "GUARD"
+
+
 def test_the_policy_goes_where_policies_go():
     advice = gradclip.suggest(scattered())
     weight = torch.nn.Parameter(torch.zeros(4))
