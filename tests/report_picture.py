@@ -16,7 +16,7 @@ from made_up_record import write_record
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "report.png"
 WIDTH = 1168
-COLOURS = 64
+COLOURS = 128
 
 
 def main():
@@ -31,7 +31,9 @@ def main():
         browser.next_frame()
         picture = Image.open(io.BytesIO(browser.screenshot())).convert("RGB")
         browser.close()
-    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(PICTURE, optimize=True)
+    picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        PICTURE, optimize=True
+    )
 
 
 if __name__ == "__main__":
