@@ -31,9 +31,8 @@ def main():
         browser.next_frame()
         picture = Image.open(io.BytesIO(browser.screenshot())).convert("RGB")
         browser.close()
-    picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-        PICTURE, optimize=True
-    )
+    few = picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(PICTURE, optimize=True)
 
 
 if __name__ == "__main__":
