@@ -22,7 +22,10 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
     *(ROOT / "docs" / "reference" / f"{name}.md" for name in ("hooks", "policies")),
-    *(ROOT / "docs" / "explanation" / f"{name}.md" for name in ("performance", "experiments")),
+    *(
+        ROOT / "docs" / "explanation" / f"{name}.md"
+        for name in ("performance", "performance-many-ranks", "performance-gpu", "experiments")
+    ),
 )
 PLOT = ROOT / "docs" / "images" / "performance.svg"
 

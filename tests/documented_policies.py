@@ -1,10 +1,10 @@
-"""The policies that ``docs/explanation/design.md`` shows, made from outside the package."""
+"""The policies that ``docs/how-to/own-policy.md`` shows, made from outside the package."""
 
 import re
 from functools import cache
 from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "docs" / "explanation" / "design.md"
+PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "own-policy.md"
 _BLOCK = re.compile(r"<!-- policy: (\w+) -->\n```python\n(.*?)```", re.DOTALL)
 
 

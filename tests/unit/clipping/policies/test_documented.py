@@ -1,4 +1,4 @@
-"""The policies of ``docs/explanation/design.md``, one of each kind, from outside the package."""
+"""The policies of ``docs/how-to/own-policy.md``, one of each kind, from outside the package."""
 
 import warnings
 from math import inf
