@@ -267,7 +267,7 @@ class DoubleClippingError(GradClipError, ValueError):
 
     What to do: Keep one of them. Switch the option of the framework off, or leave gradclip out.
     Where the handle of an attachment is lost, ``gradclip.attached(optimizer)`` returns it.
-    docs/reference/integrations.md has what DeepSpeed can do.
+    docs/reference/integrations/deepspeed.md has what DeepSpeed can do.
 
     Example:
         >>> import gradclip, torch

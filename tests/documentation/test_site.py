@@ -70,6 +70,7 @@ def test_links_outside_of_the_site_lead_somewhere(page):
         ("which layer", "how-to/which-layer"),
         ("clip_grad_norm_", "reference/api/clipping"),
         ("lightning", "how-to/coming-from-torch"),
+        ("torchtitan", "reference/integrations/loops"),
     ],
 )
 def test_the_search_finds_the_answer_first(asked, answer):

@@ -1,4 +1,4 @@
-"""The diffs of docs/reference/integrations.md for Lightning and Fabric run as they stand."""
+"""The diffs of docs/reference/integrations/lightning.md run as they stand."""
 
 import re
 from pathlib import Path
@@ -12,13 +12,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*`tensorboardX` has been removed"),
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval"),
 ]
-PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "integrations.md").read_text(
-    encoding="utf-8"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "integrations" / "lightning.md"
+DIFFS = re.findall(
+    r"^```diff\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
 )
-SECTION = re.search(r"^## Lightning and Fabric\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)[
-    1
-]
-DIFFS = re.findall(r"^```diff\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
 
 
 def side(diff, sign):

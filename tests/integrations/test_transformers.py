@@ -31,7 +31,7 @@ from gradclip.errors import (
 )
 from gradclip.integrations.transformers import GradientClippingCallback
 
-DOCS = Path(__file__).parents[2] / "docs" / "reference" / "integrations.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "integrations" / "transformers.md"
 
 
 def spy(monkeypatch, owner, name, events, said):
@@ -380,8 +380,8 @@ def test_the_mixin_alone_measures_as_before(tmp_path):
 
 def documented(number):
     """Return the code before and after a diff of the page's section."""
-    section = DOCS.read_text().split("\n## transformers and TRL\n")[1].split("\n## ")[0]
-    lines = re.findall(r"```diff\n(.*?)```", section, re.DOTALL)[number].splitlines()
+    page = DOCS.read_text(encoding="utf-8")
+    lines = re.findall(r"```diff\n(.*?)```", page, re.DOTALL)[number].splitlines()
     return [
         "\n".join(line[1:] for line in lines if not line.startswith(other)) for other in ("+", "-")
     ]
