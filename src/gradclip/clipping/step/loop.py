@@ -3,7 +3,7 @@
 import gc
 from collections import deque
 from collections.abc import Iterator, Mapping
-from math import inf, isfinite
+from math import inf, isfinite, isnan
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class LoopWatch:
     Something clips first: no norm is ever beyond the limit, and some are just at it. A loop forgot
     to unscale: the first norms are all far beyond the limit, and there is a ``GradScaler`` that
     has a scale and has unscaled nothing. The limit is stuck below the norms: nearly all steps are
-    clipped.
+    clipped. What only measures lets a NaN through to the weights.
 
     Args:
         called: What clips, as its user knows it.
@@ -46,10 +46,13 @@ class LoopWatch:
         self._times = 0
         self._often: tuple[int, float] | None = None
         self._suspects_other = self._suspects_scale = False
+        self._let_through: StepNumbers | None = None
+        self._warned_of_weights = False
 
     def add(self, numbers: StepNumbers) -> None:
         """Take the numbers of a step."""
         self._count(numbers)
+        self._look_for_damage(numbers)
         if self._seen >= FIRST and not self._within:
             return  # nothing is left to find
         if self._last not in (None, numbers.threshold):
@@ -67,6 +70,14 @@ class LoopWatch:
             self._within = False
         if self._within and self._seen >= FIRST and self._touching >= _AT_LEAST:
             self._within, self._suspects_other = False, True
+
+    def _look_for_damage(self, numbers: StepNumbers) -> None:
+        """Find a step that was made with a NaN, or an infinity that nothing clamped."""
+        harmless = isfinite(numbers.norm) or numbers.skipped or numbers.expected
+        if harmless or not self._owned or self._warned_of_weights:
+            return
+        if isnan(numbers.norm) or numbers.threshold == inf:
+            self._let_through, self._warned_of_weights = numbers, True
 
     def _count(self, numbers: StepNumbers) -> None:
         """Find that nearly all of many steps were clipped, where one limit is for all."""
@@ -101,6 +112,14 @@ class LoopWatch:
                 f"{limit:g}: that is below the usual norm, so the limit sets the size of every "
                 "update, as a learning rate does. Raise it, or filter this warning if it is meant. "
                 "gradclip.ObserveClip() shows which norms are usual."
+            )
+        if self._let_through is not None:
+            numbers, self._let_through = self._let_through, None
+            warn(
+                f"{self._called} measured a norm of {numbers.norm:g} at step {numbers.step}, and "
+                "its policy only measures, so the optimizer made the step: the weights are "
+                "probably NaN since then. gradclip.GuardClip() measures too, and does not make "
+                "such a step."
             )
         if self._suspects_scale:
             self._suspects_scale = False

@@ -145,6 +145,37 @@ def test_a_limit_of_exceptions_is_not_named():
     assert said(lambda: watch.speak(unscaled=False)) == []
 
 
+# What only measures lets a NaN through.
+
+
+@pytest.mark.parametrize(
+    ("policy", "gradient", "warns"),
+    [
+        (ObserveClip(), math.nan, True),
+        (NormClip(max_norm=math.inf), math.inf, True),
+        ({"0": 1.0, "*": ObserveClip()}, math.nan, True),
+        (ValueClip(clip_value=1.0), math.inf, False),
+        (gradclip.GuardClip(), math.nan, False),
+    ],
+)
+def test_a_nan_that_reached_the_weights_is_told_once(policy, gradient, warns):
+    weights = [(str(n), nn.Parameter(torch.zeros(1))) for n in range(2)]
+    optimizer = torch.optim.SGD(weights, lr=1.0)
+    handle = attach(optimizer, policy)
+
+    def run():
+        for step in range(BATCH + 8):
+            for name, weight in weights:
+                wrong = name == "1" and step in {3, 4}
+                weight.grad = torch.tensor([gradient if wrong else 1.0])
+            optimizer.step()
+            handle.stats  # noqa: B018 - reads every step
+
+    found = [each for each in said(run) if "the weights are probably NaN" in each]
+    assert len(found) == warns
+    assert all("at step 3" in each for each in found)
+
+
 # A loop forgets scaler.unscale_.
 
 
