@@ -44,14 +44,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ClippingTrainerMixin", "GradientClippingCallback"]
 
-_FORMER_NAMES = {
-    "clip/norm_pre": "gradclip/norm_pre",
-    "clip/norm_post": "gradclip/norm_post",
-    "clip/fraction": "gradclip/clip_fraction",
-    "clip/skipped": "gradclip/skipped",
-}
-"""Names that were logged before; they go with the next release."""
-
 
 class GradientClippingCallback(HasPolicy, TrainerCallback):  # type: ignore[misc]
     """Clips where an accumulation window ends, right before the trainer steps.
@@ -159,8 +151,7 @@ class GradientClippingCallback(HasPolicy, TrainerCallback):  # type: ignore[misc
         since = None if self._since is None else self._since.take()
         if self.last is None or since is None or not since.steps:
             return {}
-        numbers = numbers_of(self.last, since)
-        return numbers | {old: numbers[new] for old, new in _FORMER_NAMES.items()}
+        return numbers_of(self.last, since)
 
     def on_train_begin(
         self, args: Any, state: Any, *_: Any, model: Any, optimizer: Any, **__: Any
