@@ -13,7 +13,7 @@ from gradclip.report import tables
 from gradclip.report.blame import blame, outstanding
 from gradclip.report.details import details
 from gradclip.report.faults import Faults, faults_of
-from gradclip.report.finding import Case, finding
+from gradclip.report.finding import Case, findings
 from gradclip.report.happenings import happenings
 from gradclip.report.heat_chart import deflated, heat_chart
 from gradclip.report.histogram import histogram
@@ -35,7 +35,7 @@ class Article:
 
     Attributes:
         name: Of the run.
-        finding: In one sentence.
+        finding: In a sentence, or two where the loss was lost.
         html: All of it.
     """
 
@@ -55,11 +55,11 @@ def article(of: Run, place: int, level: int) -> Article:
     run = known(of)
     steps = outstanding(run)
     case = Case(run, steps, blame(run, steps), summarise(of.steps).diverged_at)
-    faults, said = faults_of(run), finding(case)
-    others = details(case, faults)
+    faults, said = faults_of(run), findings(case)
+    others = " ".join(filter(None, [*said[1:], details(case, faults)]))
     body = [
         f'<p class="run">{escape(_about(run))}</p>',
-        f'<h{level} class="finding">{escape(said)}</h{level}>',
+        f'<h{level} class="finding">{escape(said[0])}</h{level}>',
         f'<p class="say">{escape(others)}</p>' if others else "",
         tables.tiles(run),
         _bar(place, run.noun),
@@ -78,7 +78,7 @@ def article(of: Run, place: int, level: int) -> Article:
     }
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     body.append(f'<script type="application/json" class="data">{text}</script>')
-    return Article(of.name, said, f'<article id="run{place}">{"".join(body)}</article>')
+    return Article(of.name, " ".join(said), f'<article id="run{place}">{"".join(body)}</article>')
 
 
 def _little_endian(values: np.ndarray[Any, Any]) -> bytes:

@@ -36,7 +36,7 @@ def write_report(runs: Sequence[Run], path: str | Path) -> list[str]:
     """Write the report of some runs; one that is there is kept until the new one is whole.
 
     Returns:
-        The finding of each run, in one sentence.
+        The finding of each run, in a sentence, or two where the loss was lost.
 
     Raises:
         ArgumentValueError: GC010, there is no run.

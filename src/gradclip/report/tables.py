@@ -40,7 +40,7 @@ def tiles(run: Known) -> str:
         shown[0] = "Logged steps", f"{count:,}", where, False
         shown[2] = "Not finite", f"{bad:,}", "NaN or infinite", bad > 0
     if not run.tells_clipping:
-        shown[1] = "Clipped", _DASH, "not known", False
+        shown[1] = "Clipped", _DASH, run.unclipped, False
     if len(norms):
         p50, p90, p99, most = (number(float(q)) for q in np.quantile(norms, (0.5, 0.9, 0.99, 1)))
         place = int(np.nanargmax(np.where(np.isfinite(run.norm), run.norm, -1)))
