@@ -19,7 +19,6 @@ from gradclip.report.heat_chart import deflated, heat_chart
 from gradclip.report.histogram import histogram
 from gradclip.report.html import section
 from gradclip.report.known import Known, known
-from gradclip.report.layers import short_names
 from gradclip.report.line_charts import line_charts, shown_groups
 from gradclip.report.series import columns_of, per_bucket
 from gradclip.report.words import begun, counted
@@ -116,15 +115,13 @@ def _bar(place: int, noun: str) -> str:
 def _tables(case: Case, faults: Faults, level: int) -> list[str]:
     """Return what stands below the charts."""
     run, parts, pair = case.run, list[str](), list[str]()
-    names = run.parameters.names if run.parameters is not None else []
-    short = short_names(names)
     if case.blame is not None:
-        pair.append(tables.hottest(run, case.blame, case.steps.are_clipped, short, level))
+        pair.append(tables.hottest(run, case.blame, case.steps.are_clipped, level))
     if drawn := _distribution(run):
         pair.append(section("Distribution of the norm", level, drawn, "Log scale."))
     if pair:
         parts.append(f'<div class="two">{"".join(pair)}</div>')
-    rows, which = happenings(run, faults, dict(zip(names, short, strict=True)))
+    rows, which = happenings(run, faults)
     if rows:
         note = f"{begun(which)}. " if which else ""
         note += f"Each {run.noun} leads to its place in the charts."

@@ -1,6 +1,6 @@
 """The table of events: steps that were skipped or not finite, the largest norms, new limits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gradclip.diagnostics.arrays import np
@@ -39,19 +39,18 @@ class Happening:
     norm: str
 
 
-def happenings(run: Known, faults: Faults, short: Mapping[str, str]) -> tuple[list[Happening], str]:
+def happenings(run: Known, faults: Faults) -> tuple[list[Happening], str]:
     """Return the events in the order of steps, and which of how many they are.
 
     Args:
         run: The run.
         faults: Where gradients were not finite.
-        short: The parameters' names as they are shown.
     """
     rows, said = [], []
 
     def listed(names: Sequence[str]) -> str:
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        return ", ".join(short.get(name, name) for name in names[:_NAMED]) + more
+        return ", ".join(names[:_NAMED]) + more
 
     not_made = np.flatnonzero(run.skipped | run.nonfinite)
     for at in not_made[:_NOT_MADE].tolist():

@@ -60,14 +60,13 @@ def _why(run: Known) -> str:
     return "not finite" if is_known else "steps"
 
 
-def hottest(run: Known, found: Blame, are_clipped: bool, short: Sequence[str], level: int) -> str:
+def hottest(run: Known, found: Blame, are_clipped: bool, level: int) -> str:
     """Return the table of those parameters that have the most of the norm.
 
     Args:
         run: The run.
         found: What each has.
         are_clipped: Whether the steps that stand out are the clipped ones; else they are spikes.
-        short: The parameters' names as they are shown.
         level: Of the heading.
     """
     assert run.parameters is not None
@@ -87,7 +86,7 @@ def hottest(run: Known, found: Blame, are_clipped: bool, short: Sequence[str], l
         middle, largest = (float(np.median(of)), float(of.max())) if len(of) else (np.nan, np.nan)
         rows.append(
             (
-                f'<code title="{escape(run.parameters.names[at])}">{escape(short[at])}</code>',
+                f"<code>{escape(run.parameters.names[at])}</code>",
                 *(share(float(each[at])) for each in shares),
                 number(middle),
                 number(largest),
