@@ -103,8 +103,9 @@ def events(rows: Sequence[Happening]) -> str:
     are_named = any(each.parameters for each in rows)
     cells = []
     for each in rows:
-        label = f"Show step {each.step:,}"
-        step = f'<button data-go="{each.step}" aria-label="{label}">{each.step:,}</button>'
+        steps = f"{each.step:,}" + (f" to {each.last:,}" if each.last > each.step else "")
+        label = f"Show step {steps}"
+        step = f'<button data-go="{each.step}" aria-label="{label}">{steps}</button>'
         names = [f"<code>{escape(each.parameters)}</code>"] if are_named else []
         cells.append((step, escape(each.what), *names, each.norm))
     heads = ("Step", "What", *(["Parameters"] if are_named else []), "Norm")

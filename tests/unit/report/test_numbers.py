@@ -130,21 +130,26 @@ def test_the_file_needs_nothing_else_and_runs_only_its_own_script(tmp_path):
 
 
 def test_events_name_the_first_the_largest_and_new_limits(tmp_path):
-    page = tmp_path / "report.html"
+    page, bad = tmp_path / "report.html", {*range(20), 30, *range(31, 57, 2)}
     records = [
         StepRecord(
             step=at,
-            norm_pre=float("inf") if at < 20 else 1 + (at == 500) * 8.0,
-            skipped=at < 20,
+            norm_pre=float("inf") if at in bad else 1 + (at == 500) * 8.0,
+            skipped=at in bad,
             reason="overflow" if at < 20 else None,
             new_policy="NormClip(max_norm=2.0)" if at == 600 else None,
-            nonfinite=int(at < 20),
+            nonfinite=int(at in bad),
         )
         for at in range(1000)
     ]
     write_report([replace(Run("run", Steps.of(records)), name="run")], page)
     text = page.read_text()
-    assert text.count("loss scale too large, skipped") == 12
-    assert "The first 12 of 20 steps that were not finite or not made" in text
+    # What happened to steps in a row is one row.
+    assert re.findall(r">([\d to]+)</button></td><td>([a-z ]+), skipped<", text) == [
+        ("0 to 19", "loss scale too large"),
+        ("30 to 31", "not finite"),
+        *((str(step), "not finite") for step in range(33, 53, 2)),
+    ]
+    assert "The first 32 of 34 steps that were not finite or not made" in text
     assert re.search(r'data-go="500".*?large norm.*?>9<', text)
     assert re.search(r'data-go="600".*?new limit: NormClip\(max_norm=2.0\)', text)
