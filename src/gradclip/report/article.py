@@ -1,6 +1,7 @@
 """The page of one run: its finding, its numbers, its charts, and the data that they draw."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -11,6 +12,7 @@ from gradclip.diagnostics.runs import Run
 from gradclip.diagnostics.summary import summarise
 from gradclip.report import tables
 from gradclip.report.blame import blame, outstanding
+from gradclip.report.comparison import row_of
 from gradclip.report.details import details
 from gradclip.report.faults import Faults, faults_of
 from gradclip.report.finding import Case, findings
@@ -35,11 +37,13 @@ class Article:
     Attributes:
         name: Of the run.
         finding: In a sentence, or two where the loss was lost.
+        row: Of the table that compares runs.
         html: All of it.
     """
 
     name: str
     finding: str
+    row: Sequence[str]
     html: str
 
 
@@ -77,7 +81,8 @@ def article(of: Run, place: int, level: int) -> Article:
     }
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     body.append(f'<script type="application/json" class="data">{text}</script>')
-    return Article(of.name, " ".join(said), f'<article id="run{place}">{"".join(body)}</article>')
+    html = f'<article id="run{place}">{"".join(body)}</article>'
+    return Article(of.name, " ".join(said), row_of(of, run, place), html)
 
 
 def _little_endian(values: np.ndarray[Any, Any]) -> bytes:

@@ -118,7 +118,9 @@ def test_the_file_needs_nothing_else_and_runs_only_its_own_script(tmp_path):
     assert len(findings) == len(runs) == 2
     page = (tmp_path / "report.html").read_bytes().decode()
     assert "<b>" not in page
-    assert page.count("&lt;b&gt;$title&amp;.jsonl, optimizer 1") == 2  # in the list and above it
+    assert (
+        page.count("&lt;b&gt;$title&amp;.jsonl, optimizer 1") == 3
+    )  # in the table, the list, and above it
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
     for text in (script, style):
@@ -127,6 +129,31 @@ def test_the_file_needs_nothing_else_and_runs_only_its_own_script(tmp_path):
     assert set(re.findall(r"https?://[^\s\"']+", page)) == {"http://www.w3.org/2000/svg"}
     with pytest.raises(ArgumentValueError):
         write_report([], tmp_path / "none.html")
+
+
+def test_several_runs_begin_with_a_table_that_says_whether_it_helped(tmp_path):
+    def run(name, clipped, last):
+        records = [
+            StepRecord(
+                step=at,
+                norm_pre=1.0 + at,
+                threshold=40.0 if clipped else None,
+                clipped=clipped and at > 39,
+                loss=last if at >= 10 else 1e6,
+            )
+            for at in range(60)
+        ]
+        return Run(name, Steps.of(records))
+
+    nan = float("nan")
+    write_report([run("a", True, 2.0), run("b", False, nan)], tmp_path / "report.html")
+    table = (tmp_path / "report.html").read_text().partition("</table>")[0]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    cells = [[re.sub("<.*?>", "", cell) for cell in row] for row in rows]
+    assert cells == [
+        ["a", "40", "60", "20 (33 %)", "0", "2.00", "30.5", "60"],
+        ["b", "none was seen", "60", "none was seen", "0", "NaN from step 10", "30.5", "60"],
+    ]
 
 
 def test_events_name_the_first_the_largest_and_new_limits(tmp_path):
