@@ -27,6 +27,10 @@ from gradclip.report.words import begun, counted
 
 __all__ = ["Article", "article"]
 
+_NO_SCRIPT = (
+    '<noscript><p class="note">The charts need JavaScript. The finding and the numbers are above, '
+    "the tables below.</p></noscript>"
+)
 _NOUNS = {"step": ("step", "steps"), "entry": ("entry", "entries")}
 
 
@@ -65,6 +69,7 @@ def article(of: Run, place: int, level: int) -> Article:
         f'<h{level} class="finding">{escape(said[0])}</h{level}>',
         f'<p class="say">{escape(others)}</p>' if others else "",
         tables.tiles(run),
+        _NO_SCRIPT,
         _bar(place, run.noun),
         *line_charts(run, level + 1),
     ]

@@ -19,6 +19,10 @@ _COUNTS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten
 _ROWS = 50
 _MANY = 1000
 """Norms from which on a 99th percentile says something."""
+_POLICY_NOTE = (
+    "Clips: the share of steps. By thirds: of the first, second and last third of the run. Mean "
+    "step: what would have been left of the length of a step, on average."
+)
 _DASH = "\N{EN DASH}"
 
 
@@ -129,6 +133,7 @@ def advice(found: Advice) -> str:
         ]
         heads = ("Policy", "Clips", "By thirds", "Mean step")
         parts.append(table("What each policy would have done", heads, rows, (1, 2, 3)))
+        parts.append(f'<p class="note">{_POLICY_NOTE}</p>')
     parts += [f'<p class="note">{escape(each.text)}</p>' for each in found.warnings]
     return "".join(parts)
 

@@ -283,6 +283,20 @@ def colours_of(png):
     return len(set(zlib.decompress(data)))
 
 
+def test_before_it_is_drawn_and_without_javascript_it_says_so(page, folder):
+    before = "getComputedStyle(document.querySelector('.chart'), '::before').content"
+    assert page.evaluate(before) == "none"
+    page.evaluate("document.querySelector('.chart').replaceChildren()")
+    assert page.evaluate(before) == '"Drawing \u2026"'
+    page.ask("Emulation.setScriptExecutionDisabled", value=True)
+    page.ask("Page.navigate", url=(folder / "report.html").as_uri())
+    shown = page.wait("document.querySelector('noscript')?.innerText")
+    drawn = page.evaluate("document.querySelector('.chart').checkVisibility()")
+    page.ask("Emulation.setScriptExecutionDisabled", value=False)
+    assert shown.startswith("The charts need JavaScript. The finding and the numbers are above")
+    assert drawn is False
+
+
 def test_text_can_be_read_and_everything_has_a_name(page):
     for is_dark in (False, True):
         page.look(dark=is_dark)

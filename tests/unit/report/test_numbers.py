@@ -178,5 +178,6 @@ def test_events_name_the_first_the_largest_and_new_limits(tmp_path):
         *((str(step), "not finite") for step in range(33, 53, 2)),
     ]
     assert "The first 32 of 34 steps that were not finite or not made" in text
+    assert "Mean step: what would have been left of the length of a step" in text
     assert re.search(r'data-go="500".*?large norm.*?>9<', text)
     assert re.search(r'data-go="600".*?new limit: NormClip\(max_norm=2.0\)', text)
