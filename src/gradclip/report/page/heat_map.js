@@ -121,7 +121,7 @@ class HeatMap extends Frame {
   // A bar beside the rows of the layer that makes the spikes: of few steps, these are thin.
   drawMakers() {
     const half = Math.max(1.5, (this.height - BOTTOM - this.top) / this.run.heat.rows / 2);
-    const path = this.run.heat.makers.map((row) => `M${LEFT - 3},${(this.y(row) - half).toFixed(1)}v${(2 * half).toFixed(1)}`).join("");
+    const path = this.run.heat.makers.map((row) => `M${LEFT - 2},${(this.y(row) - half).toFixed(1)}v${(2 * half).toFixed(1)}`).join("");
     if (path) svgElement("path", { class: "maker", d: path }, this.svg);
   }
 
