@@ -84,8 +84,18 @@ def plot(
         typer.echo(json.dumps(said, indent=2, allow_nan=False))
         return
     for run in runs:
-        typer.echo(f"{run.name}: {run.finding}")
+        typer.echo(f"{run.name}: {run.finding}{_averaged(run)}")
     typer.echo(f"figure  {output}")
+
+
+def _averaged(run: "Run") -> str:
+    """Say of how many losses the one that is told is the mean."""
+    from gradclip.diagnostics.summary import FINAL_STEPS, summarise  # noqa: PLC0415
+
+    count = min(FINAL_STEPS, len(run.steps.measured("loss")))
+    if count <= 1 or summarise(run.steps).diverged_at is not None:
+        return ""
+    return f" (mean of the last {count} {run.counted})"
 
 
 def _as_data(run: "Run") -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The page of one run: its finding, its numbers, its charts, and the data that they draw."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -11,21 +12,25 @@ from gradclip.diagnostics.runs import Run
 from gradclip.diagnostics.summary import summarise
 from gradclip.report import tables
 from gradclip.report.blame import blame, outstanding
+from gradclip.report.comparison import row_of
 from gradclip.report.details import details
 from gradclip.report.faults import Faults, faults_of
-from gradclip.report.finding import Case, finding
+from gradclip.report.finding import Case, findings
 from gradclip.report.happenings import happenings
 from gradclip.report.heat_chart import deflated, heat_chart
 from gradclip.report.histogram import histogram
 from gradclip.report.html import section
 from gradclip.report.known import Known, known
-from gradclip.report.layers import short_names
 from gradclip.report.line_charts import line_charts, shown_groups
 from gradclip.report.series import columns_of, per_bucket
 from gradclip.report.words import begun, counted
 
 __all__ = ["Article", "article"]
 
+_NO_SCRIPT = (
+    '<noscript><p class="note">The charts need JavaScript. The finding and the numbers are above, '
+    "the tables below.</p></noscript>"
+)
 _NOUNS = {"step": ("step", "steps"), "entry": ("entry", "entries")}
 
 
@@ -35,12 +40,14 @@ class Article:
 
     Attributes:
         name: Of the run.
-        finding: In one sentence.
+        finding: In a sentence, or two where the loss was lost.
+        row: Of the table that compares runs.
         html: All of it.
     """
 
     name: str
     finding: str
+    row: Sequence[str]
     html: str
 
 
@@ -55,13 +62,14 @@ def article(of: Run, place: int, level: int) -> Article:
     run = known(of)
     steps = outstanding(run)
     case = Case(run, steps, blame(run, steps), summarise(of.steps).diverged_at)
-    faults, said = faults_of(run), finding(case)
-    others = details(case, faults)
+    faults, said = faults_of(run), findings(case)
+    others = " ".join(filter(None, [*said[1:], details(case, faults)]))
     body = [
         f'<p class="run">{escape(_about(run))}</p>',
-        f'<h{level} class="finding">{escape(said)}</h{level}>',
+        f'<h{level} class="finding">{escape(said[0])}</h{level}>',
         f'<p class="say">{escape(others)}</p>' if others else "",
         tables.tiles(run),
+        _NO_SCRIPT,
         _bar(place, run.noun),
         *line_charts(run, level + 1),
     ]
@@ -78,7 +86,8 @@ def article(of: Run, place: int, level: int) -> Article:
     }
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     body.append(f'<script type="application/json" class="data">{text}</script>')
-    return Article(of.name, said, f'<article id="run{place}">{"".join(body)}</article>')
+    html = f'<article id="run{place}">{"".join(body)}</article>'
+    return Article(of.name, " ".join(said), row_of(of, run, place), html)
 
 
 def _little_endian(values: np.ndarray[Any, Any]) -> bytes:
@@ -116,15 +125,13 @@ def _bar(place: int, noun: str) -> str:
 def _tables(case: Case, faults: Faults, level: int) -> list[str]:
     """Return what stands below the charts."""
     run, parts, pair = case.run, list[str](), list[str]()
-    names = run.parameters.names if run.parameters is not None else []
-    short = short_names(names)
     if case.blame is not None:
-        pair.append(tables.hottest(run, case.blame, case.steps.are_clipped, short, level))
+        pair.append(tables.hottest(run, case.blame, case.steps.are_clipped, level))
     if drawn := _distribution(run):
         pair.append(section("Distribution of the norm", level, drawn, "Log scale."))
     if pair:
         parts.append(f'<div class="two">{"".join(pair)}</div>')
-    rows, which = happenings(run, faults, dict(zip(names, short, strict=True)))
+    rows, which = happenings(run, faults)
     if rows:
         note = f"{begun(which)}. " if which else ""
         note += f"Each {run.noun} leads to its place in the charts."

@@ -24,16 +24,24 @@ _REASONS = {
 def details(case: Case, faults: Faults) -> str:
     """Say in a few sentences what else there is."""
     said = (
+        _spike(case),
         _acted(case),
         _layer(case),
         _skipped(case, faults),
         _nonfinite(case, faults),
-        _diverged(case),
         _spacing(case),
         _zeros(case),
         _unknown_limit(case),
     )
     return " ".join(each for each in said if each)
+
+
+def _spike(case: Case) -> str:
+    """Say what makes a spike, beside the number."""
+    if case.steps.are_clipped or not case.steps.count:
+        return ""
+    above = number(case.steps.above)
+    return f"A spike is a norm above {above}, three times what one step in ten exceeds."
 
 
 def _acted(case: Case) -> str:
@@ -80,12 +88,6 @@ def _nonfinite(case: Case, faults: Faults) -> str:
     where = "" if case.skipped else faults.where
     what = "the step was" if made == 1 else "the steps were"
     return f"In {counted(made)} a gradient was not finite{where}, and {what} made all the same."
-
-
-def _diverged(case: Case) -> str:
-    if case.diverged_at is None or not case.skipped:
-        return ""
-    return f"The loss is not finite from step {case.diverged_at:,} on."
 
 
 def _spacing(case: Case) -> str:

@@ -12,7 +12,7 @@ __all__ = ["Faults", "faults_of"]
 
 _FEW = 3
 _MOST = 1000
-"""Steps whose parameters are looked at."""
+"""Steps whose parameters are drawn."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Faults:
     """Parameters whose norm was not finite.
 
     Attributes:
-        names: By step, in the model's order; of a record without norms, the first eight.
+        names: By step, in the model's order; of a record without norms, the first eight. Steps
+            in a row that have the same ones share one list.
         points: Step and parameter of each such norm, of the first steps.
         where: The layers in words, as the end of a sentence; empty where nothing is known, or
             where there are too many steps to say.
@@ -42,10 +43,14 @@ def faults_of(run: Known) -> Faults:
     steps, norms = run.parameters.steps, run.parameters.norms
     rows = np.flatnonzero(~np.isfinite(norms).all(1))
     points: list[tuple[int, int]] = []
-    for row in rows[:_MOST].tolist():
-        columns = np.flatnonzero(~np.isfinite(norms[row])).tolist()
-        names[int(steps[row])] = [run.parameters.names[column] for column in columns]
-        points += [(int(steps[row]), column) for column in columns]
+    bad, columns, named = np.zeros(0, np.bool_), list[int](), list[str]()
+    for place, (row, step) in enumerate(zip(rows.tolist(), steps[rows].tolist(), strict=True)):
+        if not np.array_equal(bad, now := ~np.isfinite(norms[row])):
+            bad, columns = now, np.flatnonzero(now).tolist()
+            named = [run.parameters.names[column] for column in columns]
+        names[step] = named
+        if place < _MOST:
+            points += [(step, column) for column in columns]
     return Faults(names, points, _where(names, run) if len(rows) <= _MOST else "")
 
 

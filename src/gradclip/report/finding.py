@@ -1,4 +1,4 @@
-"""The finding: the one sentence that matters most, which is the title of the page."""
+"""The findings: the sentence that matters most, which is the title, and what became of the loss."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from gradclip.report.known import Known
 from gradclip.report.limits import limit_of
 from gradclip.report.words import begun, counted, number, share, titled
 
-__all__ = ["Case", "finding"]
+__all__ = ["Case", "findings"]
 
 _OFTEN = 0.1
 """Where more steps than this were clipped, one does not call them spikes."""
@@ -50,10 +50,11 @@ class Case:
         return int(self.run.skipped.sum())
 
 
-def finding(case: Case) -> str:
-    """Say in one sentence what matters most."""
-    found = (say(case) for say in _BY_WEIGHT)
-    return next(said for said in found if said is not None)
+def findings(case: Case) -> list[str]:
+    """Say in one sentence what matters most; where the loss was lost, say that too."""
+    first = next(said for say in _BY_WEIGHT if (said := say(case)) is not None)
+    lost = _lost(case)
+    return [first] if lost in (None, first) else [first, lost]
 
 
 def _no_norm(case: Case) -> str | None:
@@ -75,10 +76,22 @@ def _not_made(case: Case) -> str | None:
     return f"{case.skipped:,} of {counted(len(case.run), case.one)} were not made."
 
 
-def _diverged(case: Case) -> str | None:
-    if case.diverged_at is None or case.skipped:
+def _layer_before_the_end(case: Case) -> str | None:
+    """Name the layer that makes the spikes of a run that was lost: what comes next hides it."""
+    is_whole = case.diverged_at is None and case.skipped <= len(case.run) / 2
+    if is_whole or case.blame is None or case.blame.verdict != "makes":
+        return None
+    return _layer(case)
+
+
+def _lost(case: Case) -> str | None:
+    if case.diverged_at is None:
         return None
     return f"The loss is not finite from step {case.diverged_at:,} on."
+
+
+def _diverged(case: Case) -> str | None:
+    return None if case.skipped else _lost(case)
 
 
 def _single(case: Case) -> str | None:
@@ -151,7 +164,7 @@ def _spikes(case: Case) -> str | None:
     norms = "a norm" if count == 1 else "norms"
     return (
         f"{counted(count, 'spike')} in {counted(len(case.run), case.one)}: {norms} above "
-        f"{number(case.steps.above)}, three times the usual 90th percentile."
+        f"{number(case.steps.above)}."
     )
 
 
@@ -174,6 +187,7 @@ def _level(case: Case) -> str:
 
 _BY_WEIGHT = (
     _no_norm,
+    _layer_before_the_end,
     _not_made,
     _diverged,
     _single,

@@ -1,6 +1,6 @@
 """The table of events: steps that were skipped or not finite, the largest norms, new limits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from gradclip.diagnostics.arrays import np
@@ -27,48 +27,49 @@ class Happening:
     """A row of the table.
 
     Attributes:
-        step: When.
+        step: When, or when first.
+        last: When last; the same happened at each step between.
         what: Happened.
         parameters: Where; empty where that is not known.
         norm: Of the step, in words; empty where it has none.
     """
 
     step: int
+    last: int
     what: str
     parameters: str
     norm: str
 
 
-def happenings(run: Known, faults: Faults, short: Mapping[str, str]) -> tuple[list[Happening], str]:
+def happenings(run: Known, faults: Faults) -> tuple[list[Happening], str]:
     """Return the events in the order of steps, and which of how many they are.
 
     Args:
         run: The run.
         faults: Where gradients were not finite.
-        short: The parameters' names as they are shown.
     """
-    rows, said = [], []
+    rows, said = list[Happening](), list[str]()
 
     def listed(names: Sequence[str]) -> str:
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        return ", ".join(short.get(name, name) for name in names[:_NAMED]) + more
+        return ", ".join(names[:_NAMED]) + more
 
-    not_made = np.flatnonzero(run.skipped | run.nonfinite)
-    for at in not_made[:_NOT_MADE].tolist():
-        what = _WHY.get(run.reasons.get(at, ""), "skipped") if run.skipped[at] else "not finite"
-        if run.skipped[at] and run.nonfinite[at] and at not in run.reasons:
-            what = _WHY["nonfinite"]
-        step = int(run.step[at])
-        rows.append(Happening(step, what, listed(faults.names.get(step, [])), ""))
-    if len(not_made) > _NOT_MADE:
-        said.append(
-            f"the first {_NOT_MADE} of {len(not_made):,} steps that were not finite or not made"
-        )
+    not_made = np.flatnonzero(run.skipped | run.nonfinite).tolist()
+    shown = 0
+    for first, last in _alike(run, faults, not_made):
+        if len(rows) == _NOT_MADE:
+            said.append(
+                f"the first {shown:,} of {len(not_made):,} steps that were not finite or not made"
+            )
+            break
+        step, names = int(run.step[first]), faults.names.get(int(run.step[first]), [])
+        rows.append(Happening(step, int(run.step[last]), _what(run, first), listed(names), ""))
+        shown += last - first + 1
     for at in _largest(run):
         step = int(run.step[at])
         what = "large norm, clipped" if run.clipped[at] else "large norm"
         rows.append(
-            Happening(step, what, listed(_heaviest(run, step)), number(float(run.norm[at])))
+            Happening(step, step, what, listed(_heaviest(run, step)), number(float(run.norm[at])))
         )
     if any(row.norm for row in rows):
         count = sum(bool(row.norm) for row in rows)
@@ -80,8 +81,33 @@ def happenings(run: Known, faults: Faults, short: Mapping[str, str]) -> tuple[li
         if event["event"] == "error"
     ]
     for each in (sorted(changes), errors):
-        rows += [Happening(step, what, "", "") for step, what in each[:_OTHERS]]
+        rows += [Happening(step, step, what, "", "") for step, what in each[:_OTHERS]]
     return sorted(rows, key=lambda row: row.step), " and ".join(said)
+
+
+def _what(run: Known, at: int) -> str:
+    """Say what happened at a step that was not finite or not made."""
+    if not run.skipped[at]:
+        return "not finite"
+    if at in run.reasons or not run.nonfinite[at]:
+        return _WHY.get(run.reasons.get(at, ""), "skipped")
+    return _WHY["nonfinite"]
+
+
+def _alike(run: Known, faults: Faults, places: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Find the first and last place of each row of steps to which the same happened."""
+    nothing, first, last = list[str](), -1, -1
+    named, what = nothing, ""
+    for at in places:
+        names, now = faults.names.get(int(run.step[at]), nothing), _what(run, at)
+        if at == last + 1 and now == what and (names is named or names == named):
+            last = at
+            continue
+        if first >= 0:
+            yield first, last
+        first, last, named, what = at, at, names, now
+    if first >= 0:
+        yield first, last
 
 
 def _largest(run: Known) -> list[int]:

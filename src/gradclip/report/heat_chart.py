@@ -2,6 +2,7 @@
 
 import base64
 import zlib
+from html import escape
 from typing import Any
 
 from gradclip.diagnostics.arrays import Places, np
@@ -25,12 +26,14 @@ _ROW, _LOWEST, _HIGHEST = 18, 90, 500
 _POOLED = 1.5
 """Steps of a column from which on it says so."""
 _KEY = (
-    '<p class="key"><span>0.1 \N{MULTIPLICATION SIGN}</span><canvas class="scale" width="180" '
-    'height="1" role="img" aria-label="Colours: blue is a tenth of the usual norm, pale the usual '
-    'one, orange ten times and dark a hundred times that"></canvas>'
+    '<p class="key">{maker}<span>0.1 \N{MULTIPLICATION SIGN}</span>'
+    '<canvas class="scale" width="180" height="1" role="img" '
+    'aria-label="Colours: blue is a tenth of the usual norm, pale the usual one, orange '
+    'ten times and dark a hundred times that"></canvas>'
     "<span>100 \N{MULTIPLICATION SIGN} usual</span>{faults}</p>"
 )
 _NOT_FINITE = '<span class="bad">\N{BLACK CIRCLE} not finite</span>'
+_BAR = "\N{LEFT HALF BLOCK}"
 _COMPARED = (
     '<span class="versus">Compared with <select class="compared" aria-label="Compared with">'
     '<option value="both">its own median, and the others at that step</option>'
@@ -57,13 +60,15 @@ def heat_chart(
     bad = {(step, int(row_of[column])) for step, column in faults.points}
     data = {
         **_numbers(heat),
-        "names": short_names(rows.names),
+        "names": rows.names,
+        "labels": short_names(rows.names),
         "ticks": [
             [int(row_of[np.argmax(layers.of == at)]), tick]
             for at, tick in enumerate(layers.ticks)
             if tick
         ],
         "hot": _hot(found, row_of),
+        "makers": _makers(found, row_of),
         "bad": sorted(bad)[:_FAULTS],
     }
     told = "Heat map of the norms by step"
@@ -74,7 +79,11 @@ def heat_chart(
     each = f", the largest of each {heat.per_column:,.0f} steps" if is_pooled else ""
     note = f"Each row is a {rows.are}, in the model's order{each}. {_COMPARED}"
     title = "Which layer explodes" if len(layers.names) > 1 else "The norm of each parameter"
-    key = _KEY.format(faults=_NOT_FINITE if bad else "")
+    maker = ""
+    if found is not None and data["makers"]:
+        name = escape(found.layers.names[found.layer])
+        maker = f'<span class="maker">{_BAR}</span><span class="whose">{name}</span>'
+    key = _KEY.format(faults=_NOT_FINITE if bad else "", maker=maker)
     return section(title, level, chart("heat", told, height=height) + key, note), data
 
 
@@ -94,6 +103,13 @@ def _numbers(heat: Heat) -> dict[str, Any]:
         "perColumn": heat.per_column,
         "codes": deflated(planes.tobytes()),
     }
+
+
+def _makers(found: Blame | None, row_of: Places) -> list[int]:
+    """Return the rows of the layer that makes the spikes, which are marked."""
+    if found is None or found.verdict != "makes":
+        return []
+    return sorted(set(row_of[found.layers.of == found.layer].tolist()))
 
 
 def _hot(found: Blame | None, row_of: Places) -> list[int]:

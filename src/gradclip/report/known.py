@@ -94,6 +94,11 @@ class Known:
         return found
 
     @property
+    def unclipped(self) -> str:
+        """What is said in the place of clipped steps: a record would have them, a log may not."""
+        return "not known" if self.log is not None else "none was seen"
+
+    @property
     def noun(self) -> str:
         """What one of the steps is called."""
         return "step" if self.axis == "optimizer step" else "entry"

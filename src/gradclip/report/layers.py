@@ -35,24 +35,29 @@ class Layers:
 def layers_of(names: Sequence[str]) -> Layers:
     """Sort parameters into layers: by the first number in a name, else by the module.
 
+    A module is called by its whole name, which a limit by name needs.
+
     >>> found = layers_of(["model.embed.weight", "model.h.0.a.weight", "model.h.1.a.weight"])
     >>> found.names, found.of.tolist()
-    (['embed', 'layer 0', 'layer 1'], [0, 1, 2])
+    (['model.embed', 'layer 0', 'layer 1'], [0, 1, 2])
     """
-    each = [_place(name.split(".")) for name in _without_common_start(names)]
+    split = [name.split(".") for name in names]
+    start = _common_start(split)
+    each = [_place(parts[start:]) for parts in split]
+    common = split[0][:start] if names else []
     stems = {stem for stem, number in each if number is not None}
     known: dict[tuple[tuple[str, ...], str | None], int] = {}
     of = [known.setdefault(place, len(known)) for place in each]
     titles, ticks = [], []
     for stem, number in known:
         if number is None:
-            titles.append(".".join(stem))
+            titles.append(".".join((*common, *stem)))
             ticks.append("")
         elif len(stems) == 1:
             titles.append(f"layer {number}")
             ticks.append(f"layer {number}")
         else:
-            titles.append(".".join((*stem, number)))
+            titles.append(".".join((*common, *stem, number)))
             ticks.append(".".join((*stem[-1:], number)))
     return Layers(titles, ticks, np.array(of, dtype=np.int64))
 
@@ -60,13 +65,17 @@ def layers_of(names: Sequence[str]) -> Layers:
 def short_names(names: Sequence[str]) -> list[str]:
     """Leave out what all names have, and what comes before a layer's number where that is clear.
 
+    It is for the edge of a chart. A limit by name needs the whole name.
+
     >>> short_names(["model.embed.weight", "model.h.0.a.weight", "model.h.1.a.weight"])
     ['embed', '0.a', '1.a']
     >>> short_names(["0.weight", "0.bias"])
     ['0.weight', '0.bias']
     """
-    begun = _without_common_start(names)
-    split = [name.split(".") for name in begun]
+    split = [name.split(".") for name in names]
+    start = _common_start(split)
+    split = [parts[start:] for parts in split]
+    begun = [".".join(parts) for parts in split]
     stems = {stem for stem, number in map(_place, split) if number is not None}
     shorter = begun
     if len(stems) == 1:
@@ -74,7 +83,8 @@ def short_names(names: Sequence[str]) -> list[str]:
         shorter = [
             ".".join(parts[len(stem) :] if parts[: len(stem)] == stem else parts) for parts in split
         ]
-    shortest = [name.removesuffix(".weight") for name in shorter]
+    is_all_weights = all(name.endswith(".weight") for name in names)
+    shortest = [name.removesuffix(".weight") for name in shorter] if is_all_weights else shorter
     for found in (shortest, shorter, begun):
         if len(set(found)) == len(set(names)) and not any(map(str.isdecimal, found)):
             return found
@@ -109,11 +119,11 @@ def _place(parts: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
     return tuple(parts[:-1] or parts), None
 
 
-def _without_common_start(names: Sequence[str]) -> list[str]:
-    split = [name.split(".") for name in names]
+def _common_start(split: Sequence[Sequence[str]]) -> int:
+    """Return how many parts all names begin with; two of each are left."""
     start = 0
     while all(len(parts) > start + 2 and not parts[start].isdecimal() for parts in split) and (
         len({parts[start] for parts in split}) == 1
     ):
         start += 1
-    return [".".join(parts[start:]) for parts in split]
+    return start

@@ -12,6 +12,7 @@ from gradclip import __version__
 from gradclip.diagnostics.runs import Run
 from gradclip.errors import ArgumentValueError
 from gradclip.report.article import Article, article
+from gradclip.report.comparison import comparison
 from gradclip.whole_file import write_whole
 
 __all__ = ["write_report"]
@@ -36,7 +37,7 @@ def write_report(runs: Sequence[Run], path: str | Path) -> list[str]:
     """Write the report of some runs; one that is there is kept until the new one is whole.
 
     Returns:
-        The finding of each run, in one sentence.
+        The finding of each run, in a sentence, or two where the loss was lost.
 
     Raises:
         ArgumentValueError: GC010, there is no run.
@@ -79,4 +80,5 @@ def _contents(articles: Sequence[Article]) -> str:
         f'<li><a href="#run{at}">{escape(each.name)}</a> {escape(each.finding)}</li>'
         for at, each in enumerate(articles, 1)
     )
-    return f'<h1>{len(articles)} runs</h1><nav aria-label="Runs"><ol>{items}</ol></nav>'
+    compared = comparison([each.row for each in articles])
+    return f'<h1>{len(articles)} runs</h1>{compared}<nav aria-label="Runs"><ol>{items}</ol></nav>'

@@ -19,6 +19,10 @@ _COUNTS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten
 _ROWS = 50
 _MANY = 1000
 """Norms from which on a 99th percentile says something."""
+_POLICY_NOTE = (
+    "Clips: the share of steps. By thirds: of the first, second and last third of the run. Mean "
+    "step: what would have been left of the length of a step, on average."
+)
 _DASH = "\N{EN DASH}"
 
 
@@ -40,7 +44,7 @@ def tiles(run: Known) -> str:
         shown[0] = "Logged steps", f"{count:,}", where, False
         shown[2] = "Not finite", f"{bad:,}", "NaN or infinite", bad > 0
     if not run.tells_clipping:
-        shown[1] = "Clipped", _DASH, "not known", False
+        shown[1] = "Clipped", _DASH, run.unclipped, False
     if len(norms):
         p50, p90, p99, most = (number(float(q)) for q in np.quantile(norms, (0.5, 0.9, 0.99, 1)))
         place = int(np.nanargmax(np.where(np.isfinite(run.norm), run.norm, -1)))
@@ -60,14 +64,13 @@ def _why(run: Known) -> str:
     return "not finite" if is_known else "steps"
 
 
-def hottest(run: Known, found: Blame, are_clipped: bool, short: Sequence[str], level: int) -> str:
+def hottest(run: Known, found: Blame, are_clipped: bool, level: int) -> str:
     """Return the table of those parameters that have the most of the norm.
 
     Args:
         run: The run.
         found: What each has.
         are_clipped: Whether the steps that stand out are the clipped ones; else they are spikes.
-        short: The parameters' names as they are shown.
         level: Of the heading.
     """
     assert run.parameters is not None
@@ -87,7 +90,7 @@ def hottest(run: Known, found: Blame, are_clipped: bool, short: Sequence[str], l
         middle, largest = (float(np.median(of)), float(of.max())) if len(of) else (np.nan, np.nan)
         rows.append(
             (
-                f'<code title="{escape(run.parameters.names[at])}">{escape(short[at])}</code>',
+                f"<code>{escape(run.parameters.names[at])}</code>",
                 *(share(float(each[at])) for each in shares),
                 number(middle),
                 number(largest),
@@ -104,8 +107,9 @@ def events(rows: Sequence[Happening]) -> str:
     are_named = any(each.parameters for each in rows)
     cells = []
     for each in rows:
-        label = f"Show step {each.step:,}"
-        step = f'<button data-go="{each.step}" aria-label="{label}">{each.step:,}</button>'
+        steps = f"{each.step:,}" + (f" to {each.last:,}" if each.last > each.step else "")
+        label = f"Show step {steps}"
+        step = f'<button data-go="{each.step}" aria-label="{label}">{steps}</button>'
         names = [f"<code>{escape(each.parameters)}</code>"] if are_named else []
         cells.append((step, escape(each.what), *names, each.norm))
     heads = ("Step", "What", *(["Parameters"] if are_named else []), "Norm")
@@ -129,6 +133,7 @@ def advice(found: Advice) -> str:
         ]
         heads = ("Policy", "Clips", "By thirds", "Mean step")
         parts.append(table("What each policy would have done", heads, rows, (1, 2, 3)))
+        parts.append(f'<p class="note">{_POLICY_NOTE}</p>')
     parts += [f'<p class="note">{escape(each.text)}</p>' for each in found.warnings]
     return "".join(parts)
 

@@ -4,6 +4,7 @@ import json
 import re
 import struct
 import zlib
+from importlib import resources
 from urllib.parse import urlsplit
 
 import pytest
@@ -141,6 +142,8 @@ def test_it_is_small_opens_soon_and_draws_each_chart(page, folder):
     assert all(length > 500 for length in lengths[:3])
     assert colours(page)[0] > 50
     assert page.evaluate("document.querySelectorAll('.chart .cross').length") == 1
+    assert page.evaluate("document.querySelector('.chart .maker').getTotalLength()") > 10
+    assert page.evaluate("document.querySelector('.whose').textContent") == f"layer {EXPLODES}"
     above = page.evaluate("document.querySelectorAll('.chart')[1].getBoundingClientRect().bottom")
     assert above < 900  # the finding, the numbers, norms and losses: at first sight
 
@@ -166,7 +169,7 @@ def test_a_hover_tells_the_numbers_of_the_step_in_every_chart(page, steps):
         assert f"Step {at:,}: " in page.evaluate("document.querySelector('.reading').textContent")
     page.mouse("mouseMoved", *place(page, HEAT, 0.5, (EXPLODES + 0.5) / 34))
     told = page.evaluate("document.getElementById('hint').innerText")
-    assert told.startswith(f"{EXPLODES}.")
+    assert told.startswith(f"model.layers.{EXPLODES}.")  # as a limit by name needs it
     assert "ratio" in told
 
 
@@ -216,6 +219,28 @@ def test_a_drag_zooms_all_charts_and_keys_and_buttons_do(page):
     assert low <= step <= high < low + 200
 
 
+def test_a_label_that_is_cut_keeps_what_it_differs_in(page):
+    names = [f"encoder.{part}" for part in ("a.in_proj_weight", "a.in_proj_bias", "a.out.bias")]
+    names += ["encoder.linear1.bias", "encoder.linear2.bias", "3.mlp.gate.weight"]
+    names += ["4.mlp.gate.weight", "x" * 20, "y" + "x" * 20]
+    script = (resources.files("gradclip.report") / "page" / "frame.js").read_text()
+    call = "names.map((name) => fitted(name, 15 * LETTER, names))"
+    cut = page.evaluate(
+        f"(() => {{ {script}; const names = {json.dumps(names)}; return {call}; }})()"
+    )
+    assert cut == [
+        "\u2026in_proj_weight",
+        "\u2026a.in_proj_bias",
+        "\u2026a.out.bias",
+        "\u2026linear1.bias",
+        "\u2026linear2.bias",
+        "3\u2026gate.weight",
+        "4\u2026gate.weight",
+        "x\u2026" + "x" * 13,
+        "y\u2026" + "x" * 13,
+    ]
+
+
 def test_light_dark_narrow_and_on_paper(page, folder):
     light = colours(page), page.evaluate("getComputedStyle(document.body).backgroundColor")
     pictures = {"light": page.screenshot()}
@@ -256,6 +281,20 @@ def colours_of(png):
             data += png[at + 8 : at + 8 + size]
         at += size + 12
     return len(set(zlib.decompress(data)))
+
+
+def test_before_it_is_drawn_and_without_javascript_it_says_so(page, folder):
+    before = "getComputedStyle(document.querySelector('.chart'), '::before').content"
+    assert page.evaluate(before) == "none"
+    page.evaluate("document.querySelector('.chart').replaceChildren()")
+    assert page.evaluate(before) == '"Drawing \u2026"'
+    page.ask("Emulation.setScriptExecutionDisabled", value=True)
+    page.ask("Page.navigate", url=(folder / "report.html").as_uri())
+    shown = page.wait("document.querySelector('noscript')?.innerText")
+    drawn = page.evaluate("document.querySelector('.chart').checkVisibility()")
+    page.ask("Emulation.setScriptExecutionDisabled", value=False)
+    assert shown.startswith("The charts need JavaScript. The finding and the numbers are above")
+    assert drawn is False
 
 
 def test_text_can_be_read_and_everything_has_a_name(page):

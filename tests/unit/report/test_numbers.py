@@ -118,7 +118,9 @@ def test_the_file_needs_nothing_else_and_runs_only_its_own_script(tmp_path):
     assert len(findings) == len(runs) == 2
     page = (tmp_path / "report.html").read_bytes().decode()
     assert "<b>" not in page
-    assert page.count("&lt;b&gt;$title&amp;.jsonl, optimizer 1") == 2  # in the list and above it
+    assert (
+        page.count("&lt;b&gt;$title&amp;.jsonl, optimizer 1") == 3
+    )  # in the table, the list, and above it
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
     for text in (script, style):
@@ -129,22 +131,53 @@ def test_the_file_needs_nothing_else_and_runs_only_its_own_script(tmp_path):
         write_report([], tmp_path / "none.html")
 
 
+def test_several_runs_begin_with_a_table_that_says_whether_it_helped(tmp_path):
+    def run(name, clipped, last):
+        records = [
+            StepRecord(
+                step=at,
+                norm_pre=1.0 + at,
+                threshold=40.0 if clipped else None,
+                clipped=clipped and at > 39,
+                loss=last if at >= 10 else 1e6,
+            )
+            for at in range(60)
+        ]
+        return Run(name, Steps.of(records))
+
+    nan = float("nan")
+    write_report([run("a", True, 2.0), run("b", False, nan)], tmp_path / "report.html")
+    table = (tmp_path / "report.html").read_text().partition("</table>")[0]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    cells = [[re.sub("<.*?>", "", cell) for cell in row] for row in rows]
+    assert cells == [
+        ["a", "40", "60", "20 (33 %)", "0", "2.00", "30.5", "60"],
+        ["b", "none was seen", "60", "none was seen", "0", "NaN from step 10", "30.5", "60"],
+    ]
+
+
 def test_events_name_the_first_the_largest_and_new_limits(tmp_path):
-    page = tmp_path / "report.html"
+    page, bad = tmp_path / "report.html", {*range(20), 30, *range(31, 57, 2)}
     records = [
         StepRecord(
             step=at,
-            norm_pre=float("inf") if at < 20 else 1 + (at == 500) * 8.0,
-            skipped=at < 20,
+            norm_pre=float("inf") if at in bad else 1 + (at == 500) * 8.0,
+            skipped=at in bad,
             reason="overflow" if at < 20 else None,
             new_policy="NormClip(max_norm=2.0)" if at == 600 else None,
-            nonfinite=int(at < 20),
+            nonfinite=int(at in bad),
         )
         for at in range(1000)
     ]
     write_report([replace(Run("run", Steps.of(records)), name="run")], page)
     text = page.read_text()
-    assert text.count("loss scale too large, skipped") == 12
-    assert "The first 12 of 20 steps that were not finite or not made" in text
+    # What happened to steps in a row is one row.
+    assert re.findall(r">([\d to]+)</button></td><td>([a-z ]+), skipped<", text) == [
+        ("0 to 19", "loss scale too large"),
+        ("30 to 31", "not finite"),
+        *((str(step), "not finite") for step in range(33, 53, 2)),
+    ]
+    assert "The first 32 of 34 steps that were not finite or not made" in text
+    assert "Mean step: what would have been left of the length of a step" in text
     assert re.search(r'data-go="500".*?large norm.*?>9<', text)
     assert re.search(r'data-go="600".*?new limit: NormClip\(max_norm=2.0\)', text)

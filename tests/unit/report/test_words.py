@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -15,15 +16,16 @@ from gradclip.record.reader import Norms
 from gradclip.report.blame import blame, outstanding
 from gradclip.report.details import details
 from gradclip.report.faults import faults_of
-from gradclip.report.finding import Case, finding
+from gradclip.report.finding import Case, findings
 from gradclip.report.known import known
+from gradclip.report.tables import tiles
 
 NAN = math.nan
 NAMES = ["embed.weight", "h.0.a.weight", "h.0.b.weight", "h.1.a.weight"]
 
 
 def said(records, parameters=None, **changes):
-    """Return the finding and the details of a run."""
+    """Return the finding, and what is said below it."""
     run = Run("run", records if isinstance(records, Steps) else Steps.of(records))
     return said_of(run, parameters, **changes)
 
@@ -35,7 +37,8 @@ def said_of(run, parameters=None, **changes):
         of = replace(of, parameters=Norms(np.array(steps), NAMES, np.array(norms, float)))
     steps = outstanding(of)
     case = Case(of, steps, blame(of, steps), summarise(run.steps).diverged_at)
-    return finding(case), details(case, faults_of(of))
+    first, *then = findings(case)
+    return first, " ".join(filter(None, [*then, details(case, faults_of(of))]))
 
 
 def usual(count, *, limit=None, clipped=(), skipped=(), **more):
@@ -73,7 +76,7 @@ def usual(count, *, limit=None, clipped=(), skipped=(), **more):
         (usual(60, loss=NAN), "The loss is not finite from step 0 on."),
         (
             [StepRecord(step=at, norm_pre=50.0 if at == 33 else 1 + at % 2) for at in range(40)],
-            "1 spike in 40 steps: a norm above 6, three times the usual 90th percentile.",
+            "1 spike in 40 steps: a norm above 6.",
         ),
         (
             [StepRecord(step=at, norm_pre=50.0 if at < 3 else 1 + at % 2) for at in range(40)],
@@ -127,6 +130,27 @@ def test_a_layer_is_blamed_where_it_has_more_of_the_clipped_steps_than_of_the_ot
     assert "on average" in then
 
 
+def test_a_lost_run_names_the_layer_of_its_spikes_and_says_what_became_of_the_loss():
+    records = [
+        replace(each, loss=NAN if each.step >= 40 else 1.0, nonfinite=int(each.step >= 50))
+        for each in usual(60)
+    ]
+    for at in (9, 20, 33):
+        records[at] = replace(records[at], norm_pre=50.0)
+    norms = [[1, 1, 1, 7] if at in (9, 20, 33) else [1, 1, 1, 1] for at in range(60)]
+    first, then = said(records, (range(60), norms))
+    assert re.fullmatch("Layer 1 makes the spikes: 94 % .* in the 3 steps above 3.[0-9]*\\.", first)
+    assert then.startswith("The loss is not finite from step 40 on. A spike is a norm above 3.")
+    assert ", three times what one step in ten exceeds." in then
+    without = said(records, (range(60), [[1, 1, 1, 1]] * 60))
+    assert without[0] == "The loss is not finite from step 40 on."
+    assert "The loss" not in without[1]
+    skipped = [replace(each, skipped=each.step >= 25) for each in records]
+    first, then = said(skipped, (range(60), norms))
+    assert first.startswith("Layer 1 makes the spikes: ")
+    assert "35 steps were skipped" in then
+
+
 def test_norms_other_than_euclidean_have_no_shares_of_a_square():
     records = usual(60, limit=2.0, clipped=(3,))
     norms = range(60), [[1, 1, 1, 3]] * 60
@@ -174,3 +198,6 @@ def test_what_a_log_cannot_tell_is_said(tmp_path):
         "missing. 1 norm is exactly 0, and left out of these numbers. The log names no limit, so "
         "nothing is known of clipping."
     )
+    assert "<small>not known</small>" in tiles(known(run))
+    record = Run("run", Steps.of(usual(3)))  # it would have them
+    assert "<small>none was seen</small>" in tiles(known(record))

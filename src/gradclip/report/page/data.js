@@ -24,5 +24,6 @@ async function readRun(article) {
     }
     heat = { ...told.heat, logs };
   }
-  return { columns, heat, groups: told.groups, noun: told.noun, per: told.per, count: columns.step.length };
+  const room = 14 + LETTER * Math.max(0, ...(heat?.labels || []).map(({ length }) => length));
+  return { columns, heat, room, groups: told.groups, noun: told.noun, per: told.per, count: columns.step.length };
 }

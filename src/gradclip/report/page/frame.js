@@ -1,6 +1,6 @@
 // What all charts share: where the plot lies in its box, SVG elements, the axis of steps, the cursor.
 
-const LEFT = 56, BOTTOM = 22, WIDE = 520, ROOM = 120, LETTER = 6.9;
+const LEFT = 56, BOTTOM = 22, WIDE = 520, ROOM = 120, MOST_ROOM = 190, LETTER = 6.9;
 
 function svgElement(name, attributes, parent, text) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -21,7 +21,7 @@ class Frame {
   begin(top) {
     this.width = Frame.paper || this.box.clientWidth;
     this.isWide = this.width >= WIDE;
-    this.right = this.isWide ? ROOM : 14;
+    this.right = this.isWide ? Math.max(ROOM, Math.min(MOST_ROOM, this.run.room, this.width / 5)) : 14;
     this.inner = this.width - LEFT - this.right;
     this.top = top;
     const label = this.box.getAttribute("aria-label");
@@ -67,14 +67,22 @@ class Frame {
   }
 }
 
-// A name cut in its middle to a width: "17\u2026k_proj".
-function fitted(text, width) {
-  const most = Math.max(3, Math.floor(width / LETTER));
-  if (text.length <= most) return text;
-  const parts = text.split("."), short = `${parts[0]}\u2026${parts.at(-1)}`;
-  if (parts.length > 2 && short.length <= most) return short;
-  const head = Math.min(parts[0].length, Math.floor(most / 3));
-  return text.slice(0, head) + "\u2026" + text.slice(head + 1 - most);
+// A name cut to a width, so that it differs from the others: "\u2026in_proj.bias", "17\u2026k_proj".
+// It keeps whole parts where they fit, and of its start no more than it needs.
+function fitted(text, width, others) {
+  const most = Math.max(3, Math.floor(width / LETTER)), end = text.length;
+  if (end <= most) return text;
+  const differs = ([head, tail]) => !others.some((other) => other !== text && other.length >= head + tail &&
+    other.startsWith(text.slice(0, head)) && other.endsWith(text.slice(end - tail)));
+  const whole = [], cut = [];
+  for (let head = 0; head < most - 1; head++) {
+    const tail = most - 1 - head, part = text.indexOf(".", end - tail - 1) + 1;
+    cut.push([head, tail]);
+    if ((!head || text[head] === ".") && part) whole.push([head, end - part]);
+  }
+  whole.sort((a, b) => b[0] + b[1] - a[0] - a[1]);
+  const [head, tail] = [...whole, ...cut].find(differs) || cut[0];
+  return text.slice(0, head) + "\u2026" + text.slice(end - tail);
 }
 
 // Places as close to the wanted ones as they can be without covering each other.

@@ -58,6 +58,7 @@ class HeatMap extends Frame {
     this.paint(bottom);
     this.drawSteps();
     this.drawTicks();
+    this.drawMakers();
     this.drawNames();
     this.drawFaults();
     this.end();
@@ -117,19 +118,26 @@ class HeatMap extends Frame {
     });
   }
 
+  // A bar beside the rows of the layer that makes the spikes: of few steps, these are thin.
+  drawMakers() {
+    const half = Math.max(1.5, (this.height - BOTTOM - this.top) / this.run.heat.rows / 2);
+    const path = this.run.heat.makers.map((row) => `M${LEFT - 2},${(this.y(row) - half).toFixed(1)}v${(2 * half).toFixed(1)}`).join("");
+    if (path) svgElement("path", { class: "maker", d: path }, this.svg);
+  }
+
   // At the right the hottest rows, or all of them where they have room; on a phone, on the map.
   drawNames() {
-    const { rows, names, hot } = this.run.heat, rowHeight = (this.height - BOTTOM - this.top) / rows;
+    const { rows, names, labels, hot } = this.run.heat, rowHeight = (this.height - BOTTOM - this.top) / rows;
     const shown = rowHeight >= 14 ? names.map((_, row) => row) : hot;
     if (!this.isWide) {
-      if (rowHeight >= 14) for (const row of shown) svgElement("text", { class: "halo name", x: LEFT + 4, y: this.y(row) + 4 }, this.svg, fitted(names[row], this.inner - 10));
+      if (rowHeight >= 14) for (const row of shown) svgElement("text", { class: "halo name", x: LEFT + 4, y: this.y(row) + 4 }, this.svg, fitted(labels[row], this.inner - 10, labels));
       return;
     }
     const places = spread(shown.map(this.y), 13, this.top + 6, this.height - BOTTOM - 4);
     shown.forEach((row, at) => {
       const x = LEFT + this.inner;
       svgElement("path", { class: "leader", d: `M${x + 1},${this.y(row)}L${x + 8},${places[at]}` }, this.svg);
-      const text = svgElement("text", { class: hot.includes(row) ? "name" : "", x: x + 11, y: places[at] + 4 }, this.svg, fitted(names[row], ROOM - 14));
+      const text = svgElement("text", { class: hot.includes(row) ? "name" : "", x: x + 11, y: places[at] + 4 }, this.svg, fitted(labels[row], this.right - 14, labels));
       svgElement("title", {}, text, names[row]);
     });
   }

@@ -192,7 +192,7 @@ class LineChart extends Frame {
     labels.sort((a, b) => a.y - b.y);
     const places = spread(labels.map(({ y }) => y), 15, this.top, this.height - BOTTOM);
     labels.forEach(({ name, text }, at) => {
-      const label = svgElement("text", { class: `label ${colourOf(name)}`, x: LEFT + this.inner + 7, y: places[at] + 4 }, this.svg, fitted(text, ROOM - 10));
+      const label = svgElement("text", { class: `label ${colourOf(name)}`, x: LEFT + this.inner + 7, y: places[at] + 4 }, this.svg, fitted(text, this.right - 10, labels.map((other) => other.text)));
       svgElement("title", {}, label, text);
     });
   }
