@@ -274,6 +274,7 @@ class Watch:
         if is_due or left_out is not None or len(self._clips):
             self._look(step, optimizer, is_due=is_due)
         track.count += 1
+        track.unmeasured += not is_due
         self._underway, self._is_old, self._was_due = step, True, is_due
 
     def _look(self, step: ObservedStep, optimizer: Any, *, is_due: bool) -> None:

@@ -7,16 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from gradclip.diagnostics.blame import blame, outstanding
+from gradclip.diagnostics.known import known
 from gradclip.diagnostics.record import GroupRecord, StepRecord
 from gradclip.diagnostics.runs import Run, read_runs
 from gradclip.diagnostics.summary import summarise
 from gradclip.record.columns import Steps
 from gradclip.record.reader import Norms
-from gradclip.report.blame import blame, outstanding
 from gradclip.report.details import details
 from gradclip.report.faults import faults_of
 from gradclip.report.finding import Case, finding
-from gradclip.report.known import known
 
 NAN = math.nan
 NAMES = ["embed.weight", "h.0.a.weight", "h.0.b.weight", "h.1.a.weight"]
