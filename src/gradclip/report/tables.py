@@ -27,7 +27,7 @@ def tiles(run: Known) -> str:
     skipped, clipped, count = int(run.skipped.sum()), int(run.clipped.sum()), len(run)
     norms, is_log = run.usable, run.log is not None
     shown = [
-        ("Steps made", f"{count - skipped:,}", f"of {count:,}", False),
+        ("Steps made", f"{count - skipped:,}", f"of {count:,} recorded", False),
         ("Clipped", share(clipped / count), counted(clipped), False),
         ("Skipped", f"{skipped:,}", _why(run), skipped > 0),
         ("Median norm", _DASH, "", False),
