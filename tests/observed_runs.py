@@ -18,7 +18,9 @@ FINDING = re.compile(
     r"  limit   (?P<limit>.+)\n"
     r"  events  (?P<events>.+)\n"
 )
-WATCHED = re.compile(r"gradclip run: .*\n(?:  (?:layer|share|limit|events|record|more) .*\n)*")
+WATCHED = re.compile(
+    r"gradclip run: .*\n(?:  (?:steps|layer|share|limit|events|record|more) .*\n)*"
+)
 
 
 class Ended(NamedTuple):

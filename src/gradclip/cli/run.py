@@ -27,7 +27,7 @@ Usage: gradclip run [OPTIONS] SCRIPT [ARGUMENTS]...
 
 Options (before the script; what comes after it is the script's):
   --out DIR    The folder of the record.  [default: gradclip-runs/1, or the next free number]
-  --every N    Measure every N-th step.  [default: as often as takes little of the time]
+  --every N    Measure every N-th step.  [default: all in short runs, fewer in long ones]
   -m MODULE    Run a module, as python -m does.
   -h, --help   Show this message and exit.
 

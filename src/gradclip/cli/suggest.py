@@ -74,8 +74,11 @@ def suggest(
 def _as_text(file: Path, place: str, run: "LoggedRun", advice: "Advice") -> str:
     if run.spacing is None:
         spacing = " at unknown steps" if run.step_key is None else f" by {run.step_key!r}"
+    elif run.spacing == 1:
+        all_steps = len(run.norms) + run.left_out
+        spacing = f" of {all_steps} steps" if run.left_out else " of each step"
     else:
-        spacing = " of each step" if run.spacing == 1 else f", one every {run.spacing:g} steps,"
+        spacing = f", one every {run.spacing:g} steps,"
     read = f"{file}{place}: {advice.points} norms{spacing} from {run.norm_key!r} ({run.format})"
     return f"{read}\n{advice}"
 

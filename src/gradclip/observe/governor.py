@@ -8,6 +8,9 @@ __all__ = ["Governor"]
 _SHARE = 0.009
 """Of the time of the steps themselves, for measuring."""
 
+_FREE = 2.0
+"""Seconds for watching that are spent first: nobody waits for them, and no spike is missed."""
+
 _LEAST = 2e-5
 """Seconds a step that are spent anyway: a run of very short steps is over soon."""
 
@@ -18,14 +21,20 @@ _MOST = 64
 
 
 class Governor:
-    """Measures each n-th step, so that measuring takes a small share of the time of a run.
+    """Measures each n-th step, so that measuring takes a small share of the time of a long run.
 
     Args:
-        every: n, where it is given; None to choose it, again and again, from 1 to 64.
+        every: n, where it is given; None to choose it: 1 for as long as watching has taken less
+            than 2 seconds, and then, again and again, from 1 to 64.
+
+    Attributes:
+        every: n.
+        left: Seconds that watching may take before n is chosen.
     """
 
     def __init__(self, every: int | None) -> None:
         self.every = every or 1
+        self.left = _FREE
         self._chooses = every is None
         self._last = 0.0
         self._begins_anew()
@@ -48,6 +57,7 @@ class Governor:
         """
         self._measured += measured
         self._spent[measured] += spent
+        self.left -= spent
         self._took.append(now - self._last - spent)
         self._last = now
         steps = len(self._took)
@@ -60,7 +70,7 @@ class Governor:
         left = max(_SHARE * own - always, _LEAST)
         wanted = min(max(ceil(more / left), 1), _MOST)
         is_first, self._is_first = self._is_first, False
-        if not is_first:  # the first steps of a run are not like the others
+        if self.left <= 0 and not is_first:  # the first steps of a run are not like the others
             self.every = wanted if wanted < before or wanted > 1.3 * before else before
         self._begins_anew()
         return self.every != before

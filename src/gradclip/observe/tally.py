@@ -19,13 +19,15 @@ class Tally:
 
     Attributes:
         recorded: Steps that were measured or clipped.
-        limited: Steps that had a limit, and a norm that is known.
-        clipped: Steps at which gradients were made smaller.
+        limited: Steps that had a limit, and a norm that is finite, as those of an advice are.
+        clipped: Those of them at which gradients were made smaller, or where no limit is known.
         limits: The limits, and at how many steps each was in force.
         skips: How many steps were not made, by reason.
         spikes: Steps at which gradients were made smaller than a tenth.
         first_spike: The first of them.
         nonfinite: Steps with a NaN or an infinity.
+        last: The last step that was measured or clipped.
+        lost_at: The step that was made with one, after which every step has one; else None.
         first_nonfinite: The first of them, and the first parameters at fault.
         norms: The last steps, each with its norm, loss and learning rate.
         largest: The largest norm, its step, and the parameter with most of it.
@@ -38,6 +40,8 @@ class Tally:
         self.skips: Counter[str] = Counter()
         self.first_spike: int | None = None
         self.first_nonfinite: tuple[int, list[str]] | None = None
+        self.last: int | None = None
+        self.lost_at: int | None = None
         self.norms: deque[tuple[int, float, float, float]] = deque(maxlen=_MOST)
         self.largest: tuple[float, int, str, float] | None = None
         self.order = 2.0
@@ -75,11 +79,13 @@ class Tally:
             is_spike: Whether gradients were made much smaller.
         """
         step, norm, limit = entry["step"], entry["norm_pre"], entry["threshold"]
-        self.recorded += 1
-        if limit is not None and isfinite(limit):
-            self.limited += norm is not None
+        is_known = norm is not None and isfinite(norm)
+        has_limit = limit is not None and isfinite(limit)
+        self.recorded, self.last = self.recorded + 1, step
+        if has_limit:
+            self.limited += is_known
             self.limits[limit] += 1
-        self.clipped += entry["clipped"]
+        self.clipped += entry["clipped"] and (is_known or not has_limit)
         if entry["skipped"]:
             self.skips[entry["reason"] or "nonfinite"] += 1
         if is_spike:
@@ -88,9 +94,18 @@ class Tally:
         if entry["nonfinite"]:
             self.nonfinite += 1
             self.first_nonfinite = self.first_nonfinite or (step, names)
+            if self.lost_at is None and not entry["skipped"]:
+                self.lost_at = step
+        elif is_known:
+            self.lost_at = None
         if norm is not None:
             others = (nan if entry[name] is None else entry[name] for name in ("loss", "lr"))
             self.norms.append((step, norm, *others))
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters are known by name."""
+        return len(self._names)
 
     @property
     def heaviest(self) -> tuple[str, float] | None:

@@ -38,6 +38,7 @@ class Track:
 
     Attributes:
         count: How many steps began.
+        unmeasured: How many of them were left out, so that measuring takes little time.
         places: Which place each parameter has in a row of norms, by id.
         model: The class of the model that has the parameters.
         is_sharded: Whether other ranks have other parts of the parameters.
@@ -48,6 +49,7 @@ class Track:
     def __init__(self, folder: Path, kind: str, about: Mapping[str, Any]) -> None:
         self._writer = Writer.of(folder)
         self.number, self.kind, self.count = self._writer.join(), kind, 0
+        self.unmeasured = 0
         self.model: str | None = None
         self.places: dict[int, int] = {}
         self.last_ids: tuple[int, ...] = ()

@@ -269,11 +269,12 @@ class Watch:
         if track is None:
             return
         is_due = self.governor.is_due(track.count)  # as it was when the loss and clips were seen
-        self._govern(track)
+        self._govern()
         step = ObservedStep(track, track.count, perf_counter(), self._loss, left_out)
         if is_due or left_out is not None or len(self._clips):
             self._look(step, optimizer, is_due=is_due)
         track.count += 1
+        track.unmeasured += not is_due
         self._underway, self._is_old, self._was_due = step, True, is_due
 
     def _look(self, step: ObservedStep, optimizer: Any, *, is_due: bool) -> None:
@@ -323,11 +324,12 @@ class Watch:
         if step is not None and step.tells:
             step.track.add(step)
 
-    def _govern(self, track: Track) -> None:
+    def _govern(self) -> None:
         """Choose anew how often to measure."""
         spent, self.spent = self.spent, 0.0
         if self.governor.add(perf_counter(), spent, measured=self._was_due):
-            track.thinned(self.governor.every)
+            for track in self.tracks:
+                track.thinned(self.governor.every)
 
     def _is_of(self, step: ObservedStep, optimizer: Any) -> bool:
         """Return whether an optimizer has parameters of a step that is being made."""
@@ -343,6 +345,8 @@ class Watch:
             if len(self.tracks) < _MOST_OPTIMIZERS:
                 track = Track(self.folder, type(optimizer).__name__, self._about)
                 self.tracks.append(track)
+                if self.governor.every > 1:
+                    track.thinned(self.governor.every)
             else:
                 self.unrecorded += 1
         self._by_optimizer[optimizer] = track

@@ -100,7 +100,7 @@ def read_events(path: str | Path) -> list[dict[str, Any]]:
     return sorted(events, key=lambda event: event["step"])
 
 
-def read_norms(path: str | Path, *, optimizer: int = 0) -> Norms:
+def read_norms(path: str | Path, *, optimizer: int = 0, rank: int | None = None) -> Norms:
     """Read the norm of each parameter, at those steps that the record has them of.
 
     Where ranks hold parts of a parameter, the parts are added up, at steps that all of them have.
@@ -108,6 +108,7 @@ def read_norms(path: str | Path, *, optimizer: int = 0) -> Norms:
     Args:
         path: A folder; a record that is one file has no such norms.
         optimizer: Which, where several are recorded together.
+        rank: Only what this one wrote, while others may still write.
 
     Raises:
         ArgumentValueError: GC010, this is not a record, or has no such optimizer.
@@ -116,8 +117,8 @@ def read_norms(path: str | Path, *, optimizer: int = 0) -> Norms:
     np, folder = _numpy(), Path(path)
     with _reading(folder):
         ranks = []
-        for rank in _ranks(folder):
-            entries = read_about(folder, rank)["optimizers"]
+        for each_rank in _ranks(folder) if rank is None else [rank]:
+            entries = read_about(folder, each_rank)["optimizers"]
             parts = [part for e in entries if e["optimizer"] == optimizer for part in e["norms"]]
             ranks += [_of_rank(folder, parts)] if parts else []
     if not ranks:

@@ -8,10 +8,11 @@ from typing import Any
 
 from gradclip.diagnostics.advice import Advice, advise, suggest
 from gradclip.diagnostics.arrays import np
+from gradclip.diagnostics.blame import blame, outstanding
+from gradclip.diagnostics.known import Known, known
 from gradclip.diagnostics.runs import Run
 from gradclip.diagnostics.summary import summarise
 from gradclip.report import tables
-from gradclip.report.blame import blame, outstanding
 from gradclip.report.comparison import row_of
 from gradclip.report.details import details
 from gradclip.report.faults import Faults, faults_of
@@ -20,7 +21,6 @@ from gradclip.report.happenings import happenings
 from gradclip.report.heat_chart import deflated, heat_chart
 from gradclip.report.histogram import histogram
 from gradclip.report.html import section
-from gradclip.report.known import Known, known
 from gradclip.report.line_charts import line_charts, shown_groups
 from gradclip.report.series import columns_of, per_bucket
 from gradclip.report.words import begun, counted

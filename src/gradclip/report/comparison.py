@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from html import escape
 
 from gradclip.diagnostics.arrays import np
+from gradclip.diagnostics.known import Known
 from gradclip.diagnostics.runs import Run
 from gradclip.diagnostics.summary import FINAL_STEPS, summarise
 from gradclip.report.html import table
-from gradclip.report.known import Known
 from gradclip.report.limits import limit_of
 from gradclip.report.words import number, share
 

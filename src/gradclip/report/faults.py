@@ -4,8 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from gradclip.diagnostics.arrays import np
-from gradclip.report.known import Known
-from gradclip.report.layers import layers_of
+from gradclip.diagnostics.known import Known
+from gradclip.diagnostics.layers import layers_of
 from gradclip.report.words import joined
 
 __all__ = ["Faults", "faults_of"]

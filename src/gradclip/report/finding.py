@@ -3,15 +3,13 @@
 from dataclasses import dataclass
 
 from gradclip.diagnostics.arrays import np
-from gradclip.report.blame import Blame, Outstanding
-from gradclip.report.known import Known
+from gradclip.diagnostics.blame import Blame, Outstanding
+from gradclip.diagnostics.known import Known
 from gradclip.report.limits import limit_of
 from gradclip.report.words import begun, counted, number, share, titled
 
 __all__ = ["Case", "findings"]
 
-_OFTEN = 0.1
-"""Where more steps than this were clipped, one does not call them spikes."""
 _ENOUGH = 30
 """Norms from which on something is said of their level."""
 _BROAD = 2.5
@@ -120,9 +118,7 @@ def _layer(case: Case) -> str | None:
     part, usual = share(found.share[found.layer]), share(found.usual[found.layer])
     where = _where(case, found)
     if found.verdict == "makes":
-        is_frequent = steps.are_clipped and steps.count > _OFTEN * len(case.run)
-        does = "drives the clipping" if is_frequent else "makes the spikes"
-        return f"{titled(name)} {does}: {part} of the squared norm {where}."
+        return f"{titled(name)} {steps.made}: {part} of the squared norm {where}."
     if found.verdict == "most":
         others = f", {usual} in the others" if found.others else ""
         return f"{titled(name)} has most of the norm: {part} of its square {where}{others}."

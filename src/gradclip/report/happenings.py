@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from gradclip.diagnostics.arrays import np
+from gradclip.diagnostics.known import Known
 from gradclip.report.faults import Faults
-from gradclip.report.known import Known
 from gradclip.report.words import number
 
 __all__ = ["Happening", "happenings"]

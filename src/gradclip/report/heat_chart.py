@@ -6,12 +6,12 @@ from html import escape
 from typing import Any
 
 from gradclip.diagnostics.arrays import Places, np
-from gradclip.report.blame import Blame
+from gradclip.diagnostics.blame import Blame
+from gradclip.diagnostics.known import Known
+from gradclip.diagnostics.layers import layers_of, short_names
 from gradclip.report.faults import Faults
 from gradclip.report.heat import Heat, heat_of, rows_of
 from gradclip.report.html import chart, section
-from gradclip.report.known import Known
-from gradclip.report.layers import layers_of, short_names
 
 __all__ = ["deflated", "heat_chart"]
 

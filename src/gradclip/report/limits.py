@@ -1,7 +1,7 @@
 """The limit of a run in words."""
 
 from gradclip.diagnostics.arrays import np
-from gradclip.report.known import Known
+from gradclip.diagnostics.known import Known
 from gradclip.report.words import number
 
 __all__ = ["limit_of"]

@@ -1,8 +1,8 @@
 """The charts of lines: the norm with its limit, the loss, the share clipped, the groups."""
 
 from gradclip.diagnostics.arrays import np
+from gradclip.diagnostics.known import Group, Known
 from gradclip.report.html import chart, section
-from gradclip.report.known import Group, Known
 from gradclip.report.series import per_bucket, window
 from gradclip.report.words import begun, counted, number, share
 

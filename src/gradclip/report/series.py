@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gradclip.diagnostics.arrays import Flags, Numbers, Places, np
-from gradclip.report.known import Group, Known
+from gradclip.diagnostics.known import Group, Known
 
 __all__ = ["Columns", "columns_of", "moving_share", "per_bucket"]
 

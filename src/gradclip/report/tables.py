@@ -6,10 +6,10 @@ from html import escape
 from gradclip.diagnostics.advice import Advice
 from gradclip.diagnostics.advice_words import call
 from gradclip.diagnostics.arrays import np
-from gradclip.report.blame import Blame
+from gradclip.diagnostics.blame import Blame
+from gradclip.diagnostics.known import Known
 from gradclip.report.happenings import Happening
 from gradclip.report.html import section, table
-from gradclip.report.known import Known
 from gradclip.report.words import begun, counted, number, share
 
 __all__ = ["advice", "events", "hottest", "numbers", "tiles"]
@@ -31,7 +31,7 @@ def tiles(run: Known) -> str:
     skipped, clipped, count = int(run.skipped.sum()), int(run.clipped.sum()), len(run)
     norms, is_log = run.usable, run.log is not None
     shown = [
-        ("Steps made", f"{count - skipped:,}", f"of {count:,}", False),
+        ("Steps made", f"{count - skipped:,}", f"of {count:,} recorded", False),
         ("Clipped", share(clipped / count), counted(clipped), False),
         ("Skipped", f"{skipped:,}", _why(run), skipped > 0),
         ("Median norm", _DASH, "", False),

@@ -133,6 +133,21 @@ def test_the_line_is_that_of_the_framework(gradclip_suggest, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        ([each for each in range(60) if each != 7], "59 norms of 60 steps from"),
+        ([*range(40), *range(40, 440, 10)], "80 norms, one every 5.4 steps, from"),
+    ],
+)
+def test_steps_without_a_norm_are_told(gradclip_suggest, tmp_path, steps, told):
+    path = tmp_path / "log.csv"
+    path.write_text("step,grad_norm\n" + "".join(f"{step},{1 + step % 3}\n" for step in steps))
+    out = gradclip_suggest(path)[1]
+    assert told in out
+    assert ("warning SPACING" in out) == ("every" in told)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["missing.csv"], "error[GC303]: missing.csv cannot be read: No such file"),

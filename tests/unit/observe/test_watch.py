@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from gradclip.diagnostics import read_events, read_header, read_norms, read_steps
+from gradclip.diagnostics.blame import blame, outstanding
+from gradclip.diagnostics.known import known
+from gradclip.diagnostics.runs import read_runs
 from processes import alone
 
 
@@ -114,6 +117,63 @@ def test_what_is_said_at_the_end_is_of_the_norm_that_is_limited(tmp_path):
     largest, said = watched(infinity_norms, tmp_path)
     assert f"at the largest norm, {largest:.3g} at step" in said
     assert "none is suggested: the script limits the norm of order inf" in said
+
+
+def spikes(clips, leaves_out):
+    from gradclip.observe import watch  # noqa: PLC0415 - in the process that is watched
+
+    if leaves_out:
+        watch.Governor.is_due = lambda _, step: step % 2 == 0
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-5)
+    for step in range(100):
+        optimizer.zero_grad()
+        loss = net[2](net[1](net[0](torch.ones(1, 4)))).square().sum()
+        (loss * (math.nan if step == 80 else 1)).backward()
+        if step % 10 == 4:
+            net[0].weight.grad *= 1000
+        if clips:
+            nn.utils.clip_grad_norm_(net.parameters(), 20.0)
+        optimizer.step()
+
+
+def spikes_of_a_script():
+    spikes(clips=False, leaves_out=False)
+
+
+def half_of_the_steps():
+    spikes(clips=False, leaves_out=True)
+
+
+def clipped_spikes():
+    spikes(clips=True, leaves_out=False)
+
+
+def test_the_layer_of_the_spikes_comes_first_and_what_a_nan_did_is_told(tmp_path):
+    _, said = watched(spikes_of_a_script, tmp_path)
+    assert "  layer   layer 0 makes the spikes, most by 0.weight: " in said
+    (run,) = map(known, read_runs(tmp_path))
+    assert blame(run, outstanding(run)).verdict == "makes"
+    assert (
+        "20 steps with a NaN or an infinity, first step 80, in all 4 parameters. Step 80 was made, "
+        "so the weights have"
+    ) in said
+    assert "gradclip.GuardClip()" in said
+
+
+def test_steps_with_a_nan_are_not_among_those_that_could_be_clipped(tmp_path):
+    _, said = watched(clipped_spikes, tmp_path)
+    assert "8 of the 80 steps that had a limit and a finite norm (10 %) were clipped" in said
+
+
+def test_what_was_not_measured_is_told(tmp_path):
+    _, said = watched(half_of_the_steps, tmp_path)
+    assert (
+        "  steps   50 of 100 steps were measured, so the largest spikes may be missing: gradclip "
+        "run --every 1 measures all\n"
+    ) in said
+    assert "10 of the 50 measured steps with a NaN" in said
+    assert "Step 80 or one before it was made" in said
 
 
 def thinned():

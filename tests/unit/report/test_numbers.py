@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from gradclip.diagnostics import GroupRecord, RunRecorder, StepRecord
+from gradclip.diagnostics.known import known
 from gradclip.diagnostics.runs import Run, read_runs
 from gradclip.errors import ArgumentValueError
 from gradclip.record.columns import Steps
 from gradclip.record.reader import Norms
 from gradclip.report import write_report
 from gradclip.report.heat import heat_of, rows_of
-from gradclip.report.known import known
 from gradclip.report.line_charts import shown_groups
 from gradclip.report.series import columns_of
 

@@ -8,16 +8,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from gradclip.diagnostics.blame import blame, outstanding
+from gradclip.diagnostics.known import known
 from gradclip.diagnostics.record import GroupRecord, StepRecord
 from gradclip.diagnostics.runs import Run, read_runs
 from gradclip.diagnostics.summary import summarise
 from gradclip.record.columns import Steps
 from gradclip.record.reader import Norms
-from gradclip.report.blame import blame, outstanding
 from gradclip.report.details import details
 from gradclip.report.faults import faults_of
 from gradclip.report.finding import Case, findings
-from gradclip.report.known import known
 from gradclip.report.tables import tiles
 
 NAN = math.nan

@@ -218,14 +218,14 @@ class Suspects:
     sums_T: Tensor | None
     clamps: bool
 
-    def first(self) -> str | None:
-        """Return the name of the first one at fault, if there is one; waits for the device."""
-        if self.sums_T is None:
-            return None
-        at_fault = self.sums_T.isnan() if self.clamps else ~self.sums_T.isfinite()
+    def at_fault(self) -> tuple[list[str], int]:
+        """Return the names of those at fault, and of how many; waits for the device."""
         names = self.parameters.names
         names = names if self.present is None else list(compress(names, self.present))
-        return next(compress(names, at_fault.tolist()), None)
+        if self.sums_T is None:
+            return [], len(names)
+        at_fault = self.sums_T.isnan() if self.clamps else ~self.sums_T.isfinite()
+        return list(compress(names, at_fault.tolist())), len(names)
 
 
 def first_skip(
@@ -247,17 +247,18 @@ def first_skip(
         owned: Whether the step is kept from being made; otherwise its loop has to do that.
         by_policy: Whether the policy asked for it.
     """
-    names = (None if by_policy else each.first() for each in suspects)
-    name = next(filter(None, names), None)
-    if name is None and rank > 0:
+    found = [] if by_policy else [each.at_fault() for each in suspects]
+    names = [name for named, _ in found for name in named]
+    are_all = len(names) == sum(total for _, total in found) > 1
+    if not names and rank > 0:
         return None
     if by_policy:
         why = "the policy asked to, and every gradient is finite"
-    elif name is None:
+    elif not names:
         why = "another rank found a NaN or an infinity, or failed"
     else:
-        why = f"the gradient of {name} holds a NaN or an infinity (the first that does)"
-        if name.startswith("parameters["):
+        why = f"{_gradients(names, are_all=are_all)} a NaN or an infinity"
+        if names[0].startswith("parameters["):
             why += "; made of model.named_parameters(), the optimizer or the clipper knows its name"
     done = (
         "The optimizer does not make this step."
@@ -265,13 +266,28 @@ def first_skip(
         else "Its gradients were set to zero; the step is yours to leave out: with "
         "gradclip.withhold(optimizer, result.skipped): optimizer.step()."
     )
+    again = (
+        "Where all have it at once, the cause is often the data or the loss of that step: look at "
+        "those first. If it happens again, lower the learning rate"
+        if are_all
+        else "If it happens again, lower the learning rate, or look at the data and the loss"
+    )
     look = (
         "If that happens often, its limit is too low."
         if by_policy
-        else "If it happens again, lower the learning rate, or look at the data and the loss; "
-        'nonfinite="raise" stops at the first one.'
+        else f'{again}; nonfinite="raise" stops at the first one.'
     )
     return f"{called} skipped step {step}: {why}. {done} {look} Later skips are counted in `stats`."
+
+
+def _gradients(names: Sequence[str], *, are_all: bool) -> str:
+    """Name the first one, and say how many they are."""
+    if len(names) == 1:
+        return f"the gradient of {names[0]} holds"
+    if are_all:
+        return f"the gradients of {names[0]} and all {len(names) - 1} others hold"
+    others = "1 other" if len(names) == 2 else f"{len(names) - 1} others"  # noqa: PLR2004
+    return f"the gradients of {names[0]} and {others} hold"
 
 
 def skip_report(step: int) -> str:

@@ -13,6 +13,7 @@ from gradclip.diagnostics.readers.table import Table
 __all__ = ["LoggedRun", "runs_of"]
 
 _BEYOND = 1e150
+_MANY_LEFT_OUT = 1.1
 _REMEMBERED = 64
 """Rows among which one that is printed again, say by another rank, is found."""
 
@@ -70,6 +71,14 @@ class LoggedRun:
             return None
         return spacing_of(self.steps)
 
+    @property
+    def left_out(self) -> int:
+        """How many steps between the first norm and the last one have none, where it is known."""
+        if self.spacing is None:
+            return 0
+        known = np.unique(self.steps[np.abs(self.steps) < _BEYOND])
+        return max(0, int(known[-1] - known[0]) + 1 - len(known))
+
     def __repr__(self) -> str:
         return (
             f"LoggedRun({len(self.norms)} norms from {self.norm_key!r}, format={self.format!r}, "
@@ -78,11 +87,18 @@ class LoggedRun:
 
 
 def spacing_of(steps: Numbers) -> float | None:
-    """Return the usual distance of steps that differ, or None."""
+    """Return the usual distance of steps that differ, or None.
+
+    Where it is 1, and yet many steps have no norm, as in a record of which some are left out later
+    on, it is the mean distance.
+    """
     known = steps[np.abs(steps) < _BEYOND]
     apart = np.diff(known)
     apart = apart[apart > 0]
-    return float(np.median(apart)) if len(apart) else None
+    if not len(apart):
+        return None
+    usual, mean = float(np.median(apart)), float(apart.mean())
+    return round(mean, 1) if usual == 1 and mean > _MANY_LEFT_OUT else usual
 
 
 def runs_of(table: Table, columns: Columns) -> list[LoggedRun]:

@@ -66,7 +66,7 @@ def test_the_first_skip_is_said_once(lag):
     steps = [FINE, FINE, (NAN, "bc"), FINE, (INF, "a"), *[FINE] * LAG]
     ((at, said),) = warned(pairs("a", "b", "c"), 1.0, steps)
     assert at == 2 + lag
-    assert said.startswith("GradientClipper skipped step 2: the gradient of b holds a NaN or an ")
+    assert said.startswith("GradientClipper skipped step 2: the gradients of b and 1 other hold a ")
     assert "gradclip.withhold(optimizer, result.skipped)" in said
     assert 'nonfinite="raise"' in said
 
@@ -74,6 +74,12 @@ def test_the_first_skip_is_said_once(lag):
 def test_a_parameter_without_a_gradient_moves_no_name(lag):
     ((_, said),) = warned(pairs("a", "b", "c"), 1.0, [(NAN, "c"), *[FINE] * lag], lacking="a")
     assert "the gradient of c holds" in said
+
+
+def test_where_all_have_it_the_data_comes_first(lag):
+    ((_, said),) = warned(pairs("a", "b", "c"), 1.0, [(NAN, "abc"), *[FINE] * lag])
+    assert "the gradients of a and all 2 others hold a NaN or an infinity." in said
+    assert said.index("the data") < said.index("the learning rate")
 
 
 def test_only_what_is_clipped_is_at_fault(lag):
@@ -141,7 +147,7 @@ def test_a_run_of_nothing_but_nan_does_not_end_without_a_word():
             optimizer.step()
             optimizer.zero_grad()
     (said,) = caught
-    assert str(said.message).startswith("gradclip.attach skipped step 0: the gradient of ")
+    assert str(said.message).startswith("gradclip.attach skipped step 0: the gradients of ")
     assert "The optimizer does not make this step." in str(said.message)
     assert said.filename == __file__  # the line of the user's loop
 

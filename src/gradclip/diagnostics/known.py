@@ -111,8 +111,13 @@ class Known:
         return spacing_of(self.step.astype(np.float64))
 
 
-def known(run: Run) -> Known:
-    """Gather what is known of a run."""
+def known(run: Run, *, rank: int | None = None) -> Known:
+    """Gather what is known of a run.
+
+    Args:
+        run: As it was read.
+        rank: Whose norms of parameters to take, while other ranks may still write; None for all.
+    """
     steps = run.steps
     order = np.argsort(np.asarray(steps.step), kind="stable")  # of a file that was put together
 
@@ -125,7 +130,7 @@ def known(run: Run) -> Known:
     def texts(name: str) -> dict[int, str]:
         return {int(place[at]): text for at, text in steps.text(name).items()}
 
-    about, parts, events, norms = _of_folder(run)
+    about, parts, events, norms = _of_folder(run, rank)
     measured = np.zeros(len(steps), np.bool_)
     measured[steps.measured("loss")] = True
     return Known(
@@ -181,7 +186,7 @@ def _groups(steps: Steps, step: Places) -> list[Group]:
 
 
 def _of_folder(
-    run: Run,
+    run: Run, rank: int | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]], Norms | None]:
     """Return what the folder of a record has beside its steps, of this optimizer."""
     folder = run.record
@@ -195,7 +200,7 @@ def _of_folder(
     )
     parts = about.get("norms", [])
     events = [each for each in read_events(folder) if each.get("optimizer", 0) == run.optimizer]
-    norms = read_norms(folder, optimizer=run.optimizer) if parts else None
+    norms = read_norms(folder, optimizer=run.optimizer, rank=rank) if parts else None
     if norms is not None and not (len(norms.steps) and len(norms.names)):
         norms = None
     return {**header, **about}, parts, events, norms

@@ -4,15 +4,17 @@ import math
 from dataclasses import dataclass
 
 from gradclip.diagnostics.arrays import Flags, Numbers, np
+from gradclip.diagnostics.known import Known
+from gradclip.diagnostics.layers import Layers, layers_of, mean_shares
 from gradclip.diagnostics.norm_statistics import level
-from gradclip.report.known import Known
-from gradclip.report.layers import Layers, layers_of, mean_shares
 
 __all__ = ["Blame", "blame", "outstanding"]
 
 _SPIKE = 3
 """Norms this many times the 90th percentile are spikes, as for ``gradclip suggest``."""
 _FEWEST = 30
+_OFTEN = 0.1
+"""Where more steps than this were clipped, one does not call them spikes."""
 _LARGE = 0.2
 _LIFT = 1.5
 _MOST = 0.5
@@ -38,6 +40,12 @@ class Outstanding:
     def count(self) -> int:
         """How many they are."""
         return int(self.which.sum())
+
+    @property
+    def made(self) -> str:
+        """What the layer that makes them does, in words."""
+        is_frequent = self.are_clipped and self.count > _OFTEN * len(self.which)
+        return "drives the clipping" if is_frequent else "makes the spikes"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
