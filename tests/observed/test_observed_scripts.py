@@ -17,7 +17,7 @@ NOISE = [
 ]
 SCRIPTS_AND_FINDINGS = {
     "character_model.py": (["--save"], "60", "lm_head.weight", "60 of 60 steps", "1 is in force"),
-    "loss_scaler.py": ([], "40", "2.weight", "37 of 40 steps", "0.5 is in force"),
+    "loss_scaler.py": ([], "40", "2.weight", "37 of the 37 steps", "0.5 is in force"),
     "loss_scaler.py --fused": (
         ["--fused"],
         "40",
