@@ -1,4 +1,4 @@
-"""``gradclip explain CODE``: what an error means, why it happens, and what to do.
+"""``gradclip explain CODE``: what an error or a word of an advice means, and what to do.
 
 It needs nothing but gradclip, since errors name this command where no extra is installed.
 """
@@ -13,6 +13,7 @@ from textwrap import dedent, indent
 from typing import NamedTuple
 
 from gradclip import errors
+from gradclip.diagnostics.advice_kinds import KINDS, Kind, to_do
 from gradclip.errors import ArgumentValueError, GradClipError
 
 __all__ = ["EXPLANATIONS", "Explanation", "explain", "listed_explain"]
@@ -21,6 +22,7 @@ _EXAMPLES = """\
 Examples:
   gradclip explain
   gradclip explain GC201
+  gradclip explain COLLAPSED
   gradclip explain GC201 --json
 """
 
@@ -68,6 +70,11 @@ def _explanation(error: type[GradClipError]) -> Explanation:
     )
 
 
+def _of_an_advice(kind: Kind) -> str:
+    said = f"{kind.code}  a {kind.role} of gradclip suggest"
+    return f"{said}\n\n{kind.summary}\n\nWhat to do: {to_do(kind.code)}"
+
+
 _CLASSES = [getattr(errors, name) for name in errors.__all__ if name.endswith("Error")]
 EXPLANATIONS = {
     error.code: _explanation(error)
@@ -78,7 +85,7 @@ EXPLANATIONS = {
 
 
 def explain(arguments: Sequence[str]) -> None:
-    """Write the explanation of a code, or the list of all codes.
+    """Write the explanation of a code, of an error or of an advice, or the list of all codes.
 
     Args:
         arguments: Those of the command.
@@ -88,27 +95,40 @@ def explain(arguments: Sequence[str]) -> None:
     """
     wanted = _parser().parse_args(arguments)
     if wanted.code is None:
-        all_codes = [*EXPLANATIONS.values()]
-        listed = "\n".join(f"{each.code}  {each.summary}" for each in all_codes)
-        _write([each._asdict() for each in all_codes] if wanted.json else listed)
+        everything: list[Explanation | Kind] = [*EXPLANATIONS.values(), *KINDS.values()]
+        listed = "\n".join(f"{each.code}  {each.summary}" for each in everything)
+        _write([_as_data(each) for each in everything] if wanted.json else listed)
         return
-    found = EXPLANATIONS.get(wanted.code.upper())
+    code = wanted.code.upper()
+    found = EXPLANATIONS.get(code) or KINDS.get(code)
     if found is None:
         raise ArgumentValueError(
-            f"there is no error with the code {wanted.code!r}.{_near(wanted.code.upper())} "
+            f"there is no error and no advice with the code {wanted.code!r}.{_near(code)} "
             "gradclip explain lists all codes."
         )
-    _write(found._asdict() if wanted.json else str(found))
+    text = _of_an_advice(found) if isinstance(found, Kind) else str(found)
+    _write(_as_data(found) if wanted.json else text)
+
+
+def _as_data(found: Explanation | Kind) -> dict[str, str]:
+    if not isinstance(found, Kind):
+        return found._asdict()
+    return {
+        "code": found.code,
+        "of": found.role,
+        "summary": found.summary,
+        "what_to_do": to_do(found.code),
+    }
 
 
 def listed_explain() -> None:
-    """Say what the code of an error means, why it happens, and what to do."""
+    """Say what the code of an error, or a word of an advice, means, and what to do."""
     # It is here for the list of commands: ``main`` calls ``explain`` before that list is imported.
 
 
 def _near(code: str) -> str:
     """Name the code that has most letters in common, if more than those that all have."""
-    alike = {each: sum(map(eq, each, code)) for each in EXPLANATIONS}
+    alike = {each: sum(map(eq, each, code)) for each in (*EXPLANATIONS, *KINDS)}
     nearest = max(alike, key=alike.__getitem__)
     return f" Did you mean {nearest}?" if alike[nearest] > len("GC") else ""
 
@@ -116,13 +136,13 @@ def _near(code: str) -> str:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="gradclip explain",
-        description="Say what the code of an error means, why it happens, and what to do.",
+        description="Say what the code of an error, or a word of an advice, means, and what to do.",
         epilog=_EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "code", nargs="?", metavar="CODE", help="Such as GC201; all where left out."
+        "code", nargs="?", metavar="CODE", help="Such as GC201 or COLLAPSED; all where left out."
     )
     parser.add_argument("--json", action="store_true", help="One JSON object; a list of all codes.")
     return parser

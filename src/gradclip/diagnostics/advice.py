@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from gradclip.config import as_ceiling
 from gradclip.diagnostics import advice_words as words
-from gradclip.diagnostics.advice_warnings import AdviceWarning, of_the_log, warnings_of
+from gradclip.diagnostics.advice_warnings import (
+    AdviceWarning,
+    of_the_log,
+    of_the_loss,
+    warnings_of,
+)
 from gradclip.diagnostics.arrays import Numbers, np
 from gradclip.diagnostics.norm_statistics import (
     Level,
+    guard_limit,
     has_collapsed,
     has_plateau,
     level,
@@ -21,6 +27,7 @@ from gradclip.diagnostics.norm_statistics import (
 )
 from gradclip.diagnostics.policy_table import Replayed, replayed, table
 from gradclip.diagnostics.readers.logged import LoggedRun
+from gradclip.diagnostics.run_course import before_the_loss
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
 
 if TYPE_CHECKING:
@@ -55,7 +62,8 @@ class Advice:
         zeros: How many of them are 0.
         nonfinite: How many of them are NaN or infinite.
         spacing: Steps between two norms; None if it is not known.
-        p50: The usual norm, without the beginning; None without any norm.
+        p50: The usual norm, without the beginning; None without any norm. Of a run that was lost
+            this and all that follows is of the part before.
         p90: The norm that a tenth of the steps exceed; None without any norm.
         p99: Likewise a hundredth; None below 1000 norms, of which it is too uncertain.
         largest: The largest norm; None without any norm.
@@ -66,7 +74,8 @@ class Advice:
             norms are like these.
         lr_factor: The mean of what steps would have been multiplied by.
         policies: What every policy would have done.
-        warnings: What makes the advice doubtful, with the evidence.
+        warnings: What makes the advice doubtful, with the evidence. Those whose ``overturns`` is
+            true are to be heeded before the advice.
         better: What would make the advice better.
     """
 
@@ -167,24 +176,28 @@ def suggest(
 @np.errstate(over="ignore", invalid="ignore")  # logs have numbers near the largest
 def advise(run: LoggedRun, intent: Intent = "guard") -> Advice:
     """Suggest a policy for runs like one that was read from a log."""
-    is_norm = run.is_norm
-    norms = run.norms[is_norm]
     said: dict[str, Any] = {
         "points": len(run.norms),
         "zeros": run.zeros,
         "nonfinite": run.nonfinite,
         "spacing": run.spacing,
+    }
+    run, lost = before_the_loss(run)
+    is_norm = run.is_norm
+    norms = run.norms[is_norm]
+    first = tuple(of_the_loss(lost, run.framework))
+    said |= {
         "p50": float(np.median(norms)) if len(norms) else None,
         "p90": float(np.quantile(norms, 0.9)) if len(norms) else None,
         "largest": float(norms.max()) if len(norms) else None,
     }
     kind = _refusal(run, norms)
     if kind is not None:
-        reason, finding = words.refusal(kind, len(norms)), words.finding(norms, None)
-        doubts = tuple(of_the_log(run))
+        reason, finding = words.refusal(kind, run, norms), words.finding(norms, None)
+        doubts = (*first, *of_the_log(run))
         return Advice(kind=kind, finding=finding, reason=reason, warnings=doubts, **said)
     found = level(norms, run.rates[is_norm])
-    cap = round_up(min(2 * found.p90, 10 * found.median), found.grid)
+    cap = guard_limit(found)
     spacing = max(1.0, run.spacing or 1.0)
     policies = table(
         norms,
@@ -199,8 +212,9 @@ def advise(run: LoggedRun, intent: Intent = "guard") -> Advice:
     after = len(norms) - found.cut
     if intent == "regularise" and after < _FEWEST_TO_REGULARISE:
         kind = "FEW_FOR_REGULARISE"
-        doubts = warnings_of(run, norms, found, None)
-        return Advice(kind=kind, reason=words.refusal(kind, after, cap), warnings=doubts, **said)
+        doubts = (*first, *warnings_of(run, norms, found, None))
+        reason = words.few_to_regularise(after, cap)
+        return Advice(kind=kind, reason=reason, warnings=doubts, **said)
     kind, policy = _guard(found, cap) if intent == "guard" else _regular(found, cap)
     run_of = replayed(norms, policy, spacing, found.cut)
     highest = getattr(policy, "max_norm", None) or cap
@@ -213,7 +227,7 @@ def advise(run: LoggedRun, intent: Intent = "guard") -> Advice:
         clip_fraction_by_third=run_of.by_third,
         clip_fraction_settled=run_of.settled,
         lr_factor=run_of.lr_factor,
-        warnings=warnings_of(run, norms, found, highest),
+        warnings=(*first, *warnings_of(run, norms, found, highest)),
         **said,
     )
 

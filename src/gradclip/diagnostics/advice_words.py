@@ -2,17 +2,30 @@
 
 from typing import TYPE_CHECKING
 
+from gradclip.diagnostics.advice_kinds import KINDS, to_do
 from gradclip.diagnostics.arrays import Numbers, np
-from gradclip.diagnostics.norm_statistics import Level
+from gradclip.diagnostics.norm_statistics import Level, before_the_fall, guard_limit, level
 from gradclip.diagnostics.policy_table import Replayed
 from gradclip.diagnostics.readers.logged import LoggedRun
+from gradclip.diagnostics.run_course import course_of
 from gradclip.diagnostics.summary import compact, percent
 
 if TYPE_CHECKING:
     from gradclip.clipping.policies import Policy
     from gradclip.diagnostics.advice import Advice
+    from gradclip.diagnostics.advice_warnings import AdviceWarning
 
-__all__ = ["as_in_a_file", "better", "call", "finding", "line", "reason", "refusal", "text"]
+__all__ = [
+    "as_in_a_file",
+    "better",
+    "call",
+    "few_to_regularise",
+    "finding",
+    "line",
+    "reason",
+    "refusal",
+    "text",
+]
 
 _LINES = {
     "transformers": "max_grad_norm={}",
@@ -26,19 +39,18 @@ _SPIKE = 3
 """Norms this many times larger than the 90th percentile are spikes."""
 _GUARDS = ("GUARD", "BROAD", "FALLEN_AWAY", "NARROW")
 """Kinds whose limit is that of a guard, of which the share of clipped steps carries over."""
-_WITH_CALLBACK = ("transformers", "lightning")
-_REFUSALS = {
-    "FEW": "There are {points} norms that are finite and above 0; 30 are needed, and 100 to "
-    "regularise.",
-    "EVENTS_ONLY": "There is no step, no loss and no learning rate beside the norms. Only outliers "
-    "seem to be logged. Log the step beside each norm.",
-    "PLATEAU": "More than 5 % of the norms are the largest one. These are norms after clipping; "
-    "log the norm before.",
-    "COLLAPSED": "The norm fell below 1 % of what it was and stayed. No number describes both "
-    "parts. Did the model stop learning, or does it know its data by heart?",
-    "FEW_FOR_REGULARISE": "There are {points} norms after the beginning; 100 are needed to "
-    "regularise. A guard needs 30, and would have the limit {cap:g}.",
+_WITH_CALLBACK = ("transformers", "lightning", "callback")
+_FEWEST = 30
+_AGAIN = (
+    "A limit changes the norms of the steps after it: ask again of the run that was clipped, until "
+    "the answer stays about the same."
+)
+_LEGEND = {
+    "cap=": "cap: the limit is never above this.",
+    "scope='group'": "scope='group': all parameters of a group have one norm.",
+    "feedback='bounded'": "feedback='bounded': a spike counts as no more than the limit.",
 }
+"""What the arguments in the table mean."""
 
 
 def finding(norms: Numbers, found: Level | None) -> str:
@@ -57,49 +69,77 @@ def finding(norms: Numbers, found: Level | None) -> str:
     )
 
 
-def refusal(kind: str, points: int, cap: float = 0.0) -> str:
-    """Say why there is no advice."""
-    return _REFUSALS[kind].format(points=points, cap=cap)
+def refusal(kind: str, run: LoggedRun, norms: Numbers) -> str:
+    """Say why there is no advice, and what to do."""
+    if kind == "FEW":
+        seen = f"There are {len(norms)} norms that are finite and above 0."
+    elif kind == "COLLAPSED":
+        return _of_a_collapse(run, norms)
+    else:
+        seen = KINDS[kind].summary
+    return f"{seen} {to_do(kind)}"
+
+
+def few_to_regularise(points: int, cap: float) -> str:
+    """Say that a guard is possible, and no more."""
+    kind = "FEW_FOR_REGULARISE"
+    return (
+        f"There are {points} norms after the beginning. {to_do(kind)} It would have the limit "
+        f"{cap:g}."
+    )
+
+
+def _of_a_collapse(run: LoggedRun, norms: Numbers) -> str:
+    seen = "The norm fell below 1 % of what it was and stayed there."
+    course = course_of(run)
+    if course is None:
+        seen += " If the loss fell with it, the run has learned."
+    elif course.fell:
+        before = compact(max(course.first, course.highest))
+        seen += (
+            f" The loss fell with it, from {before} to {compact(course.last)}: the run has learned."
+        )
+    else:
+        seen += f" The loss did not: {course}. Perhaps the model stopped learning there."
+    from gradclip.clipping import EMAClip, NormClip  # noqa: PLC0415 - it imports torch
+
+    follows = line(EMAClip(ratio=2.0, scope="group"), run.framework) if run.framework else None
+    said = f"{seen} No single number fits both parts. {to_do('COLLAPSED', follows)}"
+    early = before_the_fall(norms)
+    if len(early) >= _FEWEST:
+        limit = guard_limit(level(early, np.full(len(early), np.nan)))
+        said += f" Of this run that is {limit:g}: {line(NormClip(max_norm=limit), run.framework)}."
+    return said
 
 
 def reason(kind: str, norms: Numbers, found: Level, cap: float, run: Replayed) -> str:
     """Say why this policy."""
-    shares = ", ".join(percent(each) for each in run.by_third)
+    return f"{_seen(kind, norms, found, cap, run)} {to_do(kind)}"
+
+
+def _seen(kind: str, norms: Numbers, found: Level, cap: float, run: Replayed) -> str:
     if kind == "GUARD":
-        return (
-            f"A limit of {cap:g} is about {cap / found.median:.2g} times your usual norm. It would "
-            f"have touched {percent(run.clip_fraction)} of the steps (by thirds {shares}). It is "
-            "insurance, not tuning."
-        )
+        return f"A limit of {cap:g} is about {cap / found.median:.2g} times your usual norm."
     if kind == "BROAD":
         low, high = (float(np.quantile(norms[found.cut :], q)) for q in (0.05, 0.95))
         return (
             f"Nine in ten of your norms lie between {compact(low)} and {compact(high)}, a factor "
-            f"of {compact(high / low)}. Only a loose limit makes sense, and the spread itself "
-            "deserves a look."
+            f"of {compact(high / low)}."
         )
     if kind == "FALLEN_AWAY":
         return (
             f"In a part of the run the norms are over ten times below a limit of {cap:g}, so it "
-            "would not guard that part. Use a limit that follows the norms: twice their moving "
-            "average, and never above that one."
+            "would not guard that part."
         )
     if kind == "NARROW":
         return (
             f"Your norms hardly vary (one step in ten exceeds {found.p90 / found.median:.2f} times "
-            "the usual norm), so a limit near them clips everything or nothing. Take the guard."
+            "the usual norm), so a limit near them clips everything or nothing."
         )
     if kind == "STEADY":
-        return (
-            f"A limit of {run.policy.max_norm:g} clips about one step in ten and makes the mean "  # type: ignore[attr-defined]
-            f"step {percent(1 - run.lr_factor)} smaller; expect 5 to 30 % in another run."
-        )
+        return f"A limit of {run.policy.max_norm:g} clips about one step in ten."  # type: ignore[attr-defined]
     first, _, last = (float((part > found.p90).mean()) for part in np.array_split(norms, 3))
-    return (
-        f"No single number clips evenly: {percent(first)} early, {percent(last)} late. Use the "
-        f"z-score policy, capped at {cap:g}. It clips {percent(run.clip_fraction)} (by thirds "
-        f"{shares})."
-    )
+    return f"No single number clips evenly: {percent(first)} early, {percent(last)} late."
 
 
 def better(run: LoggedRun, found: Level) -> tuple[str, ...]:
@@ -137,11 +177,14 @@ def as_in_a_file(policy: "Policy") -> dict[str, object]:
     }
 
 
-def line(policy: "Policy", framework: str | None) -> str:
-    """Return a line to paste."""
+def line(policy: "Policy", framework: str | None, *, of_ours: bool = False) -> str:
+    """Return a line to paste, with ``of_ours`` one that skips steps with a NaN, too."""
     limit = getattr(policy, "max_norm", None)
-    if limit is not None and framework in _LINES:
+    if limit is not None and framework in _LINES and not of_ours:
         return _LINES[framework].format(f"{limit:g}")
+    if framework == "hook":
+        fields = ", ".join(f"{name}={value!r}" for name, value in as_in_a_file(policy).items())
+        return f"GradientClippingHookConfig({fields})"
     shown = f"{limit:g}" if limit is not None else f"gradclip.{call(policy)}"
     if framework in _WITH_CALLBACK:
         return f"callbacks=[GradientClippingCallback({shown})]"
@@ -149,51 +192,77 @@ def line(policy: "Policy", framework: str | None) -> str:
 
 
 def text(advice: "Advice") -> str:
-    """Return the advice as lines: finding, policy, what it would have done, the table, doubts."""
-    lines = [advice.finding]
+    """Return the advice as lines, the most important ones first."""
+    parts = [advice.finding]
+    parts += [_doubt(each) for each in advice.warnings if each.overturns]
+    if len(parts) > 1 and advice.warnings[0].code == "LOST":
+        parts[:2] = parts[1::-1]
     if advice.policy is None:
-        lines += [f"No advice ({advice.kind}): {advice.reason}"]
+        parts.append(f"No advice ({advice.kind}): {advice.reason}")
     else:
-        assert advice.clip_fraction is not None
-        assert advice.lr_factor is not None
-        lines += ["", f"  {advice.line}", "", f"{advice.kind}: {advice.reason}"]
-        share = percent(advice.clip_fraction)
-        assert advice.clip_fraction_settled is not None
-        factor, later = f"{advice.lr_factor:.3g}", percent(advice.clip_fraction_settled)
-        lines += [
-            f"On this run it clips {share} of the steps. The mean step is multiplied by {factor}."
-        ]
-        if advice.kind in _GUARDS:
-            lines += [
-                f"Expect {later} of later steps, as long as the norms stay as they were after the",
-                "beginning. They do not where clipping makes a run learn that did not.",
-            ]
-        else:
-            lines += [
-                "How many later steps it clips cannot be told: a slow change of the norms changes",
-                "that a lot.",
-            ]
+        said = [f"{advice.kind}: {advice.reason}", _forecast(advice), _AGAIN]
+        parts += ["", f"  {advice.line}", "", *said]
     if advice.policies:
-        lines += ["", *_table(advice.policies)]
-    if advice.warnings:
-        lines += ["", *(f"warning {each.code}: {each.text}" for each in advice.warnings)]
+        parts += ["", *_table(advice.policies)]
+    smaller = [_doubt(each) for each in advice.warnings if not each.overturns]
+    if smaller:
+        parts += ["", *smaller]
     if advice.better:
-        lines += ["", "Better advice needs " + "; ".join(advice.better) + "."]
-    return "\n".join(lines)
+        parts += ["", "Better advice needs " + "; ".join(advice.better) + "."]
+    return "\n".join(parts)
+
+
+def _doubt(warning: "AdviceWarning") -> str:
+    return f"warning {warning.code}: {warning.text}"
+
+
+def _forecast(advice: "Advice") -> str:
+    assert advice.clip_fraction is not None
+    assert advice.clip_fraction_settled is not None
+    assert advice.clip_fraction_by_third is not None
+    assert advice.lr_factor is not None
+    said = (
+        f"On this run it would have clipped {percent(advice.clip_fraction)} of the steps (by "
+        f"thirds {_shares(advice.clip_fraction_by_third)}), and made steps "
+        f"{percent(1 - advice.lr_factor)} shorter on average"
+    )
+    if advice.kind in _GUARDS:
+        later = percent(advice.clip_fraction_settled)
+        return f"{said}; expect {later} of later steps, if their norms are as after the beginning."
+    return f"{said}; how many later steps it clips cannot be told."
 
 
 def _table(policies: "tuple[Replayed, ...]") -> list[str]:
-    rows = [("policy", "clips", "by thirds", "mean step")]
+    """Return a line for each policy; of those with the same numbers the first alone."""
+    rows: dict[tuple[str, ...], str] = {}
     for each in policies:
-        by_thirds = ", ".join(percent(part) for part in each.by_third)
         about = "about " if each.is_rough else ""
         share = f"{about}{percent(each.clip_fraction)}"
-        rows.append((call(each.policy), share, by_thirds, f"x {each.lr_factor:.3g}"))
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+        numbers = (share, _shares(each.by_third), f"x {each.lr_factor:.3g}")
+        rows.setdefault(numbers, call(each.policy))
+    lines: list[tuple[str, ...]] = [("policy", "clips", "by thirds", "mean step")]
+    lines += [(name, *numbers) for numbers, name in rows.items()]
+    widths = [max(len(row[place]) for row in lines) for place in range(len(lines[0]))]
+    left_out = len(policies) - len(rows)
+    same = " A policy with the same numbers as one above it is left out." if left_out else ""
+    shown = " ".join(rows.values())
+    legend = " ".join(said for part, said in _LEGEND.items() if part in shown)
+    head = (
+        "What policies would have done on this run; mean step is what the gradients are multiplied "
+        f"by on average.{same}"
+    )
     return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
+        head,
+        *(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in lines
+        ),
+        *([legend] if legend else []),
     ]
+
+
+def _shares(thirds: tuple[float, float, float]) -> str:
+    return ", ".join(percent(part) for part in thirds)
 
 
 def _given(policy: "Policy") -> list[str]:

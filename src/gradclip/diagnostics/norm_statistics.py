@@ -9,7 +9,18 @@ from dataclasses import dataclass
 
 from gradclip.diagnostics.arrays import Numbers, np
 
-__all__ = ["Level", "drift", "has_collapsed", "has_plateau", "level", "round_up", "thirds"]
+__all__ = [
+    "Level",
+    "before_the_fall",
+    "drift",
+    "guard_limit",
+    "has_collapsed",
+    "has_plateau",
+    "level",
+    "round_up",
+    "smoothed",
+    "thirds",
+]
 
 _TIGHT = 1e-9
 
@@ -72,6 +83,11 @@ def level(norms: Numbers, rates: Numbers) -> Level:
     )
 
 
+def guard_limit(found: Level) -> float:
+    """Return the limit of a guard."""
+    return round_up(min(2 * found.p90, 10 * found.median), found.grid)
+
+
 def drift(norms: Numbers) -> float:
     """Return the last third's median by the first third's."""
     first, _, last = np.array_split(norms, 3)
@@ -86,8 +102,15 @@ def has_plateau(norms: Numbers) -> bool:
 def has_collapsed(norms: Numbers) -> bool:
     """Return whether the last fifth lies below 1 % of what the norms once were."""
     # Whole windows alone: of the six norms in the first one, three spikes would make the median.
-    smooth = _smoothed(norms, 11)[5:-5]
+    smooth = smoothed(norms, 11)[5:-5]
     return float(np.median(norms[-max(6, len(norms) // 5) :])) < 0.01 * float(smooth.max())
+
+
+def before_the_fall(norms: Numbers) -> Numbers:
+    """Return the part before norms that collapsed were below a tenth of what they once were."""
+    smooth = smoothed(norms, 11)[5:-5]
+    top = int(smooth.argmax())
+    return norms[: top + 5 + int((smooth[top:] < 0.1 * smooth[top]).argmax())]
 
 
 def thirds(is_above: Numbers) -> tuple[float, float, float]:
@@ -121,11 +144,11 @@ def _settled(logs: Numbers) -> int:
     reference = logs[latest : int(0.6 * len(logs))]
     middle = float(np.median(reference))
     scatter = 1.4826 * float(np.median(np.abs(reference - middle)))
-    near = np.abs(_smoothed(logs, 5)[:latest] - middle) <= max(scatter, 0.05)
+    near = np.abs(smoothed(logs, 5)[:latest] - middle) <= max(scatter, 0.05)
     return int(np.argmax(near)) if near.any() else latest
 
 
-def _smoothed(values: Numbers, width: int) -> Numbers:
+def smoothed(values: Numbers, width: int) -> Numbers:
     """Return the running median; at the ends of what is there."""
     half = width // 2
     padded = np.pad(values, half, constant_values=math.nan)

@@ -11,6 +11,7 @@ from error_page import PAGE, filled
 
 import gradclip
 from gradclip.cli.explain import EXPLANATIONS, explain
+from gradclip.diagnostics.advice_kinds import KINDS
 from gradclip.errors import NonFiniteGradientError, RecordError
 from patience import seconds
 
@@ -50,8 +51,9 @@ def test_an_unknown_code_is_an_error_that_has_the_nearest():
     result = run("GC2O1")
 
     assert result.returncode == 2
-    assert result.stderr.startswith("error[GC010]: there is no error with the code 'GC2O1'. Did")
-    assert "GC201" in result.stderr
+    assert result.stderr.startswith(
+        "error[GC010]: there is no error and no advice with the code 'GC2O1'. Did"
+    )
 
 
 def test_without_a_code_all_are_listed(capsys):
@@ -65,6 +67,19 @@ def test_without_a_code_all_are_listed(capsys):
     assert [line.split()[0] for line in listed] == [each["code"] for each in data]
     assert of_one in data
     assert of_one["example"] == "gradclip suggest metrics.csv --norm-key total_grad_norm"
+
+
+def test_each_word_of_an_advice_is_explained_with_what_the_advice_says():
+    result = run("collapsed")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("COLLAPSED  a refusal of gradclip suggest\n\nThe norm fell")
+    falling = [0.99**n for n in range(1000)]
+    assert result.stdout.partition("What to do: ")[2].strip() in gradclip.suggest(falling).reason
+
+    files = (SOURCE / "diagnostics").glob("advice*.py")
+    said = "".join(each.read_text() for each in files if each.name != "advice_kinds.py")
+    assert set(KINDS) <= set(re.findall(r'"([A-Z_]{3,})"', said))
+    assert all(all(each[:4]) for each in KINDS.values())
 
 
 def test_every_error_is_explained_and_each_explained_one_is_raised():

@@ -6,6 +6,7 @@ from random import Random
 import pytest
 
 from gradclip.cli import main
+from gradclip.record.writer import Batch, Place, Writer
 
 HEAVY = (
     "import atexit, sys\nfrom gradclip.cli import main\n"
@@ -74,13 +75,24 @@ def test_the_advice_in_words(gradclip_suggest, log):
         "usual norm",
         "attach(optimizer, 3.8)",
         "GUARD: ",
-        "On this run",
+        "On this run it would have clipped 0 %",
         "of later steps",
-        "EMAClip(",
+        "ask again of the run that was clipped",
+        "What policies would have done",
+        "NormClip(max_norm=1.9)",
         "warning COARSE",
         "Better advice needs",
     ]
     assert [advice.index(each) for each in order] == sorted(advice.index(each) for each in order)
+    table = advice.partition("mean step\n")[2].partition("cap: ")[0]
+    numbers = [line.partition("  ")[2].strip() for line in table.splitlines()]
+    assert len(numbers) == len(set(numbers)) > 1
+
+    norms = Random(0)
+    rows = [f"{s},{norms.uniform(1, 2):.1f},2" for s in range(200)]
+    log.write_text("step,grad_norm,loss\n" + "\n".join(rows) + "\n")
+    out = gradclip_suggest(log)[1]  # what overturns the advice is above it
+    assert out.index("warning LOSS") < out.index("attach(") < out.index("warning COARSE")
 
 
 def test_the_advice_as_json(gradclip_suggest, log, tmp_path):
@@ -145,6 +157,25 @@ def test_steps_without_a_norm_are_told(gradclip_suggest, tmp_path, steps, told):
     out = gradclip_suggest(path)[1]
     assert told in out
     assert ("warning SPACING" in out) == ("every" in told)
+
+
+@pytest.mark.parametrize(
+    ("called", "line"),
+    [
+        ("attach", "gradclip.attach(optimizer, {})"),
+        ("GradientClippingCallback", "callbacks=[GradientClippingCallback({})]"),
+        ("GradientClippingHook", "GradientClippingHookConfig(clip_mode='norm', max_norm={})"),
+    ],
+)
+def test_the_line_is_that_of_the_way_in_that_wrote_the_record(
+    gradclip_suggest, tmp_path, called, line
+):
+    steps = [{"step": n, "norm_pre": 1 + n / 40} for n in range(40)]
+    writer = Writer.of(tmp_path / "record")
+    writer.begin(writer.join(), 0, Place(), {"called": called}, resumes=False)
+    writer.write(0, 0, Batch(steps=steps))
+    writer.leave(0)
+    assert f"\n  {line.format(3.9)}\n" in gradclip_suggest(tmp_path / "record")[1]
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_warm_up_is_cut_off_and_offered_a_schedule():
     assert warmed.policy.max_norm == pytest.approx(plain.policy.max_norm, 0.1)
     (warning,) = (each for each in warmed.warnings if each.code == "WARM_UP")
     assert "Schedule(points=((0" in warning.text
-    schedule = eval(warning.text.partition("untouched: ")[2].rstrip("."))
+    schedule = eval(warning.text.partition("as they are: ")[2].rstrip("."))
     assert schedule.max_norm.points[1][1] == warmed.policy.max_norm
 
     # What a fixed limit clips at the beginning is not to be expected later.
@@ -104,6 +104,59 @@ def test_warm_up_is_cut_off_and_offered_a_schedule():
     rates = np.minimum(np.arange(600) / 100, 1.0)
     usual = scattered()
     assert gradclip.suggest(usual, rates=rates).p50 == np.median(usual[98:])
+
+
+def after(norms, changed):
+    return np.where(np.arange(len(norms)) < 400, norms, changed)
+
+
+@pytest.mark.parametrize(
+    ("norms", "seen"),
+    [
+        (after(scattered(), np.nan), "NaN or infinite from step 400 to the end (200 of 600)"),
+        (after(scattered(), 1e5 * scattered(seed=1)), "rise from step 400 on, from 1."),
+    ],
+)
+def test_a_run_that_was_lost_is_told_first_and_the_advice_is_of_the_part_before(norms, seen):
+    advice = gradclip.suggest(norms, losses=after(np.linspace(2, 1, 600), np.nan))
+    before = gradclip.suggest(scattered()[:400])
+    assert advice.policy == before.policy
+    assert advice.clip_fraction == before.clip_fraction
+    assert (advice.points, len(advice.warnings)) == (600, 1)
+
+    told = str(advice)
+    assert told.startswith("warning LOST: This run was lost: its norms ")
+    assert seen in told
+    assert "(gradclip.attach(optimizer, 1.0) does both), run again, and ask again. What" in told
+    assert "of the part before step 400 alone.\n" in told
+    assert "ask again of the run that was clipped" in told
+    assert not gradclip.suggest(norms[:400]).warnings
+
+    # A run that was lost from the beginning has no part before; one that learned was not lost.
+    assert "LOST" in str(gradclip.suggest(np.full(40, np.nan)))
+    if seen.startswith("rise"):
+        assert "LOST" not in str(gradclip.suggest(norms, losses=np.linspace(2, 1, 600)))
+
+
+def test_norms_that_fell_since_the_run_has_learned_have_a_next_step():
+    norms = scattered() * np.geomspace(1, 1e-3, 600)
+    learned = gradclip.suggest(norms, losses=np.geomspace(2, 0.01, 600))
+    assert learned.kind == "COLLAPSED"
+    assert "The loss fell with it, from 1.98 to 0.0169: the run has learned." in learned.reason
+    assert 'gradclip.attach(optimizer, gradclip.EMAClip(ratio=2, scope="group"))' in learned.reason
+    limit = float(learned.reason.rpartition("(optimizer, ")[2].rstrip(")."))
+    assert np.median(norms[:60]) < limit < 2 * norms[:60].max()  # it guards the beginning
+    stuck = gradclip.suggest(norms, losses=np.full(600, 2.0)).reason
+    assert "The loss did not: its median is 2 in the steps 0 to 119 and 2 in" in stuck
+
+
+def test_a_loss_that_was_higher_anywhere_at_the_beginning_has_fallen():
+    losses = np.full(600, 0.03)
+    (warning,) = gradclip.suggest(scattered(), losses=losses, rates=np.ones(600)).warnings
+    assert warning.overturns
+    assert "its median is 0.03 in the steps 0 to 119 and 0.03 in the steps 480 to" in warning.text
+    losses[:30] = 600
+    assert gradclip.suggest(scattered(), losses=losses, rates=np.ones(600)).warnings == ()
 
 
 @pytest.mark.parametrize(

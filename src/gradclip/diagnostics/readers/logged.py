@@ -28,7 +28,8 @@ class LoggedRun:
         losses: The loss of each.
         rates: The learning rate of each.
         format: What the file is, in a word or two.
-        framework: Which framework wrote it, where that is known.
+        framework: Which framework wrote it, where that is known; of a record "callback" or "hook",
+            where one of these wrote it.
         norm_key: The column of the norms.
         step_key: The column of the steps, or None.
         loss_key: The column of the losses, or None.
@@ -120,7 +121,8 @@ def runs_of(table: Table, columns: Columns) -> list[LoggedRun]:
     if counts_steps and columns.epoch is not None:
         steps = _of_all_epochs(steps, table.column(columns.epoch), rows)
     pieces = _pieces(rows, steps, (norms, losses, rates), drop_repeated=counts_steps)
-    framework, limit = framework_of(table.names), _constant(table.column(columns.limit))
+    framework = table.framework or framework_of(table.names)
+    limit = _constant(table.column(columns.limit))
     return [
         LoggedRun(
             norms=norms[piece],

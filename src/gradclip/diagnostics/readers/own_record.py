@@ -4,9 +4,11 @@ import json
 
 from gradclip.diagnostics.readers.source import Source
 from gradclip.diagnostics.readers.table import Table
-from gradclip.record.reader import read_steps
+from gradclip.record.reader import read_header, read_steps
 
 __all__ = ["claims", "read"]
+
+_WAYS_IN = {"GradientClippingCallback": "callback", "GradientClippingHook": "hook"}
 
 
 def claims(source: Source) -> bool:
@@ -26,7 +28,7 @@ def read(source: Source) -> Table:
     Raises:
         ArgumentValueError: GC010, a line is damaged, or the record is of a newer version.
     """
-    table = Table("gradclip record")
+    table = Table("gradclip record", _way_in(source))
     steps = read_steps(source.path)
     for number in sorted(set(steps.optimizer)):  # each is a run: its steps begin anew
         for each in steps:
@@ -41,3 +43,12 @@ def read(source: Source) -> Table:
                     }
                 )
     return table
+
+
+def _way_in(source: Source) -> str | None:
+    """Return what wrote the record, where that needs a line of its own."""
+    if not source.path.is_dir():
+        return None
+    optimizers = read_header(source.path)["optimizers"]
+    called = str(optimizers[0].get("called")) if optimizers else ""
+    return next((way for name, way in _WAYS_IN.items() if called.startswith(name)), None)

@@ -28,10 +28,12 @@ class Table:
 
     Args:
         format: What the file is, in a word or two.
+        framework: Which framework wrote it, where the file says so.
     """
 
-    def __init__(self, format: str) -> None:  # noqa: A002 - the word users know
+    def __init__(self, format: str, framework: str | None = None) -> None:  # noqa: A002 - the word users know
         self.format = format
+        self.framework = framework
         self.rows = 0
         self._columns: dict[str, _Column] = {}
 
