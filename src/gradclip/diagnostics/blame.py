@@ -1,6 +1,5 @@
 """Which layer makes the steps that stand out: those that were clipped, or else the spikes."""
 
-import math
 from dataclasses import dataclass
 
 from gradclip.diagnostics.arrays import Flags, Numbers, np
@@ -13,6 +12,9 @@ __all__ = ["Blame", "blame", "outstanding"]
 _SPIKE = 3
 """Norms this many times the 90th percentile are spikes, as for ``gradclip suggest``."""
 _FEWEST = 30
+_ENOUGH = 100
+"""Norms that tell what one in ten exceeds."""
+_EXCEPTIONS = 0.1
 _OFTEN = 0.1
 """Where more steps than this were clipped, one does not call them spikes."""
 _LARGE = 0.2
@@ -27,13 +29,11 @@ class Outstanding:
     Attributes:
         which: Which steps.
         are_clipped: Whether they are the clipped ones; else they are spikes.
-        above: The norm that they exceed, of spikes.
         settled: The usual norm after a beginning of higher ones, which are no spikes; else None.
     """
 
     which: Flags
     are_clipped: bool
-    above: float
     settled: float | None
 
     @property
@@ -76,19 +76,36 @@ class Blame:
 
 
 def outstanding(run: Known) -> Outstanding:
-    """Return the steps to ask about: clipped ones, unless that is most of them; else spikes."""
+    """Return the steps to ask about: clipped ones where these are few, else spikes.
+
+    Which steps a limit clips says as much of the limit as of the layers, so clipped steps count
+    where they are exceptions, and where there are no spikes.
+    """
     count = int(run.clipped.sum())
-    if 0 < count <= len(run) / 2:
-        return Outstanding(run.clipped, are_clipped=True, above=0.0, settled=None)
+    clipped = Outstanding(run.clipped, are_clipped=True, settled=None)
+    if 0 < count <= _EXCEPTIONS * len(run):
+        return clipped
+    spikes = _spikes(run)
+    return clipped if 0 < count <= len(run) / 2 and not spikes.count else spikes
+
+
+def _spikes(run: Known) -> Outstanding:
     which = np.zeros(len(run), np.bool_)
     if len(run.usable) < _FEWEST:
-        return Outstanding(which, are_clipped=False, above=math.inf, settled=None)
+        return Outstanding(which, are_clipped=False, settled=None)
     found = level(run.usable, np.full(len(run.usable), np.nan))
-    above, largest = _SPIKE * found.p90, run.usable > _SPIKE * found.p90
+    settled = run.usable[found.cut :]
+    largest = settled > _SPIKE * _surrounding_p90(settled)
     places = np.flatnonzero(np.isfinite(run.norm) & (run.norm > 0))
-    which[places[found.cut :][largest[found.cut :]]] = True
-    settled = found.median if largest[: found.cut].any() else None
-    return Outstanding(which, are_clipped=False, above=above, settled=settled)
+    which[places[found.cut :][largest]] = True
+    fell = bool((run.usable[: found.cut] > _SPIKE * found.p90).any())
+    return Outstanding(which, are_clipped=False, settled=found.median if fell else None)
+
+
+def _surrounding_p90(norms: Numbers) -> Numbers:
+    """Return what one norm in ten exceeds, in each tenth of the norms: their level may move."""
+    parts = np.array_split(norms, min(max(len(norms) // _ENOUGH, 1), 10))
+    return np.concatenate([np.full(len(part), np.quantile(part, 0.9)) for part in parts])
 
 
 def blame(run: Known, steps: Outstanding) -> Blame | None:

@@ -148,12 +148,11 @@ def _culprit(track: "Track", watch: "Watch") -> str | None:
     assert run.parameters is not None
     heaviest = run.parameters.names[within.index(max(within))]
     of_them = f"{found.steps} of " if found.steps < steps.count else ""
-    kind = "clipped step" if steps.are_clipped else "step"
-    above = "" if steps.are_clipped else f" above {compact(steps.above)}"
+    kind = "clipped step" if steps.are_clipped else "spike"
     count = f"one {kind}" if steps.count == 1 else f"{steps.count} {kind}s"
     return (
         f"{found.layers.names[at]} {steps.made}, most by {heaviest}: "
-        f"{percent(float(found.share[at]))} of the squared norm in {of_them}the {count}{above}"
+        f"{percent(float(found.share[at]))} of the squared norm in {of_them}the {count}"
     )
 
 

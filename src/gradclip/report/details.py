@@ -40,8 +40,7 @@ def _spike(case: Case) -> str:
     """Say what makes a spike, beside the number."""
     if case.steps.are_clipped or not case.steps.count:
         return ""
-    above = number(case.steps.above)
-    return f"A spike is a norm above {above}, three times what one step in ten exceeds."
+    return "A spike is a norm above three times what one in ten of the norms around it exceeds."
 
 
 def _acted(case: Case) -> str:

@@ -128,12 +128,13 @@ def _layer(case: Case) -> str | None:
 def _where(case: Case, found: Blame) -> str:
     """Say in which steps, and of how many of them it is known."""
     steps = case.steps
-    kind = f"clipped {case.one}" if steps.are_clipped else case.one
-    tail = "" if steps.are_clipped else f" above {number(steps.above)}"
+    if not steps.count:
+        return f"in all {case.one}s"
+    kind = f"clipped {case.one}" if steps.are_clipped else "spike"
     if steps.count == 1:
-        return f"in the one {kind}{tail}"
+        return f"in the one {kind}"
     of_them = f"{found.steps:,} of " if found.steps < steps.count else ""
-    return f"in {of_them}the {counted(steps.count, kind)}{tail}"
+    return f"in {of_them}the {counted(steps.count, kind)}"
 
 
 def _clipped(case: Case) -> str | None:
@@ -157,11 +158,9 @@ def _spikes(case: Case) -> str | None:
     count = case.steps.count
     if not count:
         return None
-    norms = "a norm" if count == 1 else "norms"
-    return (
-        f"{counted(count, 'spike')} in {counted(len(case.run), case.one)}: {norms} above "
-        f"{number(case.steps.above)}."
-    )
+    high = number(float(case.run.norm[case.steps.which].max()))
+    up_to = f"of {high}" if count == 1 else f"of up to {high}"
+    return f"{counted(count, 'spike')} {up_to} in {counted(len(case.run), case.one)}."
 
 
 def _level(case: Case) -> str:
