@@ -185,7 +185,7 @@ def advise(run: LoggedRun, intent: Intent = "guard") -> Advice:
     run, lost = before_the_loss(run)
     is_norm = run.is_norm
     norms = run.norms[is_norm]
-    first = tuple(of_the_loss(lost, run.framework))
+    first = tuple(of_the_loss(lost, run))
     said |= {
         "p50": float(np.median(norms)) if len(norms) else None,
         "p90": float(np.quantile(norms, 0.9)) if len(norms) else None,
