@@ -33,7 +33,7 @@ from gradclip.errors import ArgumentTypeError, ArgumentValueError
 if TYPE_CHECKING:
     from gradclip.clipping.policies import Policy
 
-__all__ = ["Advice", "AdviceWarning", "Intent", "advise", "suggest"]
+__all__ = ["Advice", "AdviceWarning", "Intent", "advise", "as_run", "suggest"]
 
 Intent: TypeAlias = Literal["guard", "regularise"]
 """Clip what is far from usual, or about a tenth of the steps."""
@@ -141,6 +141,31 @@ def suggest(
     >>> suggest([of.lognormvariate(0, 0.3) for _ in range(500)])
     Advice(GUARD: NormClip(max_norm=3.0))
     """
+    if intent not in get_args(Intent):
+        raise ArgumentValueError(f'intent is {intent!r}: expected "guard" or "regularise"')
+    run = as_run(norms, steps=steps, losses=losses, rates=rates, limit=limit)
+    return advise(run, intent)
+
+
+def as_run(
+    norms: Any,
+    *,
+    steps: Any,
+    losses: Any,
+    rates: Any,
+    limit: float | None,
+    framework: str | None = None,
+) -> LoggedRun:
+    """Return numbers as a run that a log would have; as ``suggest``.
+
+    Args:
+        norms: See ``suggest``, and the next four.
+        steps: Of each norm.
+        losses: Of each norm.
+        rates: Of each norm.
+        limit: Of the run.
+        framework: What has the limit, for the line to paste.
+    """
     given = _numbers("norms", norms)
     if (given < 0).any():
         place = int(np.argmax(given < 0))
@@ -155,22 +180,19 @@ def suggest(
     known = read["steps"][np.isfinite(read["steps"])]
     if (np.diff(known) < 0).any():
         raise ArgumentValueError("steps goes back: give the norms of one run at a time")
-    if intent not in get_args(Intent):
-        raise ArgumentValueError(f'intent is {intent!r}: expected "guard" or "regularise"')
     if limit is not None:
         limit = as_ceiling(limit, "limit") or None
-    run = LoggedRun(
+    return LoggedRun(
         norms=given,
         **read,
         format="numbers",
-        framework=None,
+        framework=framework,
         norm_key="norms",
         step_key="steps" if len(known) else None,
         loss_key=None,
         rate_key=None,
         limit=limit,
     )
-    return advise(run, intent)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # logs have numbers near the largest
@@ -185,7 +207,7 @@ def advise(run: LoggedRun, intent: Intent = "guard") -> Advice:
     run, lost = before_the_loss(run)
     is_norm = run.is_norm
     norms = run.norms[is_norm]
-    first = tuple(of_the_loss(lost, run.framework))
+    first = tuple(of_the_loss(lost, run))
     said |= {
         "p50": float(np.median(norms)) if len(norms) else None,
         "p90": float(np.quantile(norms, 0.9)) if len(norms) else None,

@@ -36,20 +36,23 @@ def _warning(code: str, seen: str) -> AdviceWarning:
     return AdviceWarning(code, f"{seen} {to_do(code)}")
 
 
-def of_the_loss(lost: Lost | None, framework: str | None) -> Iterator[AdviceWarning]:
+def of_the_loss(lost: Lost | None, run: LoggedRun) -> Iterator[AdviceWarning]:
     """Return that a run was lost, and what to do.
 
     Args:
         lost: Where; None if it was not.
-        framework: Which one the line to paste is for.
+        run: What was logged before.
     """
     if lost is None:
         return
     from gradclip.clipping import NormClip  # noqa: PLC0415 - it imports torch
 
-    way = line(NormClip(max_norm=1.0), framework, of_ours=True) if framework else None
+    way = line(NormClip(max_norm=1.0), run.framework, of_ours=True) if run.framework else None
+    limit = ""
+    if run.limit is not None and run.limit <= 1:
+        limit = f" The limit of {run.limit:g} did not keep this run: lower the learning rate, too."
     rest = f" What follows is of the part before {lost.start} alone." if lost.place else ""
-    text = f"This run was lost: {lost.seen}. {to_do('LOST', way)}{rest}"
+    text = f"This run was lost: {lost.seen}. {to_do('LOST', way)}{limit}{rest}"
     yield AdviceWarning("LOST", text)
 
 

@@ -73,7 +73,7 @@ def read_runs(
         MissingDependencyError: GC401, it is a TensorBoard event file, and tensorboard is missing.
     """
     source = open_log(path)
-    name = Path(path).name
+    name = Path(*Path(path).parts[-2:]).as_posix().lstrip("/")  # many are called "record"
     if not (norm_key or step_key or loss_key) and own_record.claims(source):
         steps = read_steps(path)
         if not steps:

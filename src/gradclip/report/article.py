@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from gradclip.diagnostics.advice import Advice, advise, suggest
+from gradclip.diagnostics.advice import Advice, advise, as_run
 from gradclip.diagnostics.arrays import np
 from gradclip.diagnostics.blame import blame, outstanding
 from gradclip.diagnostics.known import Known, known
+from gradclip.diagnostics.readers.own_record import way_in
 from gradclip.diagnostics.runs import Run
 from gradclip.diagnostics.summary import summarise
 from gradclip.report import tables
@@ -153,10 +154,13 @@ def _advice(run: Known) -> Advice:
         return advise(run.log)
     limits = run.limit[np.isfinite(run.limit)]
     is_one = len(run.groups) <= 1 and len(limits) and limits.min() == limits.max() > 0
-    return suggest(
-        np.where(run.norm >= 0, run.norm, np.nan),
-        steps=run.step,
-        losses=run.loss,
-        rates=run.rate,
-        limit=float(limits[0]) if is_one else None,
+    return advise(
+        as_run(
+            np.where(run.norm >= 0, run.norm, np.nan),
+            steps=run.step,
+            losses=run.loss,
+            rates=run.rate,
+            limit=float(limits[0]) if is_one else None,
+            framework=way_in(run.about),
+        )
     )

@@ -118,9 +118,11 @@ def events(rows: Sequence[Happening]) -> str:
 
 def advice(found: Advice) -> str:
     """Return what ``gradclip suggest`` says of these norms."""
-    parts = [f"<p>{escape(found.finding)} {escape(found.reason)}</p>"]
+    notes = {each: f'<p class="note">{escape(each.text)}</p>' for each in found.warnings}
+    parts = [note for each, note in notes.items() if each.overturns]
     if found.line is not None:
-        parts.insert(0, f"<pre><code>{escape(found.line)}</code></pre>")
+        parts.append(f"<pre><code>{escape(found.line)}</code></pre>")
+    parts.append(f"<p>{escape(found.finding)} {escape(found.reason)}</p>")
     if found.policies:
         rows = [
             (
@@ -134,7 +136,7 @@ def advice(found: Advice) -> str:
         heads = ("Policy", "Clips", "By thirds", "Mean step")
         parts.append(table("What each policy would have done", heads, rows, (1, 2, 3)))
         parts.append(f'<p class="note">{_POLICY_NOTE}</p>')
-    parts += [f'<p class="note">{escape(each.text)}</p>' for each in found.warnings]
+    parts += [note for each, note in notes.items() if not each.overturns]
     return "".join(parts)
 
 

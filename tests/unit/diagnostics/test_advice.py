@@ -9,6 +9,7 @@ from gradclip import EMAClip, NormClip, ZScoreClip
 from gradclip.diagnostics.norm_statistics import round_up
 from gradclip.diagnostics.policy_table import replayed
 from gradclip.errors import ArgumentTypeError, ArgumentValueError
+from gradclip.report.tables import advice as in_the_report
 
 
 def scattered(count=600, sigma=0.4, seed=0):
@@ -131,6 +132,8 @@ def test_a_run_that_was_lost_is_told_first_and_the_advice_is_of_the_part_before(
     assert "of the part before step 400 alone.\n" in told
     assert "ask again of the run that was clipped" in told
     assert not gradclip.suggest(norms[:400]).warnings
+    clipped = str(gradclip.suggest(norms, limit=0.9))
+    assert "The limit of 0.9 did not keep this run: lower the learning rate, too." in clipped
 
     # A run that was lost from the beginning has no part before; one that learned was not lost.
     assert "LOST" in str(gradclip.suggest(np.full(40, np.nan)))
@@ -152,8 +155,11 @@ def test_norms_that_fell_since_the_run_has_learned_have_a_next_step():
 
 def test_a_loss_that_was_higher_anywhere_at_the_beginning_has_fallen():
     losses = np.full(600, 0.03)
-    (warning,) = gradclip.suggest(scattered(), losses=losses, rates=np.ones(600)).warnings
+    advice = gradclip.suggest(scattered(), losses=losses, rates=np.ones(600))
+    (warning,) = advice.warnings
     assert warning.overturns
+    page = in_the_report(advice)
+    assert page.index("The loss does not fall") < page.index("attach(optimizer")
     assert "its median is 0.03 in the steps 0 to 119 and 0.03 in the steps 480 to" in warning.text
     losses[:30] = 600
     assert gradclip.suggest(scattered(), losses=losses, rates=np.ones(600)).warnings == ()

@@ -1,12 +1,14 @@
 """A record that gradclip wrote."""
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from gradclip.diagnostics.readers.source import Source
 from gradclip.diagnostics.readers.table import Table
 from gradclip.record.reader import read_header, read_steps
 
-__all__ = ["claims", "read"]
+__all__ = ["claims", "read", "way_in"]
 
 _WAYS_IN = {"GradientClippingCallback": "callback", "GradientClippingHook": "hook"}
 
@@ -50,5 +52,14 @@ def _way_in(source: Source) -> str | None:
     if not source.path.is_dir():
         return None
     optimizers = read_header(source.path)["optimizers"]
-    called = str(optimizers[0].get("called")) if optimizers else ""
+    return way_in(optimizers[0]) if optimizers else None
+
+
+def way_in(optimizer: Mapping[str, Any]) -> str | None:
+    """Return what wrote the steps of an optimizer, where its limit has a line of its own.
+
+    Args:
+        optimizer: What the record says of it.
+    """
+    called = str(optimizer.get("called"))
     return next((way for name, way in _WAYS_IN.items() if called.startswith(name)), None)
