@@ -73,7 +73,9 @@ def read_runs(
         MissingDependencyError: GC401, it is a TensorBoard event file, and tensorboard is missing.
     """
     source = open_log(path)
-    name = Path(*Path(path).parts[-2:]).as_posix().lstrip("/")  # many are called "record"
+    parts = Path(path).parts
+    # Many a folder is called "record", so it is named with the one around it.
+    name = "/".join(parts[-2:]).lstrip("/") if source.path.is_dir() else Path(path).name
     if not (norm_key or step_key or loss_key) and own_record.claims(source):
         steps = read_steps(path)
         if not steps:

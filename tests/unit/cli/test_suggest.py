@@ -176,6 +176,8 @@ def test_the_line_is_that_of_the_way_in_that_wrote_the_record(
     writer.write(0, 0, Batch(steps=steps))
     writer.leave(0)
     assert f"\n  {line.format(3.9)}\n" in gradclip_suggest(tmp_path / "record")[1]
+    code, _, said = gradclip_suggest(tmp_path)
+    assert (code, f"\n  {tmp_path / 'record'}\n" in said) == (2, True)  # a folder around it
 
 
 @pytest.mark.parametrize(

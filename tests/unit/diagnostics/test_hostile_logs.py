@@ -115,7 +115,7 @@ def test_text_of_windows_shells_is_read(tmp_path):
 
 def test_what_is_no_file_is_an_error(tmp_path):
     (tmp_path / "metrics.csv").write_text("a")
-    with pytest.raises(GradClipError, match=r"(?s)is a folder: name a file in it.*metrics\.csv"):
+    with pytest.raises(GradClipError, match=r"(?s)name a record or a log in it.*metrics\.csv"):
         read_log(tmp_path)
     with pytest.raises(GradClipError, match="No such file"):
         read_log(tmp_path / "missing")

@@ -280,3 +280,13 @@ def test_every_spelling_of_a_number(tmp_path):
     )
     assert run.norms[np.isfinite(run.norms)].tolist() == [1.5, 10100, 10000, 10050, 0]
     assert (run.nonfinite, run.zeros) == (len(infinite), 1)
+
+
+def test_limits_by_group_are_no_limit_of_all_gradients(tmp_path):
+    groups = {"a.*": {"norm_pre": 1.0, "threshold": 0.3}, "*": {"norm_pre": 1.0, "threshold": 9.0}}
+    line = {"step": 0, "norm_pre": 1.4, "threshold": 0.3, "groups": groups}
+    path = tmp_path / "run.jsonl"
+    header = {"gradclip": "0.1.0", "schema": 1}
+    lines = [header, *({**line, "step": step} for step in range(3))]
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    assert read_log(path)[0].limit is None

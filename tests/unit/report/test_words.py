@@ -132,7 +132,7 @@ def test_a_layer_is_blamed_where_it_has_more_of_the_clipped_steps_than_of_the_ot
 
 @pytest.mark.parametrize("clipped", [range(200), ()])
 def test_spikes_are_told_from_the_norms_around_them_whatever_the_limit(clipped):
-    """Late spikes of falling norms lie below the early norms, and below a limit that clips those."""
+    """Late spikes of falling norms are below early norms, and below a limit that clips those."""
     spikes = (310, 390)
     records = [
         replace(each, norm_pre=2.0 if each.step in spikes else 10 * math.exp(-each.step / 60))

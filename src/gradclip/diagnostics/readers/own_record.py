@@ -41,7 +41,8 @@ def read(source: Source) -> Table:
                         "loss": each.loss,
                         "lr": each.lr,
                         "norm_pre": each.norm_pre,
-                        "threshold": each.threshold,
+                        # Limits by group are no limit of all gradients.
+                        "threshold": each.threshold if len(each.groups) <= 1 else None,
                     }
                 )
     return table

@@ -124,7 +124,9 @@ def open_log(path: str | Path) -> Source:
 
 
 def _is_a_folder(where: Path) -> LogError:
-    found = sorted({file for pattern in _LIKELY for file in where.glob(pattern) if file.is_file()})
+    logs = {file for pattern in _LIKELY for file in where.glob(pattern) if file.is_file()}
+    records = {each.parent for depth in ("*", "*/*") for each in where.glob(f"{depth}/run.json")}
+    found = sorted(records) + sorted(logs)
     named = "".join(f"\n  {file}" for file in found[:_NAMED])
     more = f"\n  and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    return LogError(f"{where} is a folder: name a file in it.{named}{more}")
+    return LogError(f"{where} is a folder of other things: name a record or a log in it.{named}{more}")
