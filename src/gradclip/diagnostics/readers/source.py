@@ -129,4 +129,6 @@ def _is_a_folder(where: Path) -> LogError:
     found = sorted(records) + sorted(logs)
     named = "".join(f"\n  {file}" for file in found[:_NAMED])
     more = f"\n  and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    return LogError(f"{where} is a folder of other things: name a record or a log in it.{named}{more}")
+    return LogError(
+        f"{where} is a folder of other things: name a record or a log in it.{named}{more}"
+    )
