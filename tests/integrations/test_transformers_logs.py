@@ -171,7 +171,7 @@ def test_a_skip_is_said_at_once_and_at_the_end(tmp_path, caplog, trainer):
         warnings.simplefilter("always")
         trained(tmp_path, clipping, poisoned(trainer, 3, math.nan))
     ((said),) = [str(w.message) for w in caught if "skipped step" in str(w.message)]
-    assert said.startswith("GradientClippingCallback skipped step 3: the gradient of ")
+    assert said.startswith("GradientClippingCallback skipped step 3: the gradients of ")
     assert "The optimizer does not make this step." in said
     (record,) = [each for each in caplog.records if each.name == "gradclip"]
     assert record.levelno == logging.WARNING

@@ -48,7 +48,7 @@ def demo(
     """Train a small recurrent network without and with clipping, and show what clipping did.
 
     Writes a record of each run (JSONL), a figure (SVG) and a report of both (HTML). The losses that
-    are reported are means of the last 50 steps. It takes well under a minute on two cores.
+    are reported are medians of the last 50 steps. It takes well under a minute on two cores.
     """
     as_ceiling(max_norm, "max_norm")
     for name in ("accelerate", "matplotlib"):

@@ -95,7 +95,7 @@ def _averaged(run: "Run") -> str:
     count = min(FINAL_STEPS, len(run.steps.measured("loss")))
     if count <= 1 or summarise(run.steps).diverged_at is not None:
         return ""
-    return f" (mean of the last {count} {run.counted})"
+    return f" (median of the last {count} {run.counted})"
 
 
 def _as_data(run: "Run") -> dict[str, Any]:

@@ -121,11 +121,10 @@ def blame(run: Known, steps: Outstanding) -> Blame | None:
     if not (count or others):
         return None
     of_layers, usual_of_layers = layers.added(of_parameters), layers.added(usual)
-    layer = int(np.argmax(of_layers - usual_of_layers)) if count and others else 0
+    layer = int(np.argmax(of_layers))
     if count and others and of_layers[layer] >= max(_LARGE, _LIFT * usual_of_layers[layer]):
         verdict = "makes"
     else:
-        layer = int(np.argmax(of_layers))
         verdict = "most" if of_layers[layer] >= _MOST else "none"
     return Blame(
         layers=layers,

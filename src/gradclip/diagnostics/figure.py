@@ -227,7 +227,7 @@ def _draw_losses(axes: "Axes", clipped: Steps, unclipped: Steps | None) -> None:
         runs.insert(0, ("unclipped", unclipped, _UNCLIPPED))
     for _, run, color in runs:
         _curve(axes, *_of(run, "loss"), color=color, linewidth=1.1)
-    axes.set_title(f"loss (labelled with the mean of the last {FINAL_STEPS})")
+    axes.set_title(f"loss (labelled with the median of the last {FINAL_STEPS})")
     points = [
         point for _, run, _ in runs for point in zip(run.column("loss"), run.step, strict=True)
     ]

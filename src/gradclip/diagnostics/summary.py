@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import mean
+from statistics import mean, median_high, median_low
 
 from gradclip.diagnostics.record import GroupRecord, StepRecord
 from gradclip.errors import ArgumentValueError
@@ -27,8 +27,8 @@ class RunSummary:
         threshold: The last threshold; infinite where nothing was bounded. Where there are several
             limits, the one of what was scaled down most in the last step.
         thresholds: The last threshold of each name pattern, where limits were given by pattern.
-        final_loss: The mean of the last `FINAL_STEPS` losses that are finite; if the run diverged,
-            its last loss, which is not; None if no loss was recorded.
+        final_loss: The median of the last `FINAL_STEPS` losses that are finite; if the run
+            diverged, its last loss, which is not; None if no loss was recorded.
         diverged_at: The first step of the non-finite losses that the run ended in, or None.
         norm_p99: The gradient norm, before clipping, that one step in a hundred exceeds.
         norm_max: The largest gradient norm before clipping.
@@ -85,7 +85,8 @@ def summarise(records: Sequence[StepRecord]) -> RunSummary:
         nonfinite=sum(count > 0 for count in steps.column("nonfinite")),
         threshold=_limit(end),
         thresholds={pattern: _limit(group) for pattern, group in end.groups.items()},
-        final_loss=float(mean(last)) if last else None,  # exact: a sum might overflow
+        # Its mean is exact: a sum might overflow.
+        final_loss=float(mean((median_low(last), median_high(last)))) if last else None,
         diverged_at=diverged_at,
         norm_p99=norms[math.ceil(0.99 * len(norms)) - 1] if norms else math.nan,
         norm_max=norms[-1] if norms else math.nan,

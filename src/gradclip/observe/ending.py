@@ -1,5 +1,6 @@
 """What is said at the end of a run: five lines for each optimizer, after what the script said."""
 
+import math
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -202,7 +203,8 @@ def _advice(tally: "Tally", limit: float | None) -> str:
     if advice.policy is None:
         return f"none is suggested: {advice.reason}"
     share = percent(advice.clip_fraction or 0.0)
-    return f"suggested is {advice.line}, which would have clipped {share}"
+    finite = sum(0 < norm < math.inf for norm in norms)
+    return f"suggested is {advice.line}, which would have clipped {share} of {finite} steps"
 
 
 def _events(track: "Track") -> str:
@@ -241,7 +243,7 @@ def _lost(track: "Track") -> str:
     return (
         f". Step {tally.lost_at}{before} was made, so the weights have a NaN or an infinity since "
         "then. gradclip.attach(optimizer, gradclip.GuardClip()) would have left it out. Look at "
-        "the batch and the loss of that step; gradclip explain GC201 says more"
+        "the batch and the loss of that step; docs/how-to/loss-is-nan.md says more"
     )
 
 

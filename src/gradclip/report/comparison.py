@@ -21,7 +21,7 @@ _HEADS = ("Run", "Limit", "Steps", "Clipped", "Skipped", "Loss at the end", "Med
 def comparison(rows: Sequence[Sequence[str]]) -> str:
     """Return the table of some runs, each a row of ``row_of``, with a note of what it says."""
     note = (
-        f"Loss at the end: the mean of the last {FINAL_STEPS} that are known, as "
+        f"Loss at the end: the median of the last {FINAL_STEPS} that are known, as "
         "<code>gradclip plot</code> has it. Median, largest: of the gradient norm."
     )
     numbers = range(2, len(_HEADS))

@@ -62,7 +62,7 @@ def test_a_record_is_drawn_with_a_line_for_each_group(gradclip_plot, record, tmp
     said = "clipped 5 of 560 steps (1 %) at max_norm 1.0 (head.*), 3.0 (*): loss 0.333"
     assert (code, out, err) == (
         0,
-        f"run.jsonl: {said} (mean of the last 50 steps)\nfigure  gradclip.svg\n",
+        f"run.jsonl: {said} (median of the last 50 steps)\nfigure  gradclip.svg\n",
         "",
     )
     assert (tmp_path / "gradclip.svg").read_text().startswith("<?xml")

@@ -22,12 +22,12 @@ def run(losses, norms, threshold=1.0):
     ]
 
 
-def test_a_summary_counts_and_averages_the_end():
-    losses = [9.0] * 50 + [1.0] * 25 + [2.0] * 25
+def test_a_summary_counts_and_has_the_median_of_the_end():
+    losses = [9.0] * 50 + [1.0] * 24 + [1e308] + [2.0] * 25
     summary = summarise(run(losses, [float(norm) for norm in range(100)], threshold=79.0))
 
     assert (summary.steps, summary.clipped, summary.nonfinite) == (100, 20, 0)
-    assert summary.final_loss == 1.5
+    assert summary.final_loss == 2.0
     assert (summary.norm_p99, summary.norm_max) == (98.0, 99.0)
     assert summary.threshold == 79.0
     assert summary.diverged_at is None
