@@ -110,8 +110,8 @@ def _of_a_collapse(run: LoggedRun, norms: Numbers) -> str:
         limit = guard_limit(level(early, np.full(len(early), np.nan)))
         capped = EMAClip(ratio=2.0, scope="group", cap=limit)
         said += (
-            f" Of this run that is {limit:g}: {line(NormClip(max_norm=limit), run.framework)}. Both "
-            "together follow the norms, and stop the spikes of the first steps too: "
+            f" Of this run that is {limit:g}: {line(NormClip(max_norm=limit), run.framework)}. "
+            "Both together follow the norms, and stop the spikes of the first steps too: "
             f"{line(capped, run.framework)}."
         )
     return said

@@ -1,5 +1,7 @@
 """The rule on norms that were made up: each class, refusal and warning once."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -147,7 +149,8 @@ def test_norms_that_fell_since_the_run_has_learned_have_a_next_step():
     assert learned.kind == "COLLAPSED"
     assert "The loss fell with it, from 1.98 to 0.0169: the run has learned." in learned.reason
     assert 'gradclip.attach(optimizer, gradclip.EMAClip(ratio=2, scope="group"))' in learned.reason
-    limit = float(learned.reason.rpartition("(optimizer, ")[2].rstrip(")."))
+    limit = float(re.search(r"Of this run that is (\S+):", learned.reason)[1])
+    assert f"cap={limit}" in learned.reason
     assert np.median(norms[:60]) < limit < 2 * norms[:60].max()  # it guards the beginning
     stuck = gradclip.suggest(norms, losses=np.full(600, 2.0)).reason
     assert "The loss did not: its median is 2 in the steps 0 to 119 and 2 in" in stuck
