@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import warnings
 
 import pytest
@@ -171,7 +172,7 @@ def test_a_skip_is_said_at_once_and_at_the_end(tmp_path, caplog, trainer):
         warnings.simplefilter("always")
         trained(tmp_path, clipping, poisoned(trainer, 3, math.nan))
     ((said),) = [str(w.message) for w in caught if "skipped step" in str(w.message)]
-    assert said.startswith("GradientClippingCallback skipped step 3: the gradients of ")
+    assert re.match("GradientClippingCallback skipped step 3: the gradients? of ", said)
     assert "The optimizer does not make this step." in said
     (record,) = [each for each in caplog.records if each.name == "gradclip"]
     assert record.levelno == logging.WARNING
