@@ -155,8 +155,9 @@ $(VENV)/.integrations: $(VENV)/.dev
 	@touch $@
 
 # In a folder of their own, so that no other test meets them. They need less than they ask for.
+# Compiled here: some warn of a wrong escape when they are compiled, and in a test that is an error.
 $(VENV)/.optimizers: $(VENV)/.dev
-	$(PIP) --no-deps --upgrade --target $(VENV)/optimizers autoclip dadaptation heavyball lion-pytorch \
+	$(PIP) --compile --no-deps --upgrade --target $(VENV)/optimizers autoclip dadaptation heavyball lion-pytorch \
 		muon-optimizer opacus opt_einsum prodigyopt pytorch_optimizer pytorch_ranger schedulefree scipy \
 		smartclip timm torch-optimi torch-optimizer torchao zclip
 	@touch $@
