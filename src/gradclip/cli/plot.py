@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradclip.cli.columns import LossKey, NormKey, StepKey
+from gradclip.cli.columns import MOST_RUNS, Files, LossKey, NormKey, StepKey
 from gradclip.errors import ArgumentValueError
 
 if TYPE_CHECKING:
@@ -24,18 +24,9 @@ gradclip plot runs/1 runs/2 -o both.png
 gradclip plot runs/checkpoint-500/trainer_state.json -o norms.svg
 """
 
-_MOST = 16
-"""Runs of one figure, which grows with each."""
-
 
 def plot(
-    files: Annotated[
-        list[Path],
-        typer.Argument(
-            help="Records, and logs: JSON, JSONL, CSV, TensorBoard events, text.",
-            metavar="DIR_OR_FILE",
-        ),
-    ],
+    files: Files,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The figure: SVG or PNG, by the name.")
     ] = Path("gradclip.svg"),
@@ -64,10 +55,10 @@ def plot(
         for file in files
         for run in read_runs(file, norm_key=norm_key, step_key=step_key, loss_key=loss_key)
     ]
-    drawn = [run for run in runs if run.has_norms][-_MOST:] or runs[:1]  # which is refused
+    drawn = [run for run in runs if run.has_norms][-MOST_RUNS:] or runs[:1]  # which is refused
     if len(drawn) < len(runs):
         typer.echo(
-            f"{len(drawn)} of {len(runs)} runs are drawn: the last {_MOST} with a finite norm",
+            f"{len(drawn)} of {len(runs)} runs are drawn: the last {MOST_RUNS} with a finite norm",
             err=True,
         )
     runs = drawn

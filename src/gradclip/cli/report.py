@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gradclip.cli.columns import LossKey, NormKey, StepKey
+from gradclip.cli.columns import MOST_RUNS, Files, LossKey, NormKey, StepKey
 from gradclip.errors import ArgumentValueError
 
 __all__ = ["EXAMPLES", "report"]
@@ -19,18 +19,9 @@ gradclip report runs/1 runs/2 -o both.html
 gradclip report runs/checkpoint-500/trainer_state.json -o norms.html
 """
 
-_MOST = 16
-"""Runs of one file, which grows with each."""
-
 
 def report(
-    files: Annotated[
-        list[Path],
-        typer.Argument(
-            help="Records, and logs: JSON, JSONL, CSV, TensorBoard events, text.",
-            metavar="DIR_OR_FILE",
-        ),
-    ],
+    files: Files,
     output: Annotated[
         Path, typer.Option("--output", "-o", dir_okay=False, help="The HTML file.")
     ] = Path("report.html"),
@@ -52,9 +43,9 @@ def report(
         for file in files
         for run in read_runs(file, norm_key=norm_key, step_key=step_key, loss_key=loss_key)
     ]
-    if len(runs) > _MOST:
-        typer.echo(f"{_MOST} of {len(runs)} runs are shown: the last", err=True)
-        runs = runs[-_MOST:]
+    if len(runs) > MOST_RUNS:
+        typer.echo(f"{MOST_RUNS} of {len(runs)} runs are shown: the last", err=True)
+        runs = runs[-MOST_RUNS:]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         findings = write_report(runs, output)

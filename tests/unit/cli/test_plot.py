@@ -1,25 +1,16 @@
 import json
-import sys
+from functools import partial
 
 import pytest
 
-from gradclip.cli import main
 from gradclip.diagnostics import GroupRecord, RunRecorder, StepRecord
 from gradclip.diagnostics.figure import figure_of_runs
 from gradclip.diagnostics.runs import read_runs
 
 
 @pytest.fixture
-def gradclip_plot(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gradclip", "plot", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code, *capsys.readouterr()
-
-    return run
+def gradclip_plot(gradclip_command):
+    return partial(gradclip_command, "plot")
 
 
 @pytest.fixture

@@ -1,22 +1,13 @@
-import sys
+from functools import partial
 
 import pytest
 
-from gradclip.cli import main
 from gradclip.diagnostics import RunRecorder, StepRecord
 
 
 @pytest.fixture
-def gradclip_report(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gradclip", "report", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code, *capsys.readouterr()
-
-    return run
+def gradclip_report(gradclip_command):
+    return partial(gradclip_command, "report")
 
 
 @pytest.fixture

@@ -112,6 +112,8 @@ def test_a_layer_is_blamed_where_it_has_more_of_the_clipped_steps_than_of_the_ot
         "Layer 0 has most of the norm: 50 % of its square in the 3 clipped steps, 50 % in the "
         "others."
     )
+    larger = [[1, 3, 1, 2.8] if at in (3, 7, 50) else [1, 5, 1, 1] for at in range(60)]
+    assert said(records, (range(60), larger))[0].startswith("Layer 0 has most of the norm: 53 %")
     level = [[4, 2, 3, 4]] * 60
     assert said(records, (range(60), level))[0] == (
         "No layer stands out in the 3 clipped steps: the most is 36 %, of embed."
