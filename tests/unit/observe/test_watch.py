@@ -1,6 +1,7 @@
 """What a watch sees of steps that are made in unusual ways; each case in a process of its own."""
 
 import math
+import re
 import traceback
 import warnings
 from pathlib import Path
@@ -164,6 +165,7 @@ def test_the_layer_of_the_spikes_comes_first_and_what_a_nan_did_is_told(tmp_path
 def test_steps_with_a_nan_are_not_among_those_that_could_be_clipped(tmp_path):
     _, said = watched(clipped_spikes, tmp_path)
     assert "8 of the 80 steps that had a limit and a finite norm (10 %) were clipped" in said
+    assert re.search(r"suggested is .*, which would have clipped .* of 80 steps\n", said)
 
 
 def test_what_was_not_measured_is_told(tmp_path):
